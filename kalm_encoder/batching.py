@@ -1,0 +1,34 @@
+"""Batches of similar length under a token budget: where padding is won or lost."""
+
+from collections.abc import Sequence
+
+
+def plan_batches(lengths: Sequence[int], budget: int, *, overhead: int = 0) -> list[list[int]]:
+    """Group items so that rows x (longest row + overhead) stays within the budget.
+
+    Args:
+        lengths: size of each item, in tokens or states.
+        budget: what one batch may cost, padding included; an item above it goes alone.
+        overhead: what each row costs on top of its length (a prompt that every row repeats).
+
+    Returns:
+        Batches of indices into `lengths`, each index once, longest items first (memory then peaks
+        at once, not at the end).
+
+    Example: lengths 3, 9, 8 with budget 18 give [[1, 2], [0]]: 2 x 9 = 18 fits, 3 x 9 does not.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches:
+            row = lengths[batches[-1][0]] + overhead
+            if (len(batches[-1]) + 1) * row <= budget:
+                batches[-1].append(i)
+                continue
+        batches.append([i])
+    return batches
+
+
+def padded_size(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> int:
+    """Return the tokens these batches hold, padding included."""
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)

@@ -1,0 +1,36 @@
+"""The exact strings KaLM-Reranker-V1 was trained on. One changed character changes every score.
+
+Source: the published `kalm_reranker.py` of KaLM-Embedding/KaLM-Reranker-V1-Nano. This file knows
+nothing of tokenizers or models.
+"""
+
+DOCUMENT_PREFIX = "<Document>: "
+
+SYSTEM = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".'
+)
+
+DEFAULT_INSTRUCTION = "Given a query, retrieve documents that answer the query."
+
+TEMPLATE = DOCUMENT_PREFIX + "{passage}"
+"""How a table records the passage template (a name for it, never formatted)."""
+
+
+def render_passage(text: str) -> str:
+    """Return the text the encoder reads. The empty passage is legal: its prefix is encoded."""
+    return DOCUMENT_PREFIX + text
+
+
+def render_query(query: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
+    """Return the decoder prompt, special tokens written out as text.
+
+    Args:
+        query: already cut to the query's token limit.
+        instruction: the task; the score of a pair depends on it.
+    """
+    return (
+        f"<bos><start_of_turn>user\n{SYSTEM}\n\n"
+        f"<Instruct>: {instruction}\n<Query>: {query}<end_of_turn>\n"
+        "<start_of_turn>model\n\n\n\n"
+    )

@@ -192,9 +192,7 @@ def resolve(model_name_or_path: str, revision: str | None = None) -> Checkpoint:
         return Checkpoint(path.resolve(), model_name_or_path, None)
     patterns = ["config.json", *TOKENIZER_FILES, WEIGHTS_INDEX, "*.safetensors"]
     try:
-        snapshot = snapshot_download(
-            model_name_or_path, revision=revision, allow_patterns=patterns
-        )
+        snapshot = snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -219,7 +217,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return chosen
 

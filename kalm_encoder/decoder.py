@@ -172,7 +172,7 @@ class QueryDecoder:
             encoder_attention_mask={"full_attention": real[:, None, None, :].expand(b, 1, p, -1)},
             use_cache=False,
         ).last_hidden_state
-        logits = hidden[:, -1].float() @ self._answers.T
+        logits: torch.Tensor = hidden[:, -1].float() @ self._answers.T
         cap = self.model.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

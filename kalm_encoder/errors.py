@@ -1,16 +1,16 @@
 """Every error this project raises on purpose.
 
-    KalmError                      exit code 1: the run failed, try again or read on
-    ├── InputError                 exit code 2: what the user gave is wrong; the message holds the remedy
-    │   ├── CheckpointError        a model directory or hub id that cannot be used
-    │   ├── MismatchError          a table and a model (or a job) that do not belong together
-    │   ├── MissingIdsError        ids that the table does not hold
-    │   └── TableError             no table at this address, or one that is not finished
-    ├── CorruptRowError            a stored row that is not what was written
-    ├── NonFiniteError             logits that are NaN or infinite
-    ├── FencedError                another driver took this table over
-    ├── TooManyRejectsError        more bad input rows than --max-rejected allows
-    └── IncompleteError            shards were given up; everything else is committed
+KalmError                      exit code 1: the run failed, try again or read on
+├── InputError                 exit code 2: the user's input is wrong; the message holds the remedy
+│   ├── CheckpointError        a model directory or hub id that cannot be used
+│   ├── MismatchError          a table and a model (or a job) that do not belong together
+│   ├── MissingIdsError        ids that the table does not hold
+│   └── TableError             no table at this address, or one that is not finished
+├── CorruptRowError            a stored row that is not what was written
+├── NonFiniteError             logits that are NaN or infinite
+├── FencedError                another driver took this table over
+├── TooManyRejectsError        more bad input rows than --max-rejected allows
+└── IncompleteError            shards were given up; everything else is committed
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,1 @@
+"""Command line of kalm-preencode: one module a command, cli.py joins them."""

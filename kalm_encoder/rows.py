@@ -1,0 +1,252 @@
+"""The row format, version 1, in both directions: passages to Arrow and Arrow to passages.
+
+    id            string, unenforced primary key
+    text          string, raw passage (absent with keep_text=False)
+    text_hash     16 bytes, xxh3_128 of the rendered text, big endian
+    num_tokens    int32, after truncation, prefix included
+    truncated     bool
+    states_rR     list<fixed_size_list<float16 or float32, d>>, one column a stored ratio R
+    checksum_rR   uint64, xxh3_64 over id, num_tokens and the bytes of states_rR
+    shard_id      string, which shard of which input wrote the row
+
+No field is nullable. What a reader must know of the whole table is a `TableSpec`, kept as JSON in
+the schema metadata. Each ratio has a checksum of its own, so that a coarse read verifies what it
+reads without touching the fine column. Nothing here knows torch, files or commits.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from kalm_encoder import __version__
+from kalm_encoder.errors import CorruptRowError, InputError, TableError
+from kalm_encoder.pooling import PassageStates, coarsen, num_groups
+from kalm_encoder.prompts import TEMPLATE, render_passage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+STORE_DTYPES: dict[str, type[np.floating[Any]]] = {"float16": np.float16, "float32": np.float32}
+SPEC_KEY = "kalm.spec"
+PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What a table records of the model and the settings that made its states.
+
+    Attributes:
+        model: hub id or directory the states were made with, as the user named it.
+        revision: hub commit; None for a local directory.
+        fingerprint: of the checkpoint's files; decides whether a decoder may read the table.
+        dim: width d of a state.
+        max_length: tokens a passage was cut to.
+        ratios: stored ratios, finest first; each a multiple of the first.
+        store_dtype: "float16" or "float32".
+        keep_text: whether the raw text is stored.
+        template: passage template.
+        format_version: of the row format.
+        library_version: of kalm-preencode that created the table.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    dim: int
+    max_length: int
+    ratios: tuple[int, ...]
+    store_dtype: str = "float16"
+    keep_text: bool = True
+    template: str = TEMPLATE
+    format_version: int = FORMAT_VERSION
+    library_version: str = __version__
+
+    def __post_init__(self) -> None:
+        ratios = list(self.ratios)
+        if not ratios or ratios != sorted(set(ratios)) or ratios[0] < 1:
+            raise InputError(f"ratios {ratios} must be different positive numbers, finest first")
+        if odd := [r for r in ratios if r % ratios[0]]:
+            raise InputError(f"ratio {odd[0]} is not a multiple of the finest ratio {ratios[0]}")
+        if self.store_dtype not in STORE_DTYPES:
+            raise InputError(
+                f"store dtype {self.store_dtype!r} is not one of {', '.join(STORE_DTYPES)}"
+            )
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The storage floor: state bytes a passage token, all stored ratios together."""
+        size = np.dtype(STORE_DTYPES[self.store_dtype]).itemsize * self.dim
+        return sum(size / ratio for ratio in self.ratios)
+
+    def source_ratio(self, wanted: int | None) -> int:
+        """Return the coarsest stored ratio that `wanted` can be made from (None: the finest).
+
+        Raises:
+            InputError: `wanted` is a multiple of no stored ratio.
+        """
+        if wanted is None:
+            return self.ratios[0]
+        fitting = [r for r in self.ratios if wanted >= r and wanted % r == 0]
+        if not fitting:
+            raise InputError(
+                f"ratio {wanted} is not a multiple of a stored ratio "
+                f"({', '.join(map(str, self.ratios))})"
+            )
+        return fitting[-1]
+
+    def schema(self) -> pa.Schema:
+        """Return the Arrow schema of the table, with this spec in its metadata."""
+        value = pa.from_numpy_dtype(np.dtype(STORE_DTYPES[self.store_dtype]))
+        vector = pa.list_(pa.field("item", value, nullable=False), self.dim)
+        states = pa.list_(pa.field("item", vector, nullable=False))
+        fields = [pa.field("id", pa.string(), metadata=PRIMARY_KEY)]
+        if self.keep_text:
+            fields.append(pa.field("text", pa.string()))
+        fields.append(pa.field("text_hash", pa.binary(16)))
+        fields.append(pa.field("num_tokens", pa.int32()))
+        fields.append(pa.field("truncated", pa.bool_()))
+        for ratio in self.ratios:
+            fields.append(pa.field(f"states_r{ratio}", states))
+            fields.append(pa.field(f"checksum_r{ratio}", pa.uint64()))
+        fields.append(pa.field("shard_id", pa.string()))
+        metadata = {SPEC_KEY: json.dumps(asdict(self), sort_keys=True)}
+        return pa.schema([f.with_nullable(False) for f in fields], metadata=metadata)
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[bytes, bytes] | None, uri: str) -> TableSpec:
+        """Read the spec back from a schema's metadata.
+
+        Raises:
+            TableError: not a passage table, or of a format this version cannot read.
+        """
+        raw = (metadata or {}).get(SPEC_KEY.encode())
+        if raw is None:
+            raise TableError(f"{uri} is a Lance table, but not one that `kalm encode` made")
+        fields = json.loads(raw)
+        version = fields.get("format_version")
+        if version != FORMAT_VERSION:
+            raise TableError(
+                f"{uri} has format version {version}, this kalm-preencode {__version__} reads "
+                f"{FORMAT_VERSION}. Install the version that wrote it "
+                f"({fields.get('library_version')}), or encode again."
+            )
+        return cls(**{**fields, "ratios": tuple(fields["ratios"])})
+
+
+def build_rows(
+    spec: TableSpec,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    passages: Sequence[PassageStates],
+    shard_id: str,
+) -> pa.Table:
+    """Turn encoded passages into rows of the table.
+
+    Args:
+        spec: the table's.
+        ids: one a passage.
+        texts: raw texts, not rendered.
+        passages: float32 states at the finest ratio, all finite in the store's dtype.
+        shard_id: recorded with every row.
+
+    Returns:
+        A table with `spec.schema()`.
+    """
+    schema = spec.schema()
+    n = len(ids)
+    hashes = [xxhash.xxh3_128_digest(render_passage(t).encode()) for t in texts]
+    columns: dict[str, Any] = {
+        "id": pa.array(ids, pa.string()),
+        "text_hash": pa.array(hashes, pa.binary(16)),
+        "num_tokens": pa.array([p.num_tokens for p in passages], pa.int32()),
+        "truncated": pa.array([p.truncated for p in passages], pa.bool_()),
+        "shard_id": pa.array([shard_id] * n, pa.string()),
+    }
+    if spec.keep_text:
+        columns["text"] = pa.array(texts, pa.string())
+    for ratio in spec.ratios:
+        arrays = [
+            coarsen(p.states, p.num_tokens, spec.ratios[0], ratio).astype(
+                STORE_DTYPES[spec.store_dtype]
+            )
+            for p in passages
+        ]
+        sums = [checksum(i, p.num_tokens, a) for i, p, a in zip(ids, passages, arrays, strict=True)]
+        columns[f"states_r{ratio}"] = _ragged(arrays, schema.field(f"states_r{ratio}").type)
+        columns[f"checksum_r{ratio}"] = pa.array(sums, pa.uint64())
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def read_rows(
+    spec: TableSpec, rows: pa.Table, *, stored: int, wanted: int, uri: str
+) -> dict[str, PassageStates]:
+    """Turn rows back into passages, verifying each row's checksum.
+
+    Args:
+        spec: the table's.
+        rows: columns id, num_tokens, truncated, states_r and checksum_r of `stored`.
+        stored: ratio of the states column that was read.
+        wanted: ratio to return, a multiple of `stored`.
+        uri: of the table, for messages.
+
+    Returns:
+        Passages by id; states in the store's dtype where `wanted == stored`, else float32.
+
+    Raises:
+        CorruptRowError: bytes that are not what was written, or an id that is there twice.
+    """
+    rows = rows.combine_chunks()
+    ids = rows["id"].to_pylist()
+    tokens = rows["num_tokens"].to_pylist()
+    truncated = rows["truncated"].to_pylist()
+    sums = rows[f"checksum_r{stored}"].to_pylist()
+    passages: dict[str, PassageStates] = {}
+    for i, states in enumerate(_arrays(spec, rows[f"states_r{stored}"])):
+        key, n = ids[i], tokens[i]
+        if key in passages:
+            raise CorruptRowError(f"id {key!r} is in {uri} more than once; encode it again")
+        if sums[i] != checksum(key, n, states) or len(states) != num_groups(n, stored):
+            raise CorruptRowError(
+                f"row {key!r} of {uri} does not match its checksum: the stored bytes changed "
+                "after they were written. Restore the data files, or encode it again."
+            )
+        passages[key] = PassageStates(coarsen(states, n, stored, wanted), n, truncated[i])
+    return passages
+
+
+def checksum(id: str, num_tokens: int, states: NDArray[np.floating[Any]]) -> int:
+    """Return xxh3_64 over (length of id, id, num_tokens, states), integers as little-endian."""
+    raw = id.encode()
+    digest = xxhash.xxh3_64(struct.pack("<I", len(raw)) + raw + struct.pack("<i", num_tokens))
+    digest.update(np.ascontiguousarray(states).data)
+    return digest.intdigest()
+
+
+def _ragged(arrays: Sequence[NDArray[np.floating[Any]]], type: pa.DataType) -> pa.Array:
+    """Build a list<fixed_size_list> column from (m_i, d) arrays."""
+    offsets = np.cumsum([0, *(len(a) for a in arrays)])
+    flat = np.concatenate(arrays).reshape(-1) if arrays else np.empty(0, np.float32)
+    values = pa.array(flat, type.value_type.value_type)
+    vectors = pa.FixedSizeListArray.from_arrays(values, type=type.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), vectors, type=type)
+
+
+def _arrays(spec: TableSpec, column: pa.ChunkedArray) -> list[NDArray[np.floating[Any]]]:
+    """Return each row of a states column as an (m, d) view, copying nothing."""
+    arrays = []
+    for chunk in column.chunks:
+        first = chunk.offsets[0].as_py() if len(chunk) else 0
+        # flatten() honours the slice of the list array; its values start at the first offset.
+        flat = chunk.flatten().flatten().to_numpy(zero_copy_only=True).reshape(-1, spec.dim)
+        offsets = chunk.offsets.to_numpy() - first
+        arrays += [flat[offsets[i] : offsets[i + 1]] for i in range(len(chunk))]
+    return arrays

@@ -1,0 +1,149 @@
+"""The plan: which rows of which file make which shard. Same files in, same shards out.
+
+A shard is a run of rows of one file, whatever the number of workers; its content hash comes from
+the bytes it was planned from, and reading it later checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+
+import xxhash
+
+from kalm_encoder.errors import InputError
+from pipeline import columnar_files, text_files
+from pipeline.sources import FieldOptions, Fields, Passage, Reject, file_format, to_passage
+from pipeline.text_files import Slice
+
+MAX_SHARDS = (1 << 20) - 1
+"""Lance fragment ids are number + 1 in 20 bits; the bits above count generations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One unit of work.
+
+    Attributes:
+        number: position in the plan, from 0.
+        path: file it comes from.
+        fields: where the passages are in it.
+        rows: which rows.
+    """
+
+    number: int
+    path: str
+    fields: Fields
+    rows: Slice
+
+    @property
+    def id(self) -> str:
+        """Position and content, such as `000012-9f3c…`."""
+        return f"{self.number:06d}-{self.rows.content[:12]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of a job."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows planned, rejects included."""
+        return sum(shard.rows.num_rows for shard in self.shards)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of every shard's content, place and fields, but no path: a moved corpus stays itself."""
+        lines = (f"{s.id} {s.rows.content} {s.rows.num_rows} {s.fields.names}" for s in self.shards)
+        return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+
+def plan_shards(
+    files: Sequence[str],
+    *,
+    shard_size: int,
+    limit: int | None = None,
+    fields: FieldOptions | None = None,
+    storage_options: dict[str, str] | None = None,
+) -> Plan:
+    """Cut files into shards of `shard_size` rows, the last of a file (or row group) shorter.
+
+    Args:
+        files: from `expand_inputs`.
+        shard_size: rows a shard.
+        limit: use only the first so many rows.
+        fields: fields the user named.
+        storage_options: for object stores.
+
+    Raises:
+        InputError: no passage in any file, a file that cannot be read, or too many shards.
+    """
+    if shard_size < 1:
+        raise InputError(f"shard size {shard_size} must be at least 1")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit} must be at least 1")
+    shards: list[Shard] = []
+    left = limit
+    for path in files:
+        if left == 0:
+            break
+        reader = _module(path)
+        chosen, slices = reader.scan(
+            path, shard_size, left, fields or FieldOptions(), storage_options
+        )
+        for rows in slices:
+            shards.append(Shard(len(shards), path, chosen, rows))
+            left = None if left is None else left - rows.num_rows
+    if not shards:
+        raise InputError(f"no rows in {', '.join(files)}")
+    if len(shards) > MAX_SHARDS:
+        raise InputError(
+            f"{len(shards)} shards are more than the {MAX_SHARDS} one table can hold: "
+            f"raise --shard-size above {shard_size}"
+        )
+    return Plan(tuple(shards))
+
+
+class ShardReader:
+    """Reads shards; keeps the last file open, since the next shard is often its next part."""
+
+    def __init__(self, storage_options: dict[str, str] | None = None) -> None:
+        self._storage_options = storage_options
+        self._path: str | None = None
+        self._file: text_files.TextFile | columnar_files.ColumnarFile | None = None
+
+    def read(self, shard: Shard) -> tuple[list[Passage], list[Reject]]:
+        """Return the usable passages of a shard and its rejects, in input order.
+
+        Raises:
+            InputError: the file changed since it was planned, or is gone.
+        """
+        if self._file is None or self._path != shard.path:
+            self._file = _module(shard.path).open_file(shard.path, self._storage_options)
+            self._path = shard.path
+        passages: list[Passage] = []
+        rejects: list[Reject] = []
+        seen: set[str] = set()
+        for line, record in self._file.read(shard.rows, shard.fields):
+            row = (
+                Reject(shard.path, line, record)
+                if isinstance(record, str)
+                else to_passage(record, shard.fields, shard.path, line)
+            )
+            if isinstance(row, Passage) and row.id in seen:
+                row = Reject(shard.path, line, "id repeated in its shard", row.id)
+            if isinstance(row, Reject):
+                rejects.append(row)
+            else:
+                seen.add(row.id)
+                passages.append(row)
+        return passages, rejects
+
+
+def _module(path: str) -> ModuleType:
+    columnar = file_format(path) in ("parquet", "lance")
+    return columnar_files if columnar else text_files

@@ -1,0 +1,237 @@
+"""JSONL, CSV and TSV, plain or compressed, cut at record boundaries into byte ranges.
+
+Offsets count decompressed bytes, so one mechanism serves all: seek, read, check the hash, parse. A
+compressed file is decompressed from where the last shard ended, or from its start.
+
+CSV is RFC 4180 with a header (quoted line breaks are fine). TSV with a header is the same with
+tabs; TSV without one is MS MARCO's `pid<TAB>text`, no quoting.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import fsspec
+import xxhash
+
+from kalm_encoder.errors import InputError
+from pipeline.sources import (
+    ID_FIELDS,
+    TEXT_FIELDS,
+    FieldOptions,
+    Fields,
+    file_format,
+    fsspec_options,
+)
+
+SAMPLE_RECORDS = 100
+BOM = b"\xef\xbb\xbf"
+csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KB
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of rows of one file.
+
+    Attributes:
+        start: first decompressed byte (text) or row (Parquet, Lance).
+        length: in bytes (text) or rows.
+        first_line: line of `start`, from 1 (row number in Parquet and Lance).
+        num_rows: records in it, blank lines not counted.
+        content: hex hash of what was planned.
+        columns: of a CSV or TSV file, in its order; empty elsewhere.
+        version: of a Lance table; 0 elsewhere.
+    """
+
+    start: int
+    length: int
+    first_line: int
+    num_rows: int
+    content: str
+    columns: tuple[str, ...] = ()
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """Bytes of one record, how many lines they are, and its cells (None: parse the bytes)."""
+
+    raw: bytes
+    num_lines: int
+    cells: list[str] | None
+
+
+class TextFile:
+    """An open file, read slice after slice."""
+
+    def __init__(self, path: str, storage_options: dict[str, str] | None) -> None:
+        self.path = path
+        self._storage_options = storage_options
+        self._stream: Any = None
+
+    def read(self, rows: Slice, fields: Fields) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """Yield (line, record) of a slice; a record that cannot be parsed is its reason.
+
+        Raises:
+            InputError: the bytes are not those that were planned.
+        """
+        try:
+            if self._stream is None or self._stream.tell() > rows.start:
+                self.close()
+                self._stream = _open(self.path, self._storage_options)
+            self._stream.seek(rows.start)
+            raw = self._stream.read(rows.length)
+        except (OSError, EOFError) as error:
+            raise InputError(f"cannot read {self.path}: {error}") from error
+        if xxhash.xxh3_128_hexdigest(raw) != rows.content:
+            raise InputError(
+                f"{self.path} changed after it was planned (line {rows.first_line} and after): "
+                "encode it into a new table"
+            )
+        line = rows.first_line
+        for record in _records(iter(io.BytesIO(raw)), rows.columns, self.path):
+            if record.raw.strip():
+                yield line, _parse(record, rows.columns)
+            line += record.num_lines
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+open_file = TextFile
+
+
+def scan(
+    path: str,
+    shard_size: int,
+    max_rows: int | None,
+    options: FieldOptions,
+    storage_options: dict[str, str] | None,
+) -> tuple[Fields, list[Slice]]:
+    """Choose the fields of a file and cut it into slices, reading it once.
+
+    Raises:
+        InputError: the file cannot be read or decompressed, or has no id or text field.
+    """
+    try:
+        with _open(path, storage_options) as stream:
+            fields, columns, header = _detect(path, stream, options)
+        with _open(path, storage_options) as stream:
+            start = len(header.raw) if header else 0
+            stream.read(start)
+            first_line = 1 + (header.num_lines if header else 0)
+            records = _records(iter(stream), columns, path)
+            return fields, list(_cut(records, start, first_line, shard_size, max_rows, columns))
+    except (OSError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def _cut(
+    records: Iterator[_Record],
+    start: int,
+    line: int,
+    shard_size: int,
+    max_rows: int | None,
+    columns: tuple[str, ...],
+) -> Iterator[Slice]:
+    """Group records into slices of `shard_size`, at most `max_rows` in all."""
+    length = lines = rows = total = 0
+    digest = xxhash.xxh3_128()
+    for record in records:
+        counts = bool(record.raw.strip())
+        if counts and (rows == shard_size or total == max_rows):
+            yield Slice(start, length, line, rows, digest.hexdigest(), columns)
+            start, line = start + length, line + lines
+            length = lines = rows = 0
+            digest = xxhash.xxh3_128()
+            if total == max_rows:
+                return
+        digest.update(record.raw)
+        length += len(record.raw)
+        lines += record.num_lines
+        rows += counts
+        total += counts
+    if rows:
+        yield Slice(start, length, line, rows, digest.hexdigest(), columns)
+
+
+def _detect(
+    path: str, stream: Any, options: FieldOptions
+) -> tuple[Fields, tuple[str, ...], _Record | None]:
+    """Return the fields, the columns (empty for JSONL) and the header record to skip."""
+    if file_format(path) == "jsonl":
+        names: dict[str, None] = {}
+        parsed = 0
+        for raw in islice((r for r in stream if r.strip()), SAMPLE_RECORDS):
+            record = _parse(_Record(raw, 1, None), ())
+            if isinstance(record, dict):
+                names.update(dict.fromkeys(record))
+                parsed += 1
+        return (options.detect(names, path) if parsed else Fields("id", "text")), (), None
+    first = next(_records(iter(stream), ("?",), path, quoted=True), None)
+    if first is None or first.cells is None:
+        return Fields("id", "text"), (), None
+    cells = [cell.removeprefix("\ufeff") for cell in first.cells]
+    wanted = (options.id, *ID_FIELDS), (options.text, *TEXT_FIELDS)
+    if all(any(cell in names for cell in cells) for names in wanted):
+        return options.detect(cells, path), tuple(cells), first
+    if file_format(path) == "tsv" and len(cells) == 2 and not (options.id or options.text):
+        return Fields("0", "1"), ("0", "1"), None
+    return options.detect(cells, path), tuple(cells), first
+
+
+def _records(
+    lines: Iterator[bytes], columns: tuple[str, ...], path: str, *, quoted: bool | None = None
+) -> Iterator[_Record]:
+    """Cut lines into records: a line each, or as the quoting of CSV says."""
+    plain = not columns or columns == ("0", "1")
+    if plain and not quoted:
+        for raw in lines:
+            yield _Record(raw, 1, None)
+        return
+    read: list[bytes] = []
+
+    def feed() -> Iterator[str]:
+        for raw in lines:
+            read.append(raw)
+            yield raw.decode("utf-8", "surrogateescape")
+
+    delimiter = "\t" if file_format(path) == "tsv" else ","
+    for cells in csv.reader(feed(), delimiter=delimiter):
+        yield _Record(b"".join(read), len(read), cells)
+        read.clear()
+
+
+def _parse(record: _Record, columns: tuple[str, ...]) -> dict[str, Any] | str:
+    """Return the fields of a record, or the reason it has none."""
+    cells = record.cells
+    if cells is None:
+        try:
+            text = record.raw.removeprefix(BOM).decode()
+        except UnicodeDecodeError as error:
+            return f"not UTF-8: {error.reason} at byte {error.start}"
+        if not columns:
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                return f"not JSON: {error}"
+            return value if isinstance(value, dict) else f"a JSON {type(value).__name__}, no object"
+        cells = text.rstrip("\r\n").split("\t")
+    if len(cells) != len(columns):
+        return f"{len(cells)} columns instead of {len(columns)}"
+    return dict(zip(columns, cells, strict=True))
+
+
+def _open(path: str, storage_options: dict[str, str] | None) -> Any:
+    options = fsspec_options(path, storage_options)
+    return fsspec.open(path, "rb", compression="infer", **options).open()

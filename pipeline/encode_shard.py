@@ -1,0 +1,181 @@
+"""One shard: read, encode, write. Plain Python that knows no Ray and commits nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import lance
+import numpy as np
+import torch
+
+from kalm_encoder import checkpoint
+from kalm_encoder.batching import padded_size, plan_batches
+from kalm_encoder.encoder import PassageEncoder
+from kalm_encoder.errors import MismatchError
+from kalm_encoder.pooling import PassageStates
+from kalm_encoder.rows import STORE_DTYPES, TableSpec, build_rows
+from pipeline.fragments import write_fragment
+from pipeline.shards import Shard, ShardReader
+from pipeline.sources import Passage, Reject
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What every worker needs to encode any shard of a job.
+
+    Attributes:
+        uri: of the table.
+        spec: of the table; its fingerprint must be that of the model this worker finds.
+        token_budget: padded tokens a forward; None chooses by device.
+        threads: CPU threads of the model; None leaves torch's own choice.
+        storage_options: for table and inputs; passed in memory, never written.
+    """
+
+    uri: str
+    spec: TableSpec
+    token_budget: int | None = None
+    threads: int | None = None
+    storage_options: dict[str, str] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A written, uncommitted shard.
+
+    Attributes:
+        shard: which.
+        fragment: Lance fragment metadata as JSON; None where every row was rejected.
+        num_rows: rows written.
+        rejects: rows that were not.
+        num_tokens: real tokens encoded.
+        padded_tokens: tokens the encoder computed, padding included.
+        num_truncated: passages cut to max_length.
+        seconds: spent in read, tokenise, forward (with pooling) and write.
+    """
+
+    shard: Shard
+    fragment: str | None
+    num_rows: int
+    rejects: tuple[Reject, ...] = ()
+    num_tokens: int = 0
+    padded_tokens: int = 0
+    num_truncated: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class ShardEncoder:
+    """A loaded encoder and an open table: what a worker process holds.
+
+    `encode` may run in several threads: reading, tokenising and writing overlap, the model is
+    guarded by a lock.
+    """
+
+    def __init__(self, config: WorkerConfig, device: str | None = None) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        spec = config.spec
+        files = checkpoint.resolve(spec.model, spec.revision)
+        if files.fingerprint != spec.fingerprint:
+            raise MismatchError(
+                "fingerprint",
+                f"the model {spec.model} on this worker has fingerprint {files.fingerprint}, the "
+                f"table {spec.fingerprint}: put the same files on every node",
+            )
+        place = checkpoint.choose_device(device)
+        model = files.load_text_encoder(place, checkpoint.choose_dtype(None, place))
+        self.encoder = PassageEncoder(
+            model,
+            files.tokenizer(),
+            max_length=spec.max_length,
+            token_budget=config.token_budget,
+        )
+        self.spec = spec
+        self._dataset = lance.dataset(config.uri, storage_options=config.storage_options)
+        self._storage_options = config.storage_options
+        self._readers = threading.local()
+        self._device_lock = threading.Lock()
+
+    def encode(self, shard: Shard) -> ShardResult:
+        """Encode one shard into one uncommitted fragment.
+
+        Raises:
+            InputError: its input changed since it was planned.
+            OSError: the store refused the write.
+        """
+        clock = _Clock()
+        passages, rejects = self._reader().read(shard)
+        clock.lap("read")
+        tokens = self.encoder.tokenise([p.text for p in passages])
+        lengths = [len(t.ids) for t in tokens]
+        batches = plan_batches(lengths, self.encoder.token_budget)
+        clock.lap("tokenise")
+        states: list[PassageStates | None] = [None] * len(passages)
+        with self._device_lock:
+            clock.lap("wait")
+            for batch in batches:
+                encoded = self.encoder.encode_batch(
+                    [tokens[i] for i in batch], ratio=self.spec.ratios[0]
+                )
+                for i, passage_states in zip(batch, encoded, strict=True):
+                    states[i] = passage_states
+        clock.lap("forward")
+        kept, unstorable = self._split_storable(shard, passages, states)
+        fragment = None
+        if kept:
+            rows = build_rows(
+                self.spec,
+                [p.id for p, _ in kept],
+                [p.text for p, _ in kept],
+                [s for _, s in kept],
+                shard.id,
+            )
+            fragment = write_fragment(rows, self._dataset)
+        clock.lap("write")
+        return ShardResult(
+            shard,
+            fragment,
+            num_rows=len(kept),
+            rejects=(*rejects, *unstorable),
+            num_tokens=sum(lengths),
+            padded_tokens=padded_size(lengths, batches),
+            num_truncated=sum(t.truncated for t in tokens),
+            seconds=clock.seconds,
+        )
+
+    def _reader(self) -> ShardReader:
+        """Return this thread's reader: file positions are not shared."""
+        if not hasattr(self._readers, "reader"):
+            self._readers.reader = ShardReader(self._storage_options)
+        reader: ShardReader = self._readers.reader
+        return reader
+
+    def _split_storable(
+        self, shard: Shard, passages: Sequence[Passage], states: Sequence[PassageStates | None]
+    ) -> tuple[list[tuple[Passage, PassageStates]], list[Reject]]:
+        """Separate passages whose states the store's dtype cannot hold."""
+        top = float(np.finfo(STORE_DTYPES[self.spec.store_dtype]).max)
+        kept, rejects = [], []
+        for passage, encoded in zip(passages, states, strict=True):
+            assert encoded is not None  # every index is in one batch
+            if np.abs(encoded.states).max() <= top:  # False for NaN as well
+                kept.append((passage, encoded))
+            else:
+                reason = f"states are not finite in {self.spec.store_dtype}; try float32"
+                rejects.append(Reject(shard.path, shard.rows.first_line, reason, passage.id))
+        return kept, rejects
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = now - self._last
+        self._last = now

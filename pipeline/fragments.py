@@ -1,0 +1,37 @@
+"""Rows to one uncommitted Lance fragment. Writing is not committing: see ledger.py."""
+
+from __future__ import annotations
+
+import json
+
+import lance
+import pyarrow as pa
+from lance.fragment import FragmentMetadata, write_fragments
+
+from kalm_encoder.errors import KalmError
+
+
+def write_fragment(rows: pa.Table, dataset: lance.LanceDataset) -> str:
+    """Write rows as one data file of `dataset`; return the fragment's metadata as JSON.
+
+    Until a commit names it the file is invisible to every reader, so a crash leaves only an orphan.
+
+    Args:
+        rows: at least one; a materialised table, so that a retry inside Lance re-reads all of it.
+        dataset: any version of the table.
+
+    Raises:
+        KalmError: Lance cut the rows into several fragments.
+    """
+    fragments = write_fragments(rows, dataset, mode="append", max_rows_per_file=2**31 - 1)
+    if len(fragments) != 1 or fragments[0].physical_rows != rows.num_rows:
+        sizes = [f.physical_rows for f in fragments]
+        raise KalmError(f"{rows.num_rows} rows became fragments of {sizes}: lower --shard-size")
+    return json.dumps(fragments[0].to_json())
+
+
+def with_id(fragment: str, id: int) -> FragmentMetadata:
+    """Return fragment metadata from its JSON under a fragment id chosen in advance."""
+    metadata = FragmentMetadata.from_json(fragment)
+    metadata.id = id
+    return metadata

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import lance
 from lance.commit import CommitConflictError
@@ -22,9 +23,11 @@ from lance.schema import LanceSchema
 from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError
 from kalm_encoder.rows import TableSpec
 from kalm_encoder.table import LIVE_TAG, first_line, open_dataset
-from pipeline.encode_shard import ShardResult
 from pipeline.fragments import with_id
 from pipeline.shards import Plan
+
+if TYPE_CHECKING:
+    from pipeline.encode_shard import ShardResult
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,5 @@
+"""`python -m jobs` is `kalm`."""
+
+from jobs.cli import main
+
+main()

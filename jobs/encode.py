@@ -1,0 +1,105 @@
+"""`kalm encode`: corpus files to a passage table; the same command again resumes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.options import StorageOptions, parse_storage_options
+from kalm_encoder.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.driver import Summary
+
+
+def encode(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Files, URLs or globs: JSONL, CSV, TSV (.gz, .zst), Parquet, .lance."),
+    ],
+    to: Annotated[str, typer.Option(help="Table to write, a path or URL ending in .lance.")],
+    model: Annotated[str, typer.Option(help="Hub id or directory of a KaLM reranker.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of the hub id.")] = None,
+    ratio: Annotated[int | None, typer.Option(help="Tokens a stored state (default 4).")] = None,
+    ratios: Annotated[str | None, typer.Option(help="Several ratios, finest first: 4,32.")] = None,
+    store_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    max_length: Annotated[int, typer.Option(help="Tokens a passage is cut to.")] = 1024,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Do not store the raw text.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Ray workers; 0 encodes in this process. Default: one a GPU, else CPUs."),
+    ] = None,
+    cpus_per_worker: Annotated[int | None, typer.Option(help="Threads of a CPU worker.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
+    ] = None,
+    token_budget: Annotated[int | None, typer.Option(help="Padded tokens a forward pass.")] = None,
+    shard_size: Annotated[int, typer.Option(help="Rows a shard.")] = 1000,
+    limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
+    id_field: Annotated[str | None, typer.Option(help="Field that holds the id.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field that holds the text.")] = None,
+    title_field: Annotated[str | None, typer.Option(help="Field that holds the title.")] = None,
+    max_rejected: Annotated[
+        float, typer.Option(help="Largest share of rows that may be rejected.")
+    ] = 0.001,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Encode passages into a Lance table. Run the same command again to resume."""
+    try:
+        from pipeline.driver import EncodeJob, encode_inline, run
+        from pipeline.sources import FieldOptions
+    except ImportError as error:
+        raise InputError(
+            f"encoding needs {error.name}: pip install 'kalm-preencode[batch]'"
+        ) from error
+    if ratio is not None and ratios is not None:
+        raise InputError("give --ratio or --ratios, not both")
+    if not 0 <= max_rejected <= 1:
+        raise InputError(f"--max-rejected {max_rejected} must be a share between 0 and 1")
+    job = EncodeJob(
+        inputs=tuple(inputs),
+        uri=to,
+        model=model,
+        revision=revision,
+        ratios=_parse_ratios(ratios) if ratios else (ratio or 4,),
+        store_dtype=store_dtype,
+        max_length=max_length,
+        keep_text=not no_text,
+        fields=FieldOptions(id_field, text_field, title_field),
+        shard_size=shard_size,
+        limit=limit,
+        token_budget=token_budget,
+        max_rejected=max_rejected,
+        storage_options=parse_storage_options(storage_option),
+    )
+    if workers == 0:
+        execute = encode_inline
+    else:
+        from pipeline.workers import RayOptions, on_ray
+
+        execute = on_ray(RayOptions(address, workers, cpus_per_worker))
+    print_summary(run(job, execute))
+
+
+def print_summary(summary: Summary) -> None:
+    """Print what a run did."""
+    if summary.shards_encoded:
+        print(
+            f"encoded {summary.shards_encoded} shards in {summary.elapsed_s:.1f} s: "
+            f"{summary.tokens_per_s:,.0f} tokens/s, {summary.padding:.1%} padding, "
+            f"{summary.truncated:,} passages truncated"
+        )
+        spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in summary.seconds.items())
+        print(f"worker time: {spent}")
+    if summary.num_rejected:
+        print(f"{summary.num_rejected:,} rows rejected, reasons in {summary.uri}/_kalm/rejects")
+    state = "complete" if summary.shards_encoded else "already complete"
+    print(f"{summary.uri} is {state}: {summary.num_rows:,} passages")
+
+
+def _parse_ratios(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--ratios {text!r} must be numbers with commas, such as 4,32") from None

@@ -1,0 +1,89 @@
+"""`kalm rerank`: score stored passages against a query."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.options import StorageOptions, parse_storage_options
+from kalm_encoder.errors import InputError
+
+if TYPE_CHECKING:
+    from kalm_encoder.table import PassageTable
+
+
+def rerank(
+    uri: Annotated[str, typer.Argument(help="The table.")],
+    query: Annotated[str, typer.Option(help="The query.")],
+    instruction: Annotated[str | None, typer.Option(help="The task, in words.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Candidates, with commas.")] = None,
+    ids_file: Annotated[Path | None, typer.Option(help="Candidates, one a line.")] = None,
+    search: Annotated[int | None, typer.Option(help="Candidates: the best N by BM25.")] = None,
+    ratio: Annotated[int | None, typer.Option(help="Any multiple of a stored ratio.")] = None,
+    top_k: Annotated[int, typer.Option(help="How many to show; 0 shows all.")] = 10,
+    model: Annotated[str | None, typer.Option(help="Default: what the table records.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    version: Annotated[str | None, typer.Option(help="Version or tag; default live.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Rerank candidates by P(yes), from stored states: the encoder is never loaded."""
+    from kalm_encoder.rerank import Reranker
+
+    if sum(option is not None for option in (ids, ids_file, search)) != 1:
+        raise InputError("give the candidates with one of --ids, --ids-file or --search")
+    reranker = Reranker.open(
+        uri,
+        model=model,
+        revision=revision,
+        version=int(version) if version is not None and version.isdigit() else version,
+        storage_options=parse_storage_options(storage_option),
+    )
+    began = time.perf_counter()
+    if search is not None:
+        candidates = [i for i, _ in reranker.table.search(query, search)]
+        if not candidates:
+            print(f"kalm: full-text search finds nothing for {query!r}", file=sys.stderr)
+    else:
+        candidates = ids.split(",") if ids is not None else _read_ids(ids_file)
+    results = reranker.rerank(
+        query, candidates, instruction=instruction, ratio=ratio, top_k=top_k or None
+    )
+    rows: list[dict[str, Any]] = [
+        {"id": r.id, "score": r.score, "margin": r.margin} for r in results
+    ]
+    if as_json:
+        print(json.dumps({"query": query, "results": rows}, ensure_ascii=False))
+        return
+    seconds = time.perf_counter() - began
+    print(f"{query}\n{len(candidates)} candidates in {seconds * 1000:.0f} ms")
+    texts = stored_texts(reranker.table, [r.id for r in results])
+    for rank, result in enumerate(results, start=1):
+        print(f"{rank:3}  {result.score:.4f}  {result.id}  {texts.get(result.id, '')}")
+
+
+def stored_texts(table: PassageTable, ids: list[str], width: int = 70) -> dict[str, str]:
+    """Return the beginnings of stored texts by id; empty where the table keeps none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not table.spec.keep_text:
+        return {}
+    rows = table.dataset.to_table(
+        columns=["id", "text"], filter=pc.field("id").isin(pa.array(ids, pa.string()))
+    )
+    return {
+        i: " ".join(text.split())[:width]
+        for i, text in zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True)
+    }
+
+
+def _read_ids(file: Path | None) -> list[str]:
+    if file is None or not file.is_file():
+        raise InputError(f"no file {file} with ids")
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line]

@@ -1,0 +1,77 @@
+"""`kalm status`: what a table holds, whether it is complete, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from jobs.options import StorageOptions, parse_storage_options
+
+
+def status(
+    uri: Annotated[str, typer.Argument(help="The table.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Show model, ratios, rows, size against the floor, shards done and missing."""
+    facts = table_facts(uri, parse_storage_options(storage_option))
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) and value > 9999 else value
+        print(f"{name:<{width}}  {shown}")
+
+
+def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, Any]:
+    """Collect what `kalm status` prints; reads metadata and one small column."""
+    import pyarrow.compute as pc
+
+    from kalm_encoder.rows import TableSpec
+    from kalm_encoder.table import LIVE_TAG, open_dataset
+    from pipeline.ledger import EMPTY_SHARDS, EPOCH, NUM_ROWS, NUM_SHARDS, SEALED
+
+    dataset = open_dataset(uri, storage_options)
+    spec = TableSpec.from_metadata(dataset.schema.metadata, uri)
+    metadata = {k.decode(): v.decode() for k, v in dataset.schema.metadata.items()}
+    fragments = [f.metadata for f in dataset.get_fragments()]
+    rows = dataset.count_rows()
+    tokens = pc.sum(dataset.to_table(columns=["num_tokens"])["num_tokens"]).as_py() or 0
+    size = sum(file.file_size_bytes or 0 for f in fragments for file in f.files)
+    num_shards, planned = int(metadata[NUM_SHARDS]), int(metadata[NUM_ROWS])
+    empty = {n for n in metadata.get(EMPTY_SHARDS, "").split(",") if n}
+    done = num_shards if SEALED in metadata else len(fragments) + len(empty)
+    tags = dataset.tags.list()
+    facts = {
+        "table": uri,
+        "state": "complete" if SEALED in metadata and LIVE_TAG in tags else "incomplete",
+        "model": spec.model,
+        "revision": spec.revision or "local directory",
+        "fingerprint": spec.fingerprint,
+        "ratios": ",".join(map(str, spec.ratios)),
+        "store_dtype": spec.store_dtype,
+        "dim": spec.dim,
+        "max_length": spec.max_length,
+        "passages": rows,
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": round(size / tokens, 2) if tokens else 0.0,
+        "floor_bytes_per_token": round(spec.bytes_per_token, 2),
+        "shards": num_shards,
+        "shards_done": done,
+        "shards_missing": num_shards - done,
+        "rows_planned": planned,
+        "version": int(dataset.version),
+        "live_version": tags[LIVE_TAG]["version"] if LIVE_TAG in tags else None,
+        "versions": len(dataset.versions()),
+        "fragments": len(fragments),
+        "epoch": int(metadata[EPOCH]),
+        "format_version": spec.format_version,
+        "library_version": spec.library_version,
+    }
+    if done == num_shards:
+        facts["rows_rejected"] = planned - rows
+    return facts

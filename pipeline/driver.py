@@ -1,0 +1,236 @@
+"""A whole job: plan, take the table, hand shards out, commit what comes back, finish the table.
+
+Running the same job again resumes it. The driver never encodes on its own account: shards come back
+from an executor, either `encode_inline` below or `workers.encode_on_ray`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kalm_encoder import checkpoint
+from kalm_encoder.errors import IncompleteError, KalmError, TooManyRejectsError
+from kalm_encoder.rows import TableSpec
+from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
+from pipeline.ledger import Ledger
+from pipeline.progress import Progress
+from pipeline.rejects import RejectStore
+from pipeline.shards import Plan, Shard, plan_shards
+from pipeline.sources import FieldOptions, expand_inputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardFailure:
+    """A shard that was given up, after how many attempts, and the last reason."""
+
+    shard: Shard
+    attempts: int
+    reason: str
+
+
+Outcome = ShardResult | ShardFailure | None
+"""What an executor yields; None is a tick while nothing is ready."""
+
+Executor = Callable[[WorkerConfig, Sequence[Shard]], Generator[Outcome]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """What `kalm encode` was asked to do.
+
+    Attributes:
+        inputs: paths, URLs and globs.
+        uri: of the table, ending in .lance.
+        model: hub id or directory.
+        revision: of the hub id.
+        ratios: to store, finest first.
+        store_dtype: "float16" or "float32".
+        max_length: tokens a passage is cut to.
+        keep_text: whether to store the raw text.
+        fields: fields the user named.
+        shard_size: rows a shard: the unit of work, of commit and of what a crash repeats.
+        limit: encode only the first so many rows.
+        token_budget: padded tokens a forward; None chooses by device.
+        max_rejected: largest share of rows that may be rejected.
+        commit_every_s: at most one commit in so many seconds...
+        commit_every_shards: ...unless so many shards wait.
+        storage_options: for table and inputs, as Lance names them.
+    """
+
+    inputs: tuple[str, ...]
+    uri: str
+    model: str
+    revision: str | None = None
+    ratios: tuple[int, ...] = (4,)
+    store_dtype: str = "float16"
+    max_length: int = 1024
+    keep_text: bool = True
+    fields: FieldOptions = field(default_factory=FieldOptions)
+    shard_size: int = 1000
+    limit: int | None = None
+    token_budget: int | None = None
+    max_rejected: float = 0.001
+    commit_every_s: float = 10.0
+    commit_every_shards: int = 64
+    storage_options: dict[str, str] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run did, and what the table holds now."""
+
+    uri: str
+    num_rows: int
+    num_rejected: int
+    shards_before: int
+    shards_encoded: int
+    tokens_per_s: float
+    padding: float
+    truncated: int
+    elapsed_s: float
+    seconds: dict[str, float]
+
+
+def run(job: EncodeJob, execute: Executor) -> Summary:
+    """Encode what is missing of a job and finish its table.
+
+    Raises:
+        InputError: bad input, model, settings or table; nothing was written.
+        FencedError: another driver took the table over.
+        TooManyRejectsError: more rows rejected than allowed; what is committed stays.
+        IncompleteError: some shards failed for good; all others are committed.
+    """
+    files = checkpoint.resolve(job.model, job.revision)
+    tokenizer = files.tokenizer()
+    for answer in ("yes", "no"):
+        checkpoint.answer_token_id(tokenizer, answer)
+    plan = plan_shards(
+        expand_inputs(job.inputs, job.storage_options),
+        shard_size=job.shard_size,
+        limit=job.limit,
+        fields=job.fields,
+        storage_options=job.storage_options,
+    )
+    spec = TableSpec(
+        model=files.name if files.revision else str(files.path),
+        revision=files.revision,
+        fingerprint=files.fingerprint,
+        dim=files.config.decoder.hidden_size,
+        max_length=job.max_length,
+        ratios=job.ratios,
+        store_dtype=job.store_dtype,
+        keep_text=job.keep_text,
+    )
+    ledger = Ledger.begin(job.uri, spec, plan, job.storage_options)
+    before = len(ledger.done)
+    pending = [shard for shard in plan.shards if shard.number not in ledger.done]
+    logger.info(
+        "%s: %d rows in %d shards, %d done, %d to do",
+        job.uri, plan.num_rows, len(plan.shards), before, len(pending),
+    )  # fmt: skip
+    dealt_with = plan.num_rows - sum(s.rows.num_rows for s in pending)
+    progress = Progress(plan.num_rows, before=dealt_with)
+    config = WorkerConfig(
+        job.uri, spec, token_budget=job.token_budget, storage_options=job.storage_options
+    )
+    try:
+        with contextlib.closing(execute(config, pending)) as outcomes:
+            failures = _encode(job, plan, ledger, progress, outcomes) if pending else []
+    finally:
+        progress.close()
+    if failures:
+        lines = [f"{f.shard.path} shard {f.shard.id}: {f.reason}" for f in failures]
+        raise IncompleteError(
+            f"{len(failures)} of {len(plan.shards)} shards failed, all others are in {job.uri}. "
+            "Mend the cause and run the same command again.\n" + "\n".join(lines[:20])
+        )
+    ledger.seal()
+    ledger.publish()
+    return Summary(
+        uri=job.uri,
+        num_rows=ledger.num_rows,
+        num_rejected=plan.num_rows - ledger.num_rows,
+        shards_before=before,
+        shards_encoded=len(pending),
+        tokens_per_s=progress.tokens_per_s if pending else 0.0,
+        padding=progress.padding,
+        truncated=progress.truncated,
+        elapsed_s=progress.elapsed_s,
+        seconds=progress.seconds,
+    )
+
+
+@dataclass
+class _Committer:
+    """Results waiting for the next commit."""
+
+    job: EncodeJob
+    ledger: Ledger
+    waiting: list[ShardResult] = field(default_factory=list)
+    last: float = field(default_factory=time.monotonic)
+
+    def commit_if_due(self) -> None:
+        due = time.monotonic() - self.last >= self.job.commit_every_s
+        if due or len(self.waiting) >= self.job.commit_every_shards:
+            self.commit()
+
+    def commit(self) -> None:
+        if self.waiting:
+            self.ledger.commit(self.waiting)
+            self.waiting.clear()
+        self.last = time.monotonic()
+
+
+def _encode(
+    job: EncodeJob, plan: Plan, ledger: Ledger, progress: Progress, outcomes: Iterator[Outcome]
+) -> list[ShardFailure]:
+    """Commit shards as they arrive; on an interrupt, what has arrived is committed first."""
+    allowed = int(job.max_rejected * plan.num_rows)
+    rejected = progress.before - ledger.num_rows
+    rejects = RejectStore(job.uri, job.storage_options)
+    failures: list[ShardFailure] = []
+    committer = _Committer(job, ledger)
+    try:
+        for outcome in outcomes:
+            if isinstance(outcome, ShardFailure):
+                failures.append(outcome)
+                logger.error("gave up shard %s: %s", outcome.shard.id, outcome.reason)
+            elif outcome is not None:
+                rejects.write(outcome.shard, outcome.rejects)
+                committer.waiting.append(outcome)
+                progress.add(outcome)
+                rejected += len(outcome.rejects)
+                if rejected > allowed:
+                    last = outcome.rejects[-1]
+                    raise TooManyRejectsError(
+                        f"{rejected} rows rejected, {allowed} of {plan.num_rows} are allowed. "
+                        f"The last: {last.path} line {last.line}: {last.reason}. All are in "
+                        f"{rejects.uri}; mend the input, or raise --max-rejected and run again"
+                    )
+            committer.commit_if_due()
+    except (KeyboardInterrupt, TooManyRejectsError):
+        committer.commit()
+        raise
+    committer.commit()
+    return failures
+
+
+def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
+    """Encode shards one after the other in this process: the executor without Ray.
+
+    Raises:
+        KalmError: the encoder cannot be loaded.
+    """
+    encoder = ShardEncoder(config)
+    for shard in shards:
+        try:
+            outcome: Outcome = encoder.encode(shard)
+        except (KalmError, OSError, RuntimeError) as error:
+            outcome = ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
+        yield outcome

@@ -38,7 +38,7 @@ def options(
     )
     if not debug:
         for noisy in ("httpx", "httpx2", "ray", "transformers", "filelock", "huggingface_hub"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+            logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def main() -> None:

@@ -43,6 +43,9 @@ def encode(
     max_rejected: Annotated[
         float, typer.Option(help="Largest share of rows that may be rejected.")
     ] = 0.001,
+    commit_every: Annotated[
+        float, typer.Option(help="Seconds between commits at least; what a crash may repeat.")
+    ] = 10.0,
     storage_option: StorageOptions = None,
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
@@ -71,6 +74,7 @@ def encode(
         limit=limit,
         token_budget=token_budget,
         max_rejected=max_rejected,
+        commit_every_s=commit_every,
         storage_options=parse_storage_options(storage_option),
     )
     if workers == 0:

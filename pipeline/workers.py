@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import time
+import warnings
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -239,14 +240,16 @@ def _connect(options: RayOptions) -> None:
     ]
     extra = {"object_store_memory": 100_000_000} if address == "local" else {}
     try:
-        ray.init(
-            address=address,
-            runtime_env={"py_modules": packages},
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=True,
-            logging_level=logging.WARNING,
-            **extra,
-        )
+        with warnings.catch_warnings():
+            # Ray forks and at once executes its daemons: Lance's threads are not used in between.
+            warnings.filterwarnings("ignore", message="lance is not fork-safe")
+            ray.init(
+                address=address,
+                runtime_env={"py_modules": packages},
+                include_dashboard=False if address == "local" else None,
+                logging_level=logging.WARNING,
+                **extra,
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot join Ray at {address!r}: {error}") from error
 

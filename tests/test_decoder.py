@@ -1,0 +1,72 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from kalm_encoder import QueryDecoder
+from kalm_encoder.errors import InputError, NonFiniteError
+from tests.conftest import make_texts
+
+
+@pytest.fixture(scope="module")
+def states(encoder):
+    return [p.states for p in encoder.encode(make_texts(40, seed=2), ratio=2)]
+
+
+def test_company_and_order_change_no_score(decoder, model_dir, states):
+    query = "which shard holds the passage"
+    together = decoder.score(query, states)
+    alone = [decoder.score(query, [s])[0] for s in states]
+    narrow = QueryDecoder.load(str(model_dir), token_budget=1).score(query, states)
+    order = list(range(len(states)))
+    random.Random(0).shuffle(order)
+    shuffled = decoder.score(query, [states[i] for i in order])
+    for position, i in enumerate(order):
+        for other in (alone[i], narrow[i], shuffled[position]):
+            assert abs(other[0] - together[i][0]) <= 1e-5
+    assert len({round(score, 4) for score, _ in together}) > 20  # passages do differ
+
+
+def test_the_order_of_states_does_not_matter(decoder, states):
+    longest = max(states, key=len)
+    forward, backward = (decoder.score("q", [s])[0][0] for s in (longest, longest[::-1]))
+    assert abs(forward - backward) <= 1e-5
+
+
+def test_score_is_the_sigmoid_of_the_margin(decoder, states):
+    for score, margin in decoder.score("query", states[:5]):
+        assert score == pytest.approx(1 / (1 + np.exp(-margin)), abs=1e-6)
+
+
+def test_instruction_changes_the_score(decoder, states):
+    plain = decoder.score("query", states[:1])
+    assert decoder.score("query", states[:1], instruction="Find duplicates.") != plain
+
+
+def test_the_raw_query_is_cut_before_the_prompt(decoder):
+    long = decoder.prompt_ids("word " * 2000)
+    assert len(long) - len(decoder.prompt_ids("")) == decoder.query_max_length
+
+
+def test_no_states_give_no_scores(decoder):
+    assert decoder.score("query", []) == []
+
+
+def test_wrong_shapes_are_named(decoder):
+    with pytest.raises(InputError, match=r"states\[1\] has shape \(2, 64\).*\(m, 128\)"):
+        decoder.score("q", [np.zeros((1, 128), np.float32), np.zeros((2, 64), np.float32)])
+
+
+def test_non_finite_logits_are_an_error(decoder):
+    with pytest.raises(NonFiniteError, match="bfloat16 or float32"):
+        decoder.score("q", [np.full((1, 128), np.nan, np.float32)])
+
+
+def test_bfloat16_is_close(decoder, model_dir, states):
+    half = QueryDecoder.load(str(model_dir), dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+    for (a, _), (b, _) in zip(
+        half.score("query", states), decoder.score("query", states), strict=True
+    ):
+        assert abs(a - b) < 0.05

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalm_encoder.errors import InputError
+from kalm_encoder.pooling import coarsen, mean_pool, num_groups
+
+
+def pool_one(x: np.ndarray, ratio: int) -> np.ndarray:
+    """The definition, written as a loop."""
+    return np.stack([x[i : i + ratio].mean(axis=0) for i in range(0, len(x), ratio)])
+
+
+def test_worked_example():
+    states = torch.tensor([[[1.0], [2.0], [3.0], [4.0], [5.0]]])
+    pooled = mean_pool(states, torch.ones(1, 5), 2)
+    assert pooled.flatten().tolist() == [1.5, 3.5, 5.0]
+    assert coarsen(pooled[0].numpy(), 5, 2, 4).flatten().tolist() == [2.5, 5.0]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    ratio=st.sampled_from([1, 2, 3, 4, 8, 16, 32, 64, 128]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_padding_never_enters_a_mean(lengths, ratio, seed):
+    rng = np.random.default_rng(seed)
+    rows = [rng.standard_normal((n, 3)).astype(np.float32) for n in lengths]
+    longest = max(lengths)
+    padded = np.full((len(rows), longest, 3), 1e6, np.float32)
+    mask = np.zeros((len(rows), longest), np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    pooled = mean_pool(torch.from_numpy(padded), torch.from_numpy(mask), ratio).numpy()
+    for i, row in enumerate(rows):
+        m = num_groups(len(row), ratio)
+        np.testing.assert_allclose(pooled[i, :m], pool_one(row, ratio), atol=1e-5)
+        assert not pooled[i, m:].any()
+
+
+@given(
+    n=st.integers(1, 700),
+    stored=st.integers(1, 32),
+    factor=st.integers(1, 32),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_coarsening_equals_pooling_at_the_coarse_ratio(n, stored, factor, seed):
+    x = np.random.default_rng(seed).standard_normal((n, 4)).astype(np.float32)
+    coarse = coarsen(pool_one(x, stored), n, stored, stored * factor)
+    np.testing.assert_allclose(coarse, pool_one(x, stored * factor), atol=2e-6)
+
+
+def test_coarsening_refuses_what_is_no_multiple():
+    with pytest.raises(InputError, match="ratio 6 is not a multiple of the stored ratio 4"):
+        coarsen(np.zeros((3, 2), np.float32), 12, 4, 6)
+    with pytest.raises(InputError, match="3 states cannot belong to 20 tokens"):
+        coarsen(np.zeros((3, 2), np.float32), 20, 4, 8)
+
+
+def test_bfloat16_is_accumulated_in_float32():
+    states = torch.full((1, 128, 1), 1.0, dtype=torch.bfloat16)
+    states[0, 0, 0] = 256.0  # 256 + 1 is 256 in bfloat16
+    pooled = mean_pool(states, torch.ones(1, 128, dtype=torch.bool), 128)
+    assert pooled.dtype == torch.float32
+    assert pooled.item() == (256 + 127) / 128

@@ -1,0 +1,70 @@
+"""Scores from the stored states against mteb's KaLMRerankerWrapper, which encodes at query time."""
+
+import pytest
+
+from kalm_encoder import Reranker
+from tests.conftest import SCRIPTS, encode_table, make_texts, write_corpus
+
+QUERIES = ("how are states stored", "检索增强生成", "the " * 700, "")
+RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    texts = ["", *SCRIPTS, *make_texts(50, seed=11, longest=300), "very long " * 900]
+    return {f"p{i}": text for i, text in enumerate(texts)}
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir, corpus):
+    """P(yes) of every pair by ratio, in the reference's own batches."""
+    from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
+
+    wrapper = KaLMRerankerWrapper(str(model_dir), device="cpu")
+    pairs = [(query, text) for query in QUERIES for text in corpus.values()]
+    assert len(pairs) >= 200
+    scores = {}
+    for ratio in RATIOS:
+        wrapper.chunk_size = ratio
+        scores[ratio] = [
+            score
+            for start in range(0, len(pairs), 32)
+            for score in wrapper._predict_batch(
+                pairs[start : start + 32], [wrapper.instruction] * len(pairs[start : start + 32])
+            )
+        ]
+    return scores
+
+
+def largest_differences(table, corpus, reference) -> dict[int, float]:
+    reranker = Reranker.open(str(table))
+    worst = {}
+    for ratio in RATIOS:
+        ours = []
+        for query in QUERIES:
+            found = {r.id: r.score for r in reranker.rerank(query, list(corpus), ratio=ratio)}
+            ours += [found[i] for i in corpus]
+        worst[ratio] = max(abs(a - b) for a, b in zip(ours, reference[ratio], strict=True))
+    return worst
+
+
+@pytest.mark.parametrize("ratios", [(1,), (1, 8, 32)])
+def test_float32_store_equals_the_reference(model_dir, corpus, reference, tmp_path, ratios):
+    texts = list(corpus.values())
+    file = write_corpus(tmp_path / "corpus.jsonl", texts)
+    table = tmp_path / "t.lance"
+    encode_table(model_dir, file, table, ratios=ratios, store_dtype="float32", shard_size=25)
+    worst = largest_differences(table, corpus, reference)
+    assert max(worst.values()) <= 1e-5, worst
+
+
+def test_float16_store_is_close_to_the_reference(
+    model_dir, corpus, reference, tmp_path, record_property
+):
+    file = write_corpus(tmp_path / "corpus.jsonl", list(corpus.values()))
+    table = tmp_path / "t.lance"
+    encode_table(model_dir, file, table, ratios=(1,))
+    worst = largest_differences(table, corpus, reference)
+    record_property("largest_difference_float16", max(worst.values()))
+    print(f"\nfloat16 store, largest |P(yes) difference|: {max(worst.values()):.2e}")
+    assert max(worst.values()) <= 2e-3, worst

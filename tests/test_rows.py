@@ -1,0 +1,124 @@
+import json
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalm_encoder import PassageTable
+from kalm_encoder.errors import CorruptRowError, InputError, TableError
+from kalm_encoder.pooling import PassageStates, coarsen, num_groups
+from kalm_encoder.rows import TableSpec, build_rows, checksum, read_rows
+from tests.golden import write_v1
+
+SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2, 8), store_dtype="float32")
+
+
+def columns(ratio):
+    return ["id", "num_tokens", "truncated", f"states_r{ratio}", f"checksum_r{ratio}"]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 64), max_size=20),
+    slice_at=st.integers(0, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_round_trip(lengths, slice_at, seed):
+    rng = np.random.default_rng(seed)
+    passages = [
+        PassageStates(
+            rng.standard_normal((num_groups(n, 2), 4)).astype(np.float32), n, bool(n % 2)
+        )
+        for n in lengths
+    ]
+    ids = [f"id{i}" for i in range(len(lengths))]
+    rows = build_rows(SPEC, ids, ids, passages, "s").slice(slice_at)
+    for ratio in (2, 8):
+        for wanted in (ratio, ratio * 4):
+            got = read_rows(SPEC, rows.select(columns(ratio)), stored=ratio, wanted=wanted, uri="u")
+            assert list(got) == ids[slice_at:]
+            for i, passage in list(zip(ids, passages, strict=True))[slice_at:]:
+                assert (got[i].num_tokens, got[i].truncated) == (
+                    passage.num_tokens,
+                    passage.truncated,
+                )
+                want = coarsen(passage.states, passage.num_tokens, 2, wanted)
+                if wanted == 2:
+                    assert np.array_equal(got[i].states, want)
+                np.testing.assert_allclose(got[i].states, want, atol=1e-6)
+
+
+def test_no_field_is_nullable():
+    def walk(field: pa.Field):
+        assert not field.nullable, field
+        if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
+            walk(field.type.value_field)
+
+    for field in SPEC.schema():
+        walk(field)
+
+
+def test_checksum_covers_id_tokens_and_states():
+    states = np.arange(8, dtype=np.float16).reshape(2, 4)
+    base = checksum("id", 4, states)
+    changed = states.copy()
+    changed[1, 3] = np.float16(np.nextafter(states[1, 3], np.float16(100)))
+    assert base == checksum("id", 4, states.copy())
+    assert len({base, checksum("ie", 4, states), checksum("id", 3, states)}) == 3
+    assert checksum("id", 4, changed) != base
+
+
+def test_repeated_ids_are_an_error():
+    passage = PassageStates(np.ones((1, 4), np.float32), 2, False)
+    rows = build_rows(SPEC, ["a", "a"], ["", ""], [passage] * 2, "s").select(columns(2))
+    with pytest.raises(CorruptRowError, match="'a' is in u more than once"):
+        read_rows(SPEC, rows, stored=2, wanted=2, uri="u")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratios": (4, 6)}, "ratio 6 is not a multiple of the finest ratio 4"),
+        ({"ratios": (8, 4)}, "finest first"),
+        ({"ratios": ()}, "finest first"),
+        ({"store_dtype": "int3"}, "'int3' is not one of float16, float32"),
+    ],
+)
+def test_impossible_settings_are_named(change, message):
+    with pytest.raises(InputError, match=message):
+        TableSpec(**{**SPEC.__dict__, **change})
+
+
+def test_golden_files_of_version_1_read_as_written():
+    table = PassageTable.open(str(write_v1.FOLDER / "passages.lance"))
+    assert table.spec == write_v1.SPEC
+    for ratio in (2, 4, 8):
+        taken = table.take(write_v1.IDS, ratio=ratio)
+        for got, passage in zip(taken, write_v1.passages(), strict=True):
+            assert (got.num_tokens, got.truncated) == (passage.num_tokens, passage.truncated)
+            want = coarsen(passage.states, passage.num_tokens, 2, ratio)
+            np.testing.assert_allclose(got.states, want, rtol=1e-3)
+
+
+def test_version_1_is_still_written_the_same():
+    rows = build_rows(
+        write_v1.SPEC, write_v1.IDS, write_v1.TEXTS, write_v1.passages(), "000000-golden"
+    )
+    assert rows.equals(lance.dataset(write_v1.FOLDER / "passages.lance").to_table())
+    expected = json.loads((write_v1.FOLDER / "expected.json").read_text())
+    assert [h.hex() for h in rows["text_hash"].to_pylist()] == expected["text_hash"]
+    for name in ("checksum_r2", "checksum_r4"):
+        assert rows[name].to_pylist() == expected[name]
+
+
+def test_other_tables_and_versions_are_refused(tmp_path):
+    lance.write_dataset(pa.table({"id": ["a"]}), tmp_path / "other.lance")
+    with pytest.raises(TableError, match="not one that `kalm encode` made"):
+        PassageTable.open(str(tmp_path / "other.lance"), version=1)
+    newer = json.dumps({"format_version": 2, "library_version": "9.0"})
+    schema = pa.schema([pa.field("id", pa.string())], metadata={"kalm.spec": newer})
+    lance.write_dataset(schema.empty_table(), tmp_path / "newer.lance", schema=schema)
+    with pytest.raises(TableError, match=r"format version 2.*Install the version.*9\.0"):
+        PassageTable.open(str(tmp_path / "newer.lance"), version=1)

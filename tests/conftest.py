@@ -23,11 +23,44 @@ SCRIPTS = (
     "नमस्ते दुनिया, यह एक छोटा सा अनुच्छेद है।",
     "emoji 🚀🔍 and tabs\tand\nline breaks, 'quotes' and \"more\"",
 )
-WORDS = (
-    "index query passage encoder decoder token state ratio pooling shard commit table version "
-    "retrieval ranking score relevance yes no library catalogue science method result data "
-    "storage memory latency batch padding window attention layer vector mean group"
-).split()
+WORDS = [
+    "index",
+    "query",
+    "passage",
+    "encoder",
+    "decoder",
+    "token",
+    "state",
+    "ratio",
+    "pooling",
+    "shard",
+    "commit",
+    "table",
+    "version",
+    "retrieval",
+    "ranking",
+    "score",
+    "relevance",
+    "yes",
+    "no",
+    "library",
+    "catalogue",
+    "science",
+    "method",
+    "result",
+    "data",
+    "storage",
+    "memory",
+    "latency",
+    "batch",
+    "padding",
+    "window",
+    "attention",
+    "layer",
+    "vector",
+    "mean",
+    "group",
+]
 
 
 def make_texts(count: int, *, seed: int = 0, longest: int = 120) -> list[str]:
@@ -73,7 +106,5 @@ def small_table(model_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     corpus = write_corpus(folder / "corpus.jsonl", make_texts(60))
     table = folder / "small.lance"
-    encode_table(
-        model_dir, corpus, table, ratios=(2, 8), store_dtype="float32", shard_size=10
-    )
+    encode_table(model_dir, corpus, table, ratios=(2, 8), store_dtype="float32", shard_size=10)
     return table

@@ -28,9 +28,7 @@ def columns(ratio):
 def test_round_trip(lengths, slice_at, seed):
     rng = np.random.default_rng(seed)
     passages = [
-        PassageStates(
-            rng.standard_normal((num_groups(n, 2), 4)).astype(np.float32), n, bool(n % 2)
-        )
+        PassageStates(rng.standard_normal((num_groups(n, 2), 4)).astype(np.float32), n, bool(n % 2))
         for n in lengths
     ]
     ids = [f"id{i}" for i in range(len(lengths))]
@@ -106,7 +104,10 @@ def test_version_1_is_still_written_the_same():
     rows = build_rows(
         write_v1.SPEC, write_v1.IDS, write_v1.TEXTS, write_v1.passages(), "000000-golden"
     )
-    assert rows.equals(lance.dataset(write_v1.FOLDER / "passages.lance").to_table())
+    # Not Table.equals: Lance does not keep the nullability of fixed-size-list items.
+    assert (
+        rows.to_pydict() == lance.dataset(write_v1.FOLDER / "passages.lance").to_table().to_pydict()
+    )
     expected = json.loads((write_v1.FOLDER / "expected.json").read_text())
     assert [h.hex() for h in rows["text_hash"].to_pylist()] == expected["text_hash"]
     for name in ("checksum_r2", "checksum_r4"):

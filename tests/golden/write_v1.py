@@ -1,6 +1,6 @@
 """Writes tests/golden/v1. Run once per format version; the files are then never written again.
 
-    python -m tests.golden.write_v1
+python -m tests.golden.write_v1
 """
 
 import json

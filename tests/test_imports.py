@@ -1,0 +1,44 @@
+"""What a query process loads, looked at in a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+
+FORBIDDEN = {"ray", "typer", "tqdm.contrib", "pipeline", "jobs", "mteb", "fastapi"}
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_reranking_loads_no_ray_no_command_line_and_no_encoder(small_table):
+    loaded = modules_after(
+        "from kalm_encoder import Reranker\n"
+        f"r = Reranker.open({str(small_table)!r})\n"
+        "r.rerank('query', [i for i, _ in r.table.search('token', 5)])"
+    )
+    assert not FORBIDDEN & loaded
+    assert "pandas" not in loaded
+    assert "kalm_encoder.encoder" not in loaded
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert not {"torch", "lance", "transformers"} & modules_after("import kalm_encoder")
+
+
+def test_reading_a_table_needs_no_torch(small_table):
+    loaded = modules_after(
+        "from kalm_encoder import PassageTable\n"
+        f"PassageTable.open({str(small_table)!r}).take(['p1'])"
+    )
+    assert not {"torch", "transformers", *FORBIDDEN} & loaded
+
+
+@pytest.mark.parametrize("module", ["pipeline.driver", "pipeline.encode_shard", "jobs.cli"])
+def test_only_the_ray_adapter_imports_ray(module):
+    assert "ray" not in modules_after(f"import {module}")

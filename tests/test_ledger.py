@@ -1,0 +1,203 @@
+"""The commit protocol on a real Lance table, with stand-in states and no model."""
+
+import json
+
+import lance
+import numpy as np
+import pytest
+
+from kalm_encoder import PassageTable
+from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError
+from kalm_encoder.pooling import PassageStates
+from kalm_encoder.rows import TableSpec, build_rows
+from pipeline.encode_shard import ShardResult
+from pipeline.fragments import write_fragment
+from pipeline.ledger import Ledger
+from pipeline.shards import Plan, plan_shards
+
+SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
+
+
+@pytest.fixture
+def plan(tmp_path) -> Plan:
+    """5 shards of 3 rows."""
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps({"id": f"r{i}", "text": "t"}) + "\n" for i in range(15)))
+    return plan_shards([str(file)], shard_size=3)
+
+
+@pytest.fixture
+def uri(tmp_path) -> str:
+    return str(tmp_path / "t.lance")
+
+
+def encode(plan: Plan, uri: str, number: int) -> ShardResult:
+    """What a worker returns, with made-up states."""
+    ids = [f"r{i}" for i in range(number * 3, number * 3 + 3)]
+    passages = [PassageStates(np.full((1, 4), number, np.float32), 2, False)] * 3
+    rows = build_rows(SPEC, ids, ["t"] * 3, passages, plan.shards[number].id)
+    return ShardResult(plan.shards[number], write_fragment(rows, lance.dataset(uri)), 3)
+
+
+def ids_of(uri: str) -> list[str]:
+    return lance.dataset(uri).to_table(columns=["id"])["id"].to_pylist()
+
+
+def test_shards_are_committed_once_and_in_plan_order(plan, uri):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    for number in (3, 0, 4, 1, 2):
+        ledger.commit([encode(plan, uri, number)])
+    ledger.seal()
+    ledger.publish()
+    assert ids_of(uri) == [f"r{i}" for i in range(15)]
+    assert len(PassageTable.open(uri).take([f"r{i}" for i in range(15)])) == 15
+
+
+def test_a_shard_that_is_there_is_not_added_again(plan, uri):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger.commit([encode(plan, uri, 0)])
+    ledger.commit([encode(plan, uri, 0), encode(plan, uri, 1)])
+    assert ids_of(uri) == [f"r{i}" for i in range(6)]
+
+
+def test_the_store_itself_refuses_a_second_commit_of_a_shard(plan, uri):
+    """Even a driver that forgot what it committed cannot double a shard."""
+    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger.commit([encode(plan, uri, 0)])
+    ledger.done.clear()
+    ledger.commit([encode(plan, uri, 0)])  # refused by Lance, then found to be there
+    assert ids_of(uri) == ["r0", "r1", "r2"]
+    assert ledger.done == {0}
+
+
+def test_a_second_driver_takes_over_and_fences_the_first(plan, uri):
+    first = Ledger.begin(uri, SPEC, plan)
+    first.commit([encode(plan, uri, 0)])
+    stale = encode(plan, uri, 1)
+    second = Ledger.begin(uri, SPEC, plan)
+    assert second.done == {0}
+    with pytest.raises(FencedError, match="another `kalm encode` took"):
+        first.commit([stale])
+    second.commit([encode(plan, uri, 1)])
+    with pytest.raises(FencedError):
+        first.commit([encode(plan, uri, 2)])
+    assert ids_of(uri) == [f"r{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_an_unknown_outcome_is_settled_by_the_table(plan, uri, monkeypatch, applied):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger.commit([encode(plan, uri, 0)])
+    real, calls = lance.LanceDataset.commit, []
+
+    def lost_reply(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            if applied:
+                real(*args, **kwargs)
+            raise OSError("connection reset")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", lost_reply)
+    ledger.commit([encode(plan, uri, 1), encode(plan, uri, 2)])
+    assert len(calls) == (1 if applied else 2)
+    ledger.commit([encode(plan, uri, 3)])
+    assert ids_of(uri) == [f"r{i}" for i in range(12)]
+
+
+def test_a_lost_reply_and_a_takeover_end_in_a_fence(plan, uri, monkeypatch):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    real = lance.LanceDataset.commit
+
+    def taken_over(*args, **kwargs):
+        monkeypatch.setattr(lance.LanceDataset, "commit", real)
+        Ledger.begin(uri, SPEC, plan)
+        raise OSError("connection reset")
+
+    result = encode(plan, uri, 0)
+    monkeypatch.setattr(lance.LanceDataset, "commit", taken_over)
+    with pytest.raises(FencedError):
+        ledger.commit([result])
+    assert ids_of(uri) == []
+
+
+def test_a_store_that_keeps_refusing_is_an_error(plan, uri, monkeypatch):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    result = encode(plan, uri, 0)
+
+    def refuse(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        ledger.commit([result])
+
+
+def test_shards_without_a_usable_row_count_as_done(plan, uri):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger.commit([ShardResult(plan.shards[1], None, 0), encode(plan, uri, 0)])
+    ledger.commit([ShardResult(plan.shards[2], None, 0)])
+    assert Ledger.begin(uri, SPEC, plan).done == {0, 1, 2}
+
+
+def test_an_incomplete_table_cannot_be_sealed_or_opened(plan, uri):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger.commit([encode(plan, uri, 0)])
+    with pytest.raises(KalmError, match=r"cannot be sealed: shards missing \[1, 2, 3, 4\]"):
+        ledger.seal()
+    with pytest.raises(InputError, match="is not complete yet"):
+        PassageTable.open(uri)
+    assert len(PassageTable.open(uri, version=lance.dataset(uri).version).take(["r1"])) == 1
+
+
+def test_a_sealed_table_takes_no_more(plan, uri):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    late = encode(plan, uri, 0)
+    ledger.commit([encode(plan, uri, n) for n in range(5)])
+    stale = Ledger.begin(uri, SPEC, plan)
+    stale.seal()
+    with pytest.raises(FencedError):
+        ledger.commit([ShardResult(plan.shards[0], late.fragment, 3)][:0] or [])
+        ledger.seal()
+    again = Ledger.begin(uri, SPEC, plan)
+    assert again.sealed
+    assert again.done == set(range(5))
+
+
+def test_publishing_twice_changes_nothing(plan, uri):
+    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger.commit([encode(plan, uri, n) for n in range(5)])
+    ledger.seal()
+    ledger.publish()
+    version = lance.dataset(uri).version
+    ledger.publish()
+    assert lance.dataset(uri).version == version == PassageTable.open(uri).version
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fingerprint", "other"),
+        ("ratios", (4,)),
+        ("store_dtype", "float16"),
+        ("max_length", 512),
+        ("keep_text", False),
+    ],
+)
+def test_another_configuration_is_refused_by_name(plan, uri, field, value):
+    Ledger.begin(uri, SPEC, plan)
+    other = TableSpec(**{**SPEC.__dict__, field: value})
+    with pytest.raises(MismatchError, match=f"begun with {field} ") as caught:
+        Ledger.begin(uri, other, plan)
+    assert caught.value.field == field
+
+
+def test_other_input_is_refused(plan, uri):
+    Ledger.begin(uri, SPEC, plan)
+    with pytest.raises(MismatchError, match="begun with other input"):
+        Ledger.begin(uri, SPEC, Plan(plan.shards[:-1]))
+
+
+def test_addresses_lancedb_could_not_open_are_refused(plan, tmp_path):
+    with pytest.raises(InputError, match=r"must end in \.lance"):
+        Ledger.begin(str(tmp_path / "table"), SPEC, plan)

@@ -1,0 +1,225 @@
+import csv
+import gzip
+import json
+
+import lance
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from backports import zstd
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalm_encoder.errors import InputError
+from pipeline.shards import ShardReader, plan_shards
+from pipeline.sources import FieldOptions, Passage, Reject, expand_inputs
+
+
+def read_all(files, *, shard_size=7, **options):
+    plan = plan_shards([str(f) for f in files], shard_size=shard_size, **options)
+    reader = ShardReader()
+    passages, rejects = [], []
+    for shard in plan.shards:
+        more, bad = reader.read(shard)
+        passages += more
+        rejects += bad
+    return plan, passages, rejects
+
+
+RECORDS = [{"_id": f"d{i}", "title": f"T{i}", "text": f"text {i} é漢\n'\""} for i in range(40)]
+EXPECTED = [Passage(r["_id"], f"{r['title']} {r['text']}".strip()) for r in RECORDS]
+
+
+def jsonl(records=RECORDS) -> bytes:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+
+
+def write_every_format(folder):
+    """The same 40 records in each format."""
+    table = pa.Table.from_pylist(RECORDS)
+    (folder / "a.jsonl").write_bytes(jsonl())
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl()[:500]) + gzip.compress(jsonl()[500:]))
+    two_frames = zstd.compress(jsonl()[:500]) + zstd.compress(jsonl()[500:])
+    (folder / "c.jsonl.zst").write_bytes(two_frames)
+    for name, dialect in (("d.csv", "excel"), ("e.tsv", "excel-tab")):
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["title", "_id", "text"], dialect=dialect)
+            writer.writeheader()
+            writer.writerows(RECORDS)
+    pq.write_table(table, folder / "f.parquet", row_group_size=15)
+    lance.write_dataset(table, folder / "g.lance")
+    return sorted(p for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", list("abcdefg"))
+def test_every_format_reads_the_same_passages(tmp_path, name):
+    (file,) = [f for f in write_every_format(tmp_path) if f.name.startswith(name)]
+    plan, passages, rejects = read_all([file])
+    assert passages == EXPECTED
+    assert rejects == []
+    assert plan.num_rows == 40
+    assert max(s.rows.num_rows for s in plan.shards) == 7
+
+
+def test_ms_marco_collection_has_no_header_and_no_quoting(tmp_path):
+    file = tmp_path / "collection.tsv"
+    file.write_text('0\ta "quoted passage\n1\tplain\n', encoding="utf-8")
+    _, passages, _ = read_all([file])
+    assert passages == [Passage("0", 'a "quoted passage'), Passage("1", "plain")]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    shard_size=st.integers(1, 12),
+    limit=st.none() | st.integers(1, 60),
+    blank=st.booleans(),
+)
+def test_shards_cover_every_row_once(tmp_path_factory, lengths, shard_size, limit, blank):
+    folder = tmp_path_factory.mktemp("cover")
+    files, expected = [], []
+    for f, n in enumerate(lengths):
+        ids = [f"{f}-{i}" for i in range(n)]
+        lines = [json.dumps({"id": i, "text": "x" * len(i)}) for i in ids]
+        (folder / f"{f}.jsonl").write_text(("\n\n" if blank else "\n").join(lines))
+        files.append(folder / f"{f}.jsonl")
+        expected += ids
+    if not expected:
+        with pytest.raises(InputError, match="no rows in"):
+            read_all(files)
+        return
+    plan, passages, rejects = read_all(files, shard_size=shard_size, limit=limit)
+    assert [p.id for p in passages] == expected[:limit]
+    assert not rejects
+    assert plan.num_rows == len(expected[:limit])
+    assert [s.number for s in plan.shards] == list(range(len(plan.shards)))
+    assert all(s.rows.num_rows <= shard_size for s in plan.shards)
+
+
+def test_the_plan_depends_on_content_not_on_place(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c.jsonl").write_bytes(jsonl())
+    one, two = (read_all([tmp_path / f / "c.jsonl"])[0] for f in ("one", "two"))
+    assert one.hash == two.hash
+    (tmp_path / "two" / "c.jsonl").write_bytes(jsonl(RECORDS[:-1]))
+    assert read_all([tmp_path / "two" / "c.jsonl"])[0].hash != one.hash
+    assert read_all([tmp_path / "one" / "c.jsonl"], shard_size=8)[0].hash != one.hash
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_a_file_that_changes_after_planning_is_noticed(tmp_path, name):
+    file = tmp_path / name
+
+    def write(records):
+        if name.endswith("parquet"):
+            pq.write_table(pa.Table.from_pylist(records), file)
+        else:
+            file.write_bytes(jsonl(records))
+
+    write(RECORDS)
+    plan = plan_shards([str(file)], shard_size=10)
+    write([*RECORDS[:-1], {**RECORDS[-1], "text": "changed"}])
+    with pytest.raises(InputError, match="changed after it was planned"):
+        ShardReader().read(plan.shards[-1])
+
+
+def test_bad_rows_are_rejected_with_line_and_reason(tmp_path):
+    lines = [
+        b'{"_id": "good", "text": "fine"}',
+        b'{"_id": "broken", "text": ',
+        b'{"_id": "null", "text": null}',
+        b'{"_id": "number", "text": 7}',
+        b'{"_id": "", "text": "no id"}',
+        b'{"text": "no id at all"}',
+        b'{"_id": null, "text": "null id"}',
+        b"",
+        b'["a", "list"]',
+        b'{"_id": "bytes", "text": "\xff\xfe"}',
+        b'{"_id": "lone", "text": "\\ud800"}',
+        b'{"_id": "good", "text": "again"}',
+        b'{"_id": 12, "text": ""}',
+        b'{"_id": "title", "title": 5, "text": "x"}',
+        b'{"_id": true, "text": "x"}',
+    ]
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    _, passages, rejects = read_all([file], shard_size=100, fields=FieldOptions(title="title"))
+    assert passages == [Passage("good", "fine"), Passage("12", "")]
+    reasons = {r.line: r.reason for r in rejects}
+    assert set(reasons) == {2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15}
+    for line, part in {
+        2: "not JSON",
+        3: "'text' holds no text: missing or null",
+        4: "holds no text: int '7'",
+        5: "holds no id",
+        6: "holds no id: missing or null",
+        9: "a JSON list",
+        10: "not UTF-8",
+        11: "surrogate",
+        12: "repeated",
+        14: "'title' holds no text",
+        15: "bool",
+    }.items():
+        assert part in reasons[line], (line, reasons[line])
+    assert all(r.path == str(file) for r in rejects)
+    assert Reject(str(file), 3, reasons[3], "null") in rejects
+
+
+def test_csv_rows_of_the_wrong_width_are_rejected(tmp_path):
+    file = tmp_path / "c.csv"
+    file.write_text('id,text\n1,"two\nlines"\n2\n3,ok\n')
+    _, passages, rejects = read_all([file])
+    assert passages == [Passage("1", "two\nlines"), Passage("3", "ok")]
+    assert [(r.line, r.reason) for r in rejects] == [(4, "1 columns instead of 2")]
+
+
+def test_fields_can_be_named_and_are_checked(tmp_path):
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"key": "k", "abstract": "a", "id": "i", "text": "t"}\n')
+    _, passages, _ = read_all([file], fields=FieldOptions(id="key", text="abstract"))
+    assert passages == [Passage("k", "a")]
+    with pytest.raises(InputError, match=r"no id field nope; it has key, .* --id-field"):
+        read_all([file], fields=FieldOptions(id="nope"))
+    file.write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match="no id field _id, id, doc_id"):
+        read_all([file])
+
+
+def test_wrong_column_types_are_named(tmp_path):
+    pq.write_table(pa.table({"id": ["a"], "text": [1.5]}), tmp_path / "c.parquet")
+    with pytest.raises(InputError, match="column 'text' .* is double"):
+        read_all([tmp_path / "c.parquet"])
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = write_every_format(tmp_path)
+    for file in whole:
+        if file.suffix in (".gz", ".zst", ".parquet"):
+            file.write_bytes(file.read_bytes()[:-40])
+            with pytest.raises(InputError, match=f"cannot read .*{file.name}"):
+                read_all([file])
+
+
+def test_inputs_expand_in_a_fixed_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        (tmp_path / name).write_text("x")
+    found = expand_inputs([f"{tmp_path}/*.jsonl", f"{tmp_path}/c.csv"], None)
+    assert [f.rsplit("/", 1)[-1] for f in found] == ["a.jsonl", "b.jsonl", "c.csv"]
+    for given_, message in (
+        ([f"{tmp_path}/*.parquet"], "no file matches"),
+        ([f"{tmp_path}/none.jsonl"], "no file matches"),
+        ([str(tmp_path)], "known format|is a folder"),
+        ([f"{tmp_path}/c.csv", f"{tmp_path}/*.csv"], "more than once"),
+        ([f"{tmp_path}/readme.md"], "known format|no file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            expand_inputs(given_, None)
+
+
+def test_any_fsspec_url_works():
+    import fsspec
+
+    with fsspec.open("memory://corpus/c.jsonl", "wb") as file:
+        file.write(jsonl())
+    _, passages, _ = read_all(expand_inputs(["memory://corpus/*.jsonl"], None))
+    assert passages == EXPECTED

@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import secrets
+import socket
 import time
 import warnings
 from collections import deque
@@ -34,6 +35,7 @@ MAX_ATTEMPTS = 3
 IN_FLIGHT = 2
 """Shards a worker has at once: while one is on the device the other is read or written."""
 TICK_S = 1.0
+CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class _Pool:
         self._loading: dict[Any, Any] = {}
         self._ready: list[Any] = []
         self._tasks: dict[Any, _Task] = {}
-        self._replacements_left = 3 * count + 10
+        self._deaths = 0  # since the last shard that was encoded
+        self._most_deaths = 2 * count + 3
         self._started = time.monotonic()
         for _ in range(count):
             self._start_worker()
@@ -183,11 +186,14 @@ class _Pool:
             return
         task = self._tasks.pop(ref)
         try:
-            yield ray.get(ref)
+            result = ray.get(ref)
         except RayTaskError as error:
             yield from self._retry(task.shard, self._queue, _reason(error))
         except RayError as error:
             yield from self._bury(task, _reason(error))
+        else:
+            self._deaths = 0
+            yield result
 
     def _bury(self, task: _Task, reason: str) -> Generator[Outcome]:
         """Deal with a dead worker: its shards become suspects, another takes its place."""
@@ -210,9 +216,9 @@ class _Pool:
 
     def _replace_worker(self, reason: str) -> None:
         logger.warning("a worker died: %s", reason)
-        if self._replacements_left == 0:
+        self._deaths += 1
+        if self._deaths > self._most_deaths:
             raise KalmError(f"workers keep dying, the last because: {reason}")
-        self._replacements_left -= 1
         self._start_worker()
 
     def _replace_overdue(self) -> Generator[Outcome]:
@@ -238,6 +244,13 @@ def _connect(options: RayOptions) -> None:
         str(Path(str(importlib.import_module(name).__file__)).parent)
         for name in ("kalm_encoder", "pipeline")
     ]
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        # Ray itself tries for over five minutes before it says that nothing is there.
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise InputError(f"no Ray cluster answers at {address}: {error}") from error
     extra = {"object_store_memory": 100_000_000} if address == "local" else {}
     try:
         with warnings.catch_warnings():

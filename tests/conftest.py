@@ -1,4 +1,4 @@
-"""Shared fixtures: a small checkpoint of the exact architecture, a corpus, tables made from them."""
+"""Shared fixtures: a small checkpoint of the exact architecture, a corpus, a table."""
 
 import json
 import random
@@ -23,44 +23,11 @@ SCRIPTS = (
     "नमस्ते दुनिया, यह एक छोटा सा अनुच्छेद है।",
     "emoji 🚀🔍 and tabs\tand\nline breaks, 'quotes' and \"more\"",
 )
-WORDS = [
-    "index",
-    "query",
-    "passage",
-    "encoder",
-    "decoder",
-    "token",
-    "state",
-    "ratio",
-    "pooling",
-    "shard",
-    "commit",
-    "table",
-    "version",
-    "retrieval",
-    "ranking",
-    "score",
-    "relevance",
-    "yes",
-    "no",
-    "library",
-    "catalogue",
-    "science",
-    "method",
-    "result",
-    "data",
-    "storage",
-    "memory",
-    "latency",
-    "batch",
-    "padding",
-    "window",
-    "attention",
-    "layer",
-    "vector",
-    "mean",
-    "group",
-]
+WORDS = (
+    "index query passage encoder decoder token state ratio pooling shard commit table version "
+    "retrieval ranking score relevance yes no library catalogue science method result data "
+    "storage memory latency batch padding window attention layer vector mean group"
+).split()
 
 
 def make_texts(count: int, *, seed: int = 0, longest: int = 120) -> list[str]:

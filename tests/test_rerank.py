@@ -44,7 +44,7 @@ def test_bad_requests_are_named(reranker):
 def test_another_model_is_refused_with_both_fingerprints(small_table, model_dir, tmp_path):
     other = shutil.copytree(model_dir, tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
-    with pytest.raises(MismatchError, match="fingerprint .* load the model the table") as caught:
+    with pytest.raises(MismatchError, match=r"fingerprint .* load the model the table") as caught:
         Reranker.open(str(small_table), model=str(other))
     assert caught.value.field == "fingerprint"
 

@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 
+import fsspec
 import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -187,7 +188,7 @@ def test_fields_can_be_named_and_are_checked(tmp_path):
 
 def test_wrong_column_types_are_named(tmp_path):
     pq.write_table(pa.table({"id": ["a"], "text": [1.5]}), tmp_path / "c.parquet")
-    with pytest.raises(InputError, match="column 'text' .* is double"):
+    with pytest.raises(InputError, match=r"column 'text' .* is double"):
         read_all([tmp_path / "c.parquet"])
 
 
@@ -217,8 +218,6 @@ def test_inputs_expand_in_a_fixed_order(tmp_path):
 
 
 def test_any_fsspec_url_works():
-    import fsspec
-
     with fsspec.open("memory://corpus/c.jsonl", "wb") as file:
         file.write(jsonl())
     _, passages, _ = read_all(expand_inputs(["memory://corpus/*.jsonl"], None))

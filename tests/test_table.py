@@ -28,7 +28,8 @@ def test_take_returns_the_order_asked_for(table, encoder):
 @pytest.mark.parametrize("ratio", [2, 4, 8, 16, 64])
 def test_take_makes_any_multiple_of_a_stored_ratio(table, encoder, ratio):
     want = encoder.encode(make_texts(60)[:20], ratio=ratio)
-    for got, expected in zip(table.take([f"p{i}" for i in range(20)], ratio=ratio), want):
+    taken = table.take([f"p{i}" for i in range(20)], ratio=ratio)
+    for got, expected in zip(taken, want, strict=True):
         np.testing.assert_allclose(got.states, expected.states, atol=1e-5)
 
 

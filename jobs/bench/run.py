@@ -1,0 +1,15 @@
+"""All benchmarks; the last lines are one `bar NAME VALUE OP GOAL` a figure."""
+
+import logging
+
+from jobs.bench import encode, memory, rerank
+from jobs.bench.data import FOLDER, check_idle
+
+logging.getLogger().setLevel(logging.WARNING)
+FOLDER.mkdir(exist_ok=True)
+check_idle()
+bars = []
+for bench in (memory, encode, rerank):
+    print(f"--- {bench.__name__}", flush=True)
+    bars += bench.main()
+print("\n".join(bars))

@@ -1,0 +1,90 @@
+"""The Ray loop with real actors and real deaths; a stand-in encoder where only the loop matters."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from kalm_encoder.errors import InputError, KalmError
+from pipeline import workers
+from pipeline.driver import ShardFailure
+from pipeline.encode_shard import ShardResult, WorkerConfig
+from pipeline.shards import Shard
+from pipeline.sources import Fields
+from pipeline.text_files import Slice
+from pipeline.workers import RayOptions, Worker, on_ray
+from tests.test_ledger import SPEC
+
+CONFIG = WorkerConfig("unused", SPEC)
+
+
+def make_shards(count):
+    return [
+        Shard(i, "file", Fields("id", "text"), Slice(0, 1, 1, 1, f"{i:032x}")) for i in range(count)
+    ]
+
+
+class Troubled(Worker):
+    """Does what the number of the shard says: real exceptions, exits and hangs."""
+
+    def load(self, config):
+        pass
+
+    def encode(self, shard):
+        time.sleep(0.05)
+        if shard.number == 3:
+            raise ValueError("this shard is poison")
+        if shard.number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if shard.number == 7:
+            time.sleep(3600)
+        return ShardResult(shard, None, 1)
+
+
+class Unloadable(Worker):
+    def load(self, config):
+        raise InputError("the model is missing")
+
+
+class Dying(Worker):
+    def load(self, config):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def outcomes(worker, monkeypatch, shards, **options):
+    monkeypatch.setattr(workers, "Worker", worker)
+    options = {"num_workers": 2, "cpus_per_worker": 1, **options}
+    return [o for o in on_ray(RayOptions(**options))(CONFIG, shards) if o is not None]
+
+
+def test_bad_shards_are_named_and_all_others_finish(monkeypatch):
+    got = outcomes(Troubled, monkeypatch, make_shards(12), shard_timeout_s=3)
+    done = sorted(o.shard.number for o in got if isinstance(o, ShardResult))
+    failed = {o.shard.number: o for o in got if isinstance(o, ShardFailure)}
+    assert done == [0, 1, 2, 4, 6, 8, 9, 10, 11]
+    assert set(failed) == {3, 5, 7}
+    assert failed[3].reason == "ValueError: this shard is poison"
+    assert "worker died" in failed[5].reason
+    assert "no result after 3 s" in failed[7].reason
+    assert all(f.attempts == 3 for f in failed.values())
+
+
+def test_a_worker_that_cannot_load_ends_the_job_with_its_error(monkeypatch):
+    with pytest.raises(InputError, match="the model is missing"):
+        outcomes(Unloadable, monkeypatch, make_shards(2))
+
+
+def test_workers_that_die_at_once_end_the_job(monkeypatch):
+    with pytest.raises(KalmError, match="workers keep dying"):
+        outcomes(Dying, monkeypatch, make_shards(1))
+
+
+def test_an_impossible_request_fails_at_once(monkeypatch):
+    with pytest.raises(InputError, match="no node can hold a worker of 4096 CPUs"):
+        outcomes(Troubled, monkeypatch, make_shards(1), cpus_per_worker=4096)
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(InputError, match="no Ray cluster answers at 127.0.0.1:1"):
+        outcomes(Troubled, monkeypatch, make_shards(1), address="127.0.0.1:1")

@@ -1,7 +1,6 @@
 """The `kalm` command: registers the commands and turns errors into one line and an exit code."""
 
 import logging
-import os
 import signal
 import sys
 from types import FrameType
@@ -9,10 +8,10 @@ from types import FrameType
 import typer
 
 from jobs import demo, encode, rerank, status
-from jobs.options import parse_storage_options
 from kalm_encoder.errors import KalmError
 
-__all__ = ["app", "main", "parse_storage_options"]
+INTERRUPTED, TERMINATED = 130, 143
+_signals: list[int] = []
 
 app = typer.Typer(
     help="Pre-encode passages for KaLM-Reranker-V1 into Lance tables, and rerank from them.",
@@ -52,9 +51,11 @@ def main() -> None:
             raise
         print(f"kalm: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise
         print("kalm: stopped; what was finished is committed, run again to resume", file=sys.stderr)
-        sys.exit(143 if os.environ.get("KALM_TERMINATED") else 130)
+        sys.exit(TERMINATED if _signals else INTERRUPTED)
     except Exception as error:
         if debug:
             raise
@@ -65,9 +66,9 @@ def main() -> None:
         sys.exit(1)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
+def _terminate(signum: int, _frame: FrameType | None) -> None:
     """Treat SIGTERM like Ctrl-C: commit what is there and leave."""
-    os.environ["KALM_TERMINATED"] = "1"
+    _signals.append(signum)
     raise KeyboardInterrupt
 
 

@@ -21,7 +21,7 @@ from kalm_encoder.prompts import render_passage
 
 logger = logging.getLogger(__name__)
 
-CPU_TOKEN_BUDGET = 2048
+CPU_TOKEN_BUDGET = 1024
 GPU_TOKEN_BUDGET = 65536
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kalm_encoder import checkpoint
-from kalm_encoder.errors import IncompleteError, KalmError, TooManyRejectsError
+from kalm_encoder.errors import FencedError, IncompleteError, KalmError, TooManyRejectsError
 from kalm_encoder.rows import TableSpec
 from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
 from pipeline.ledger import Ledger
@@ -190,7 +190,7 @@ class _Committer:
 def _encode(
     job: EncodeJob, plan: Plan, ledger: Ledger, progress: Progress, outcomes: Iterator[Outcome]
 ) -> list[ShardFailure]:
-    """Commit shards as they arrive; on an interrupt, what has arrived is committed first."""
+    """Commit shards as they arrive; whatever ends the run, what has arrived is committed first."""
     allowed = int(job.max_rejected * plan.num_rows)
     rejected = progress.before - ledger.num_rows
     rejects = RejectStore(job.uri, job.storage_options)
@@ -214,7 +214,9 @@ def _encode(
                         f"{rejects.uri}; mend the input, or raise --max-rejected and run again"
                     )
             committer.commit_if_due()
-    except (KeyboardInterrupt, TooManyRejectsError):
+    except FencedError:
+        raise
+    except (KeyboardInterrupt, KalmError):
         committer.commit()
         raise
     committer.commit()

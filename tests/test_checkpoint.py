@@ -123,6 +123,26 @@ def test_the_fingerprint_does_not_depend_on_the_folder(copy, model_dir):
     assert resolve(str(copy)).fingerprint == resolve(str(model_dir)).fingerprint
 
 
+def test_a_hub_id_loads_from_one_pinned_snapshot(model_dir, encoder, tmp_path, monkeypatch):
+    """The hub's cache as a download leaves it, and no network."""
+    old, new = "a" * 40, "b" * 40
+    cached = tmp_path / "models--KaLM-Embedding--Some-Reranker"
+    for commit in (old, new):
+        shutil.copytree(model_dir, cached / "snapshots" / commit)
+    (cached / "snapshots" / new / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(new)
+    (cached / "refs" / "v1").write_text(old)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub_id = "KaLM-Embedding/Some-Reranker"
+    assert resolve(hub_id).revision == new
+    assert resolve(hub_id, "v1").revision == resolve(hub_id, old).revision == old
+    assert resolve(hub_id, "v1").fingerprint == resolve(str(model_dir)).fingerprint
+    states = PassageEncoder.load(hub_id, revision="v1").encode(["one passage"])[0].states
+    assert (states == encoder.encode(["one passage"])[0].states).all()
+
+
 def test_unknown_models_devices_and_dtypes_are_named(model_dir, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="'no-such/model'"):

@@ -86,5 +86,5 @@ def test_an_impossible_request_fails_at_once(monkeypatch):
 
 
 def test_a_cluster_that_is_not_there_is_named(monkeypatch):
-    with pytest.raises(InputError, match="no Ray cluster answers at 127.0.0.1:1"):
+    with pytest.raises(InputError, match="no Ray cluster answers"):
         outcomes(Troubled, monkeypatch, make_shards(1), address="127.0.0.1:1")

@@ -37,7 +37,7 @@ def main() -> list[str]:
         command = [sys.executable, "-c", SCRIPT, model, what]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         parameters, private, resident = map(int, done.stdout.split())
-        own[what] = max(private, parameters * 4)
+        own[what] = private
         print(
             f"{what:8} {parameters / 1e6:6.0f}M parameters, {private / 2**20:6.0f} MiB of its own, "
             f"{resident / 2**20:6.0f} MiB resident in all"

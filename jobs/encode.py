@@ -65,7 +65,7 @@ def encode(
         uri=to,
         model=model,
         revision=revision,
-        ratios=_parse_ratios(ratios) if ratios else (ratio or 4,),
+        ratios=_parse_ratios(ratios) if ratios is not None else (4 if ratio is None else ratio,),
         store_dtype=store_dtype,
         max_length=max_length,
         keep_text=not no_text,

@@ -20,7 +20,7 @@ from pipeline.ledger import Ledger
 from pipeline.progress import Progress
 from pipeline.rejects import RejectStore
 from pipeline.shards import Plan, Shard, plan_shards
-from pipeline.sources import FieldOptions, expand_inputs
+from pipeline.sources import FieldOptions, absolute, expand_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         TooManyRejectsError: more rows rejected than allowed; what is committed stays.
         IncompleteError: some shards failed for good; all others are committed.
     """
+    uri = absolute(job.uri)  # workers have another working directory
     files = checkpoint.resolve(job.model, job.revision)
     tokenizer = files.tokenizer()
     for answer in ("yes", "no"):
@@ -127,7 +128,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
     )
-    ledger = Ledger.begin(job.uri, spec, plan, job.storage_options)
+    ledger = Ledger.begin(uri, spec, plan, job.storage_options)
     before = len(ledger.done)
     pending = [shard for shard in plan.shards if shard.number not in ledger.done]
     logger.info(
@@ -137,7 +138,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
     dealt_with = plan.num_rows - sum(s.rows.num_rows for s in pending)
     progress = Progress(plan.num_rows, before=dealt_with)
     config = WorkerConfig(
-        job.uri, spec, token_budget=job.token_budget, storage_options=job.storage_options
+        uri, spec, token_budget=job.token_budget, storage_options=job.storage_options
     )
     try:
         with contextlib.closing(execute(config, pending)) as outcomes:

@@ -6,6 +6,7 @@ Formats: JSONL (.jsonl, .ndjson), CSV, TSV, each plain or .gz/.zst; Parquet; a L
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,7 @@ def expand_inputs(inputs: Sequence[str], storage_options: dict[str, str] | None)
     files: list[str] = []
     for given in inputs:
         if file_format(given) == "lance":
-            files.append(given)
+            files.append(absolute(given))
             continue
         try:
             fs, path = fsspec.core.url_to_fs(given, **fsspec_options(given, storage_options))
@@ -125,6 +126,11 @@ def expand_inputs(inputs: Sequence[str], storage_options: dict[str, str] | None)
     if repeated := [f for f in files if files.count(f) > 1]:
         raise InputError(f"{repeated[0]} is given more than once")
     return files
+
+
+def absolute(path: str) -> str:
+    """Return a local path as an absolute one; URLs stay as they are."""
+    return path if "://" in path else os.path.abspath(path)
 
 
 def file_format(path: str) -> str:

@@ -1,4 +1,6 @@
-"""The Ray side: worker actors, and the loop that hands them shards. The only module that knows Ray.
+"""The Ray side: worker actors, and the loop that hands them shards.
+
+With ray_cluster the only module that knows Ray.
 
 Ray retries nothing here. The loop counts attempts itself, so that it can name the shard that fails:
 a shard that raises is tried again, at the end; the shards of a worker that died are tried last and
@@ -7,13 +9,9 @@ one at a time, so that none is blamed for its neighbour. Only shards and fragmen
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
-import secrets
-import socket
+import tempfile
 import time
-import warnings
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +22,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from kalm_encoder.errors import InputError, KalmError
+from kalm_encoder.errors import KalmError
 from pipeline.driver import Executor, Outcome, ShardFailure
 from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
+from pipeline.ray_cluster import RayOptions, connect, worker_shape
 from pipeline.shards import Shard
 
 logger = logging.getLogger(__name__)
@@ -35,26 +34,6 @@ MAX_ATTEMPTS = 3
 IN_FLIGHT = 2
 """Shards a worker has at once: while one is on the device the other is read or written."""
 TICK_S = 1.0
-CONNECT_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """Where and on what to run.
-
-    Attributes:
-        address: of a cluster; None takes RAY_ADDRESS, else starts a cluster on this machine.
-        num_workers: None takes one a GPU, or where there is none as many as the CPUs hold.
-        cpus_per_worker: threads of a CPU worker; None takes half the machine's, 1 to 4.
-        shard_timeout_s: a worker that takes longer for one shard is replaced.
-        start_timeout_s: how long no worker at all may become ready.
-    """
-
-    address: str | None = None
-    num_workers: int | None = None
-    cpus_per_worker: int | None = None
-    shard_timeout_s: float = 3600.0
-    start_timeout_s: float = 600.0
 
 
 class Worker:
@@ -84,7 +63,8 @@ def _encode_on_ray(
 ) -> Generator[Outcome]:
     if not shards:
         return
-    _connect(options)
+    with tempfile.TemporaryDirectory() as folder:
+        connect(options, Path(folder))
     try:
         pool = _Pool(options, config, shards)
         while pool.busy():
@@ -106,7 +86,7 @@ class _Pool:
 
     def __init__(self, options: RayOptions, config: WorkerConfig, shards: Sequence[Shard]) -> None:
         self._options = options
-        count, cpus, gpus = _worker_shape(options, len(shards))
+        count, cpus, gpus = worker_shape(options, len(shards))
         self._config = config if gpus else replace(config, threads=cpus)
         self._actor = ray.remote(Worker).options(
             num_cpus=cpus,
@@ -230,63 +210,6 @@ class _Pool:
                 ray.kill(task.actor)
                 seconds = self._options.shard_timeout_s
                 yield from self._bury(task, f"no result after {seconds:.0f} s")
-
-
-def _connect(options: RayOptions) -> None:
-    """Join the cluster asked for, or start one on this machine."""
-    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address == "local":
-        # Without one Ray writes a token into the home folder, which may be read-only.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # A `pipeline` folder in the user's working directory would shadow ours inside the workers.
-    packages = [
-        str(Path(str(importlib.import_module(name).__file__)).parent)
-        for name in ("kalm_encoder", "pipeline")
-    ]
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        # Ray itself tries for over five minutes before it says that nothing is there.
-        try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise InputError(f"no Ray cluster answers at {address}: {error}") from error
-    extra = {"object_store_memory": 100_000_000} if address == "local" else {}
-    try:
-        with warnings.catch_warnings():
-            # Ray forks and at once executes its daemons: Lance's threads are not used in between.
-            warnings.filterwarnings("ignore", message="lance is not fork-safe")
-            ray.init(
-                address=address,
-                runtime_env={"py_modules": packages},
-                include_dashboard=False if address == "local" else None,
-                logging_level=logging.WARNING,
-                **extra,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot join Ray at {address!r}: {error}") from error
-
-
-def _worker_shape(options: RayOptions, num_shards: int) -> tuple[int, int, int]:
-    """Return (workers, CPUs each, GPUs each).
-
-    Raises:
-        InputError: no node of the cluster can hold one worker.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    most_cpus = int(max(node.get("CPU", 0) for node in nodes))
-    if gpus:
-        cpus, per_worker, room = options.cpus_per_worker or 1, 1, gpus
-    else:
-        cpus, per_worker = options.cpus_per_worker or max(1, min(4, most_cpus // 2)), 0
-        room = int(sum(node.get("CPU", 0) // cpus for node in nodes))
-    if cpus > most_cpus or room == 0:
-        raise InputError(
-            f"no node can hold a worker of {cpus} CPUs and {per_worker} GPUs; the largest has "
-            f"{most_cpus} CPUs. Lower --cpus-per-worker"
-        )
-    return min(options.num_workers or room, num_shards), cpus, per_worker
 
 
 def _reason(error: BaseException) -> str:

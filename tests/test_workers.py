@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
+from ray import cloudpickle
 
 from kalm_encoder.errors import InputError, KalmError
 from pipeline import workers
@@ -17,6 +19,8 @@ from pipeline.workers import RayOptions, Worker, on_ray
 from tests.test_ledger import SPEC
 
 CONFIG = WorkerConfig("unused", SPEC)
+# The workers get our packages, not this one.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def make_shards(count):

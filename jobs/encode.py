@@ -30,7 +30,9 @@ def encode(
         int | None,
         typer.Option(help="Ray workers; 0 encodes in this process. Default: one a GPU, else CPUs."),
     ] = None,
-    cpus_per_worker: Annotated[int | None, typer.Option(help="Threads of a CPU worker.")] = None,
+    cpus_per_worker: Annotated[
+        int | None, typer.Option(help="Threads of a CPU worker; default up to 4.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
     ] = None,

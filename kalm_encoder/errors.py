@@ -43,6 +43,9 @@ class MismatchError(InputError):
         super().__init__(message)
         self.field = field
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return MismatchError, (self.field, str(self))
+
 
 class MissingIdsError(InputError):
     """Ids that the table does not hold.
@@ -58,6 +61,10 @@ class MissingIdsError(InputError):
             "Encode them first, or leave them out."
         )
         self.ids = list(ids)
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[type, tuple[list[str], str]]:
+        return MissingIdsError, (self.ids, self.uri)
 
 
 class TableError(InputError):

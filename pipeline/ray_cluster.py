@@ -27,7 +27,7 @@ class RayOptions:
     Attributes:
         address: of a cluster; None takes RAY_ADDRESS, else starts a cluster on this machine.
         num_workers: None takes one a GPU, or where there is none as many as the CPUs hold.
-        cpus_per_worker: threads of a CPU worker; None takes half the machine's, 1 to 4.
+        cpus_per_worker: threads of a CPU worker; None takes up to 4.
         shard_timeout_s: a worker that takes longer for one shard is replaced.
         start_timeout_s: how long no worker at all may become ready.
     """
@@ -90,7 +90,7 @@ def worker_shape(options: RayOptions, num_shards: int) -> tuple[int, int, int]:
     if gpus:
         cpus, per_worker, room = options.cpus_per_worker or 1, 1, gpus
     else:
-        cpus, per_worker = options.cpus_per_worker or max(1, min(4, most_cpus // 2)), 0
+        cpus, per_worker = options.cpus_per_worker or max(1, min(4, most_cpus)), 0
         room = int(sum(node.get("CPU", 0) // cpus for node in nodes))
     if cpus > most_cpus or room == 0:
         raise InputError(

@@ -15,7 +15,7 @@ import time
 
 from jobs.bench.data import FOLDER, bar, ms_marco_lengths, nano_checkpoint, passages_of, spread
 
-PASSAGES = 2400
+PASSAGES = 3200
 CEILING = """
 import sys, time, torch
 from kalm_encoder import PassageEncoder
@@ -53,7 +53,7 @@ def main(runs: int = 2) -> list[str]:
         shutil.rmtree(table, ignore_errors=True)
         command = [
             sys.executable, "-m", "jobs", "encode", str(corpus), "--to", str(table),
-            "--model", model, "--shard-size", "300",
+            "--model", model, "--shard-size", "600",
         ]  # fmt: skip
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True)

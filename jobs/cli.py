@@ -60,7 +60,7 @@ def main() -> None:
         if debug:
             raise
         print(
-            f"kalm: unexpected {type(error).__name__}: {error} (--debug shows where)",
+            f"kalm: unexpected {type(error).__name__}: {error} (kalm --debug … shows where)",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -54,6 +54,9 @@ def encode(
     try:
         from pipeline.driver import EncodeJob, encode_inline, run
         from pipeline.sources import FieldOptions
+
+        if workers != 0:
+            from pipeline.workers import RayOptions, on_ray
     except ImportError as error:
         raise InputError(
             f"encoding needs {error.name}: pip install 'kalm-preencode[batch]'"
@@ -82,8 +85,6 @@ def encode(
     if workers == 0:
         execute = encode_inline
     else:
-        from pipeline.workers import RayOptions, on_ray
-
         execute = on_ray(RayOptions(address, workers, cpus_per_worker))
     print_summary(run(job, execute))
 

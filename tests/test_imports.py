@@ -37,6 +37,16 @@ def test_reading_a_table_needs_no_torch(small_table):
     assert not {"torch", "transformers", *FORBIDDEN} & loaded
 
 
+def test_encoding_without_the_batch_extra_says_what_to_install():
+    script = (
+        "import sys; sys.modules['ray'] = None; sys.argv = 'kalm encode c.jsonl --to t.lance"
+        " --model m'.split(); from jobs.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'kalm-preencode[batch]'" in done.stderr
+
+
 @pytest.mark.parametrize("module", ["pipeline.driver", "pipeline.encode_shard", "jobs.cli"])
 def test_only_the_ray_adapter_imports_ray(module):
     assert "ray" not in modules_after(f"import {module}")

@@ -51,13 +51,7 @@ class PassageEncoder:
         max_length: int = 1024,
         token_budget: int | None = None,
     ) -> None:
-        limit = int(model.config.max_position_embeddings)
-        shortest = len(tokenizer(render_passage(""), add_special_tokens=False)["input_ids"])
-        if not shortest < max_length <= limit:
-            raise InputError(
-                f"max_length {max_length} must be above {shortest} (the tokens of the passage "
-                f"prefix) and at most {limit} (the model's positions)"
-            )
+        check_max_length(max_length, tokenizer, model.config)
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -183,3 +177,18 @@ class PassageEncoder:
         """Return (b, m, d) float32 on the CPU, as a numpy array."""
         hidden, mask = self.forward([t.ids for t in tokens])
         return mean_pool(hidden, mask, ratio).cpu().numpy()
+
+
+def check_max_length(max_length: int, tokenizer: Any, text_config: Any) -> None:
+    """Refuse a passage length that holds no passage or that the model has no positions for.
+
+    Raises:
+        InputError: with both limits.
+    """
+    limit = int(text_config.max_position_embeddings)
+    shortest = len(tokenizer(render_passage(""), add_special_tokens=False)["input_ids"])
+    if not shortest < max_length <= limit:
+        raise InputError(
+            f"max_length {max_length} must be above {shortest} (the tokens of the passage "
+            f"prefix) and at most {limit} (the model's positions)"
+        )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kalm_encoder import checkpoint
+from kalm_encoder.encoder import check_max_length
 from kalm_encoder.errors import FencedError, IncompleteError, KalmError, TooManyRejectsError
 from kalm_encoder.rows import TableSpec
 from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
@@ -111,6 +112,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
     tokenizer = files.tokenizer()
     for answer in ("yes", "no"):
         checkpoint.answer_token_id(tokenizer, answer)
+    check_max_length(job.max_length, tokenizer, files.config.encoder.text_config)
     plan = plan_shards(
         expand_inputs(job.inputs, job.storage_options),
         shard_size=job.shard_size,

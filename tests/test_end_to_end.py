@@ -222,6 +222,10 @@ def test_rejected_rows_are_kept_where_a_user_can_read_them(model_dir, tmp_path):
         (["encode", "c.jsonl", "--to", "t.lance", "--model", "M", "--ratio", "0"], "ratios [0]"),
         (["encode", "c.jsonl", "--to", "t.lance", "--model", "M", "--ratios", "a"], "'a'"),
         (["rerank", "none.lance", "--query", "q", "--ids", "a"], "no passage table at none.lance"),
+        (
+            ["encode", "c.jsonl", "--to", "t.lance", "--model", "M", "--max-length", "2"],
+            "max_length 2",
+        ),
         (["rerank", "none.lance", "--query", "q"], "one of --ids"),
         (["status", "none.lance"], "no passage table at none.lance"),
     ],
@@ -234,6 +238,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(model_dir, tmp_path, argume
     done = kalm(*arguments, *more, cwd=tmp_path, env=environment, check=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "t.lance").exists(), "bad input left a table behind"
 
 
 @pytest.mark.slow

@@ -89,7 +89,6 @@ class Summary:
     uri: str
     num_rows: int
     num_rejected: int
-    shards_before: int
     shards_encoded: int
     tokens_per_s: float
     padding: float
@@ -159,7 +158,6 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         uri=job.uri,
         num_rows=ledger.num_rows,
         num_rejected=plan.num_rows - ledger.num_rows,
-        shards_before=before,
         shards_encoded=len(pending),
         tokens_per_s=progress.tokens_per_s if pending else 0.0,
         padding=progress.padding,

@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from jobs import demo, encode, rerank, status
+from jobs import demo, encode, manage, rerank, status, sync, verify
 from kalm_encoder.errors import KalmError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -22,6 +22,18 @@ app = typer.Typer(
 app.command()(encode.encode)
 app.command()(status.status)
 app.command()(rerank.rerank)
+app.command()(verify.verify)
+app.command()(sync.sync)
+for command in (
+    manage.rejects,
+    manage.delete,
+    manage.publish,
+    manage.rollback,
+    manage.compact,
+    manage.gc,
+    manage.doctor,
+):
+    app.command()(command)
 app.command()(demo.demo)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import StorageOptions, parse_storage_options
+from jobs.options import StorageOptions, executor, parse_storage_options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,19 +48,22 @@ def encode(
     commit_every: Annotated[
         float, typer.Option(help="Seconds between commits at least; what a crash may repeat.")
     ] = 10.0,
+    on_duplicate: Annotated[
+        str, typer.Option(help="Rows of one id: error, or keep the first or last.")
+    ] = "error",
+    new_generation: Annotated[
+        bool, typer.Option(help="Replace a complete table; readers switch with `kalm publish`.")
+    ] = False,
+    retry_rejects: Annotated[
+        bool, typer.Option(help="Encode only the rejected rows of a complete table again.")
+    ] = False,
     storage_option: StorageOptions = None,
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
-    try:
-        from pipeline.driver import EncodeJob, encode_inline, run
-        from pipeline.sources import FieldOptions
+    execute = executor(workers, cpus_per_worker, address)
+    from pipeline.driver import EncodeJob, run
+    from pipeline.sources import FieldOptions
 
-        if workers != 0:
-            from pipeline.workers import RayOptions, on_ray
-    except ImportError as error:
-        raise InputError(
-            f"encoding needs {error.name}: pip install 'kalm-preencode[batch]'"
-        ) from error
     if ratio is not None and ratios is not None:
         raise InputError("give --ratio or --ratios, not both")
     if not 0 <= max_rejected <= 1:
@@ -80,17 +83,25 @@ def encode(
         token_budget=token_budget,
         max_rejected=max_rejected,
         commit_every_s=commit_every,
+        on_duplicate=on_duplicate,
+        new_generation=new_generation,
         storage_options=parse_storage_options(storage_option),
     )
-    if workers == 0:
-        execute = encode_inline
-    else:
-        execute = on_ray(RayOptions(address, workers, cpus_per_worker))
+    if retry_rejects:
+        from pipeline.sync import retry_rejects as retry
+
+        again = retry(job, execute)
+        if again:
+            print_summary(again, what=f"rejected rows of {to}")
+        else:
+            print("no rejected row can be read as a passage")
+        return
     print_summary(run(job, execute))
 
 
-def print_summary(summary: Summary) -> None:
+def print_summary(summary: Summary, what: str | None = None) -> None:
     """Print what a run did."""
+    uri = what or summary.uri
     if summary.shards_encoded:
         print(
             f"encoded {summary.shards_encoded} shards in {summary.elapsed_s:.1f} s: "
@@ -100,9 +111,13 @@ def print_summary(summary: Summary) -> None:
         spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in summary.seconds.items())
         print(f"worker time: {spent}")
     if summary.num_rejected:
-        print(f"{summary.num_rejected:,} rows rejected, reasons in {summary.uri}/_kalm/rejects")
+        print(f"{summary.num_rejected:,} rows rejected: `kalm rejects` lists them with reasons")
+    if summary.num_repeated:
+        print(f"{summary.num_repeated:,} rows dropped that repeat an id")
     state = "complete" if summary.shards_encoded else "already complete"
-    print(f"{summary.uri} is {state}: {summary.num_rows:,} passages")
+    print(f"{uri} is {state}: {summary.num_rows:,} passages")
+    if not summary.live:
+        print(f"readers still see the generation before: `kalm publish {summary.uri}` switches")
 
 
 def _parse_ratios(text: str) -> tuple[int, ...]:

@@ -1,10 +1,15 @@
 """Options that several commands share."""
 
-from typing import Annotated
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kalm_encoder.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.driver import Executor
 
 StorageOptions = Annotated[
     list[str] | None,
@@ -31,3 +36,22 @@ def parse_storage_options(pairs: list[str] | None) -> dict[str, str] | None:
             raise InputError(f"--storage-option {key!r} must have the form key=value")
         options[key] = value
     return options
+
+
+def executor(workers: int | None, cpus_per_worker: int | None, address: str | None) -> Executor:
+    """Return what encodes shards: Ray workers, or this process where `workers` is 0.
+
+    Raises:
+        InputError: the libraries for encoding are not installed.
+    """
+    try:
+        from pipeline.driver import encode_inline
+
+        if workers == 0:
+            return encode_inline
+        from pipeline.workers import RayOptions, on_ray
+    except ImportError as error:
+        raise InputError(
+            f"encoding needs {error.name}: pip install 'kalm-preencode[batch]'"
+        ) from error
+    return on_ray(RayOptions(address, workers, cpus_per_worker))

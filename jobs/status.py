@@ -32,7 +32,8 @@ def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, A
 
     from kalm_encoder.rows import TableSpec
     from kalm_encoder.table import LIVE_TAG, open_dataset
-    from pipeline.ledger import EMPTY_SHARDS, EPOCH, NUM_ROWS, NUM_SHARDS, SEALED
+    from pipeline.ledger import EMPTY_SHARDS, GENERATION, NUM_ROWS, NUM_SHARDS, PLAN
+    from pipeline.writer import COMPLETE, EPOCH, LOADING, STATE
 
     dataset = open_dataset(uri, storage_options)
     spec = TableSpec.from_metadata(dataset.schema.metadata, uri)
@@ -43,11 +44,12 @@ def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, A
     size = sum(file.file_size_bytes or 0 for f in fragments for file in f.files)
     num_shards, planned = int(metadata[NUM_SHARDS]), int(metadata[NUM_ROWS])
     empty = {n for n in metadata.get(EMPTY_SHARDS, "").split(",") if n}
-    done = num_shards if SEALED in metadata else len(fragments) + len(empty)
+    loading = metadata[STATE] == LOADING
+    done = len(fragments) + len(empty) if loading else num_shards
     tags = dataset.tags.list()
     facts = {
         "table": uri,
-        "state": "complete" if SEALED in metadata and LIVE_TAG in tags else "incomplete",
+        "state": "complete" if metadata[STATE] == COMPLETE and LIVE_TAG in tags else "incomplete",
         "model": spec.model,
         "revision": spec.revision or "local directory",
         "fingerprint": spec.fingerprint,
@@ -68,10 +70,12 @@ def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, A
         "live_version": tags[LIVE_TAG]["version"] if LIVE_TAG in tags else None,
         "versions": len(dataset.versions()),
         "fragments": len(fragments),
+        "phase": metadata[STATE],
+        "generation": int(metadata[GENERATION]),
         "epoch": int(metadata[EPOCH]),
         "format_version": spec.format_version,
         "library_version": spec.library_version,
     }
-    if done == num_shards:
-        facts["rows_rejected"] = planned - rows
+    if done == num_shards and metadata[PLAN] != "changed":
+        facts["rows_rejected_or_repeated"] = planned - rows
     return facts

@@ -6,8 +6,9 @@
     num_tokens    int32, after truncation, prefix included
     truncated     bool
     states_rR     list<fixed_size_list<float16 or float32, d>>, one column a stored ratio R
-    checksum_rR   uint64, xxh3_64 over id, num_tokens and the bytes of states_rR
+    checksum_rR   uint64, xxh3_64 over id, num_tokens, truncated and the bytes of states_rR
     shard_id      string, which shard of which input wrote the row
+    checksum      uint64, xxh3_64 over id, text_hash and shard_id: what no states column covers
 
 No field is nullable. What a reader must know of the whole table is a `TableSpec`, kept as JSON in
 the schema metadata. Each ratio has a checksum of its own, so that a coarse read verifies what it
@@ -118,6 +119,7 @@ class TableSpec:
             fields.append(pa.field(f"states_r{ratio}", states))
             fields.append(pa.field(f"checksum_r{ratio}", pa.uint64()))
         fields.append(pa.field("shard_id", pa.string()))
+        fields.append(pa.field("checksum", pa.uint64()))
         metadata = {SPEC_KEY: json.dumps(asdict(self), sort_keys=True)}
         return pa.schema([f.with_nullable(False) for f in fields], metadata=metadata)
 
@@ -163,13 +165,16 @@ def build_rows(
     """
     schema = spec.schema()
     n = len(ids)
-    hashes = [xxhash.xxh3_128_digest(render_passage(t).encode()) for t in texts]
+    hashes = [text_hash(t) for t in texts]
     columns: dict[str, Any] = {
         "id": pa.array(ids, pa.string()),
         "text_hash": pa.array(hashes, pa.binary(16)),
         "num_tokens": pa.array([p.num_tokens for p in passages], pa.int32()),
         "truncated": pa.array([p.truncated for p in passages], pa.bool_()),
         "shard_id": pa.array([shard_id] * n, pa.string()),
+        "checksum": pa.array(
+            [row_checksum(i, h, shard_id) for i, h in zip(ids, hashes, strict=True)], pa.uint64()
+        ),
     }
     if spec.keep_text:
         columns["text"] = pa.array(texts, pa.string())
@@ -180,7 +185,10 @@ def build_rows(
             )
             for p in passages
         ]
-        sums = [checksum(i, p.num_tokens, a) for i, p, a in zip(ids, passages, arrays, strict=True)]
+        sums = [
+            states_checksum(i, p.num_tokens, p.truncated, a)
+            for i, p, a in zip(ids, passages, arrays, strict=True)
+        ]
         columns[f"states_r{ratio}"] = _ragged(arrays, schema.field(f"states_r{ratio}").type)
         columns[f"checksum_r{ratio}"] = pa.array(sums, pa.uint64())
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
@@ -210,11 +218,12 @@ def read_rows(
     truncated = rows["truncated"].to_pylist()
     sums = rows[f"checksum_r{stored}"].to_pylist()
     passages: dict[str, PassageStates] = {}
-    for i, states in enumerate(_arrays(spec, rows[f"states_r{stored}"])):
+    for i, states in enumerate(states_arrays(spec, rows[f"states_r{stored}"])):
         key, n = ids[i], tokens[i]
         if key in passages:
             raise CorruptRowError(f"id {key!r} is in {uri} more than once; encode it again")
-        if sums[i] != checksum(key, n, states) or len(states) != num_groups(n, stored):
+        intact = sums[i] == states_checksum(key, n, truncated[i], states)
+        if not intact or len(states) != num_groups(n, stored):
             raise CorruptRowError(
                 f"row {key!r} of {uri} does not match its checksum: the stored bytes changed "
                 "after they were written. Restore the data files, or encode it again."
@@ -223,12 +232,27 @@ def read_rows(
     return passages
 
 
-def checksum(id: str, num_tokens: int, states: NDArray[np.floating[Any]]) -> int:
-    """Return xxh3_64 over (length of id, id, num_tokens, states), integers as little-endian."""
+def text_hash(text: str) -> bytes:
+    """Return xxh3_128 of the rendered text: tells whether a passage changed."""
+    return xxhash.xxh3_128_digest(render_passage(text).encode())
+
+
+def states_checksum(
+    id: str, num_tokens: int, truncated: bool, states: NDArray[np.floating[Any]]
+) -> int:
+    """Return xxh3_64 over (length of id, id, num_tokens, truncated, states), little endian."""
     raw = id.encode()
-    digest = xxhash.xxh3_64(struct.pack("<I", len(raw)) + raw + struct.pack("<i", num_tokens))
+    head = struct.pack("<I", len(raw)) + raw + struct.pack("<i?", num_tokens, truncated)
+    digest = xxhash.xxh3_64(head)
     digest.update(np.ascontiguousarray(states).data)
     return digest.intdigest()
+
+
+def row_checksum(id: str, text_hash: bytes, shard_id: str) -> int:
+    """Return xxh3_64 over (length of id, id, text_hash, shard_id)."""
+    raw = id.encode()
+    head = struct.pack("<I", len(raw)) + raw
+    return xxhash.xxh3_64_intdigest(head + text_hash + shard_id.encode())
 
 
 def _ragged(arrays: Sequence[NDArray[np.floating[Any]]], type: pa.DataType) -> pa.Array:
@@ -240,7 +264,7 @@ def _ragged(arrays: Sequence[NDArray[np.floating[Any]]], type: pa.DataType) -> p
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), vectors, type=type)
 
 
-def _arrays(spec: TableSpec, column: pa.ChunkedArray) -> list[NDArray[np.floating[Any]]]:
+def states_arrays(spec: TableSpec, column: pa.ChunkedArray) -> list[NDArray[np.floating[Any]]]:
     """Return each row of a states column as an (m, d) view, copying nothing."""
     arrays = []
     for chunk in column.chunks:

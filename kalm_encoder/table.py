@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lance.query import MatchQuery
 
-from kalm_encoder.errors import InputError, MissingIdsError, TableError
+from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError
 from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import TableSpec, read_rows
 
@@ -93,11 +93,20 @@ class PassageTable:
         columns = ["id", "num_tokens", "truncated", f"states_r{stored}", f"checksum_r{stored}"]
         unique = list(dict.fromkeys(ids))
         wanted = pc.field("id").isin(pa.array(unique, pa.string()))
-        rows = self.dataset.scanner(columns=columns, filter=wanted).to_table()
+        rows = self._scan(columns, wanted)
         found = read_rows(self.spec, rows, stored=stored, wanted=ratio or stored, uri=self.uri)
         if missing := [i for i in unique if i not in found]:
             raise MissingIdsError(missing, self.uri)
         return [found[i] for i in ids]
+
+    def _scan(self, columns: list[str], wanted: pc.Expression) -> pa.Table:
+        try:
+            return self.dataset.scanner(columns=columns, filter=wanted).to_table()
+        except (OSError, ValueError) as error:
+            raise CorruptRowError(
+                f"{self.uri} cannot be read: {first_line(error)}. `kalm verify {self.uri}` says "
+                "which rows are damaged"
+            ) from error
 
     def search(self, query: str, limit: int) -> list[tuple[str, float]]:
         """Find passages by full-text search (BM25) over the stored text: a first stage.

@@ -14,10 +14,20 @@ from dataclasses import dataclass, field
 
 from kalm_encoder import checkpoint
 from kalm_encoder.encoder import check_max_length
-from kalm_encoder.errors import FencedError, IncompleteError, KalmError, TooManyRejectsError
+from kalm_encoder.errors import (
+    FencedError,
+    IncompleteError,
+    InputError,
+    KalmError,
+    TooManyRejectsError,
+)
 from kalm_encoder.rows import TableSpec
+from kalm_encoder.table import open_dataset
+from pipeline.duplicates import ON_DUPLICATE, repeated_rows
 from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
 from pipeline.ledger import Ledger
+from pipeline.maintenance import Maintainer, publish
+from pipeline.preflight import check_writable
 from pipeline.progress import Progress
 from pipeline.rejects import RejectStore
 from pipeline.shards import Plan, Shard, plan_shards
@@ -61,6 +71,8 @@ class EncodeJob:
         max_rejected: largest share of rows that may be rejected.
         commit_every_s: at most one commit in so many seconds...
         commit_every_shards: ...unless so many shards wait.
+        on_duplicate: of the rows of one id keep the "first" or "last", or refuse ("error").
+        new_generation: begin anew where a complete table has other settings or input.
         storage_options: for table and inputs, as Lance names them.
     """
 
@@ -79,6 +91,8 @@ class EncodeJob:
     max_rejected: float = 0.001
     commit_every_s: float = 10.0
     commit_every_shards: int = 64
+    on_duplicate: str = "error"
+    new_generation: bool = False
     storage_options: dict[str, str] | None = field(default=None, repr=False)
 
 
@@ -89,6 +103,8 @@ class Summary:
     uri: str
     num_rows: int
     num_rejected: int
+    num_repeated: int
+    live: bool
     shards_encoded: int
     tokens_per_s: float
     padding: float
@@ -112,13 +128,12 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
     for answer in ("yes", "no"):
         checkpoint.answer_token_id(tokenizer, answer)
     check_max_length(job.max_length, tokenizer, files.config.encoder.text_config)
-    plan = plan_shards(
-        expand_inputs(job.inputs, job.storage_options),
-        shard_size=job.shard_size,
-        limit=job.limit,
-        fields=job.fields,
-        storage_options=job.storage_options,
-    )
+    if job.on_duplicate not in ON_DUPLICATE:
+        raise InputError(
+            f"on_duplicate {job.on_duplicate!r} is not one of {', '.join(ON_DUPLICATE)}"
+        )
+    plan = plan_job(job)
+    check_writable(uri, job.storage_options)
     spec = TableSpec(
         model=files.name if files.revision else str(files.path),
         revision=files.revision,
@@ -129,7 +144,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
     )
-    ledger = Ledger.begin(uri, spec, plan, job.storage_options)
+    ledger = Ledger.begin(uri, spec, plan, job.storage_options, new_generation=job.new_generation)
     before = len(ledger.done)
     pending = [shard for shard in plan.shards if shard.number not in ledger.done]
     logger.info(
@@ -152,12 +167,15 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
             f"{len(failures)} of {len(plan.shards)} shards failed, all others are in {job.uri}. "
             "Mend the cause and run the same command again.\n" + "\n".join(lines[:20])
         )
-    ledger.seal()
-    ledger.publish()
+    encoded_rows = ledger.num_rows
+    live = _finish(job, uri, ledger)
+    rows = open_dataset(uri, job.storage_options).count_rows()
     return Summary(
         uri=job.uri,
-        num_rows=ledger.num_rows,
-        num_rejected=plan.num_rows - ledger.num_rows,
+        num_rows=rows,
+        num_rejected=plan.num_rows - encoded_rows if pending else 0,
+        num_repeated=encoded_rows - rows,
+        live=live,
         shards_encoded=len(pending),
         tokens_per_s=progress.tokens_per_s if pending else 0.0,
         padding=progress.padding,
@@ -165,6 +183,47 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         elapsed_s=progress.elapsed_s,
         seconds=progress.seconds,
     )
+
+
+def plan_job(job: EncodeJob) -> Plan:
+    """Cut the inputs of a job into shards.
+
+    Raises:
+        InputError: no usable input.
+    """
+    return plan_shards(
+        expand_inputs(job.inputs, job.storage_options),
+        shard_size=job.shard_size,
+        limit=job.limit,
+        fields=job.fields,
+        storage_options=job.storage_options,
+    )
+
+
+def _finish(job: EncodeJob, uri: str, ledger: Ledger) -> bool:
+    """Seal, finish and publish; each step is skipped where done. Returns whether it is live."""
+    if not ledger.sealed:
+        if job.on_duplicate == "error":
+            _refuse_repeated(job, ledger)
+        ledger.seal(job.on_duplicate)
+    Maintainer(uri, job.storage_options).finish()
+    if ledger.generation == 1 or ledger.is_live():
+        publish(uri, job.storage_options)
+        return True
+    return False
+
+
+def _refuse_repeated(job: EncodeJob, ledger: Ledger) -> None:
+    repeated = list(repeated_rows(ledger.dataset, "first"))
+    if repeated:
+        total = sum(map(len, repeated))
+        rows = ledger.dataset._take_rows(repeated[0][:10].tolist(), columns=["id", "shard_id"])
+        shown = ", ".join(map(repr, rows["id"].to_pylist()))
+        raise InputError(
+            f"{total} rows repeat an id: {shown}. All rows are encoded: run again with "
+            "--on-duplicate first or last to keep one of each, nothing is encoded twice; or mend "
+            f"the input and choose another table than {job.uri}"
+        )
 
 
 @dataclass

@@ -20,6 +20,7 @@ from kalm_encoder.encoder import PassageEncoder, PassageTokens
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import STORE_DTYPES, TableSpec, build_rows
+from kalm_encoder.table import first_line
 from pipeline.fragments import write_fragment
 from pipeline.shards import Shard, ShardReader
 from pipeline.sources import Passage, Reject
@@ -27,6 +28,7 @@ from pipeline.sources import Passage, Reject
 logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
 
 @dataclass(frozen=True)
 class WorkerConfig:
@@ -123,7 +125,7 @@ class ShardEncoder:
         batches = plan_batches(lengths, self.encoder.token_budget)
         clock.lap("tokenise")
         states = self._device_thread.submit(self._forward, tokens, batches, clock).result()
-        kept, unstorable = self._split_storable(shard, passages, states)
+        kept, failed = self._split_storable(shard, passages, states)
         fragment = None
         if kept:
             rows = build_rows(
@@ -139,7 +141,7 @@ class ShardEncoder:
             shard,
             fragment,
             num_rows=len(kept),
-            rejects=(*rejects, *unstorable),
+            rejects=(*rejects, *failed),
             num_tokens=sum(lengths),
             padded_tokens=padded_size(lengths, batches),
             num_truncated=sum(t.truncated for t in tokens),
@@ -148,18 +150,36 @@ class ShardEncoder:
 
     def _forward(
         self, tokens: Sequence[PassageTokens], batches: Sequence[Sequence[int]], clock: _Clock
-    ) -> list[PassageStates | None]:
-        """Run the batches of one shard; in the device's thread."""
+    ) -> list[PassageStates | str]:
+        """Run the batches of one shard, in the device's thread; a failure is its reason.
+
+        Raises:
+            RuntimeError: whatever the encoder raised, where it fails for every passage: then the
+                device is at fault, not the passages.
+        """
         clock.lap("wait")
-        states: list[PassageStates | None] = [None] * len(tokens)
+        states: list[PassageStates | str] = [""] * len(tokens)
         for batch in batches:
-            encoded = self.encoder.encode_batch(
-                [tokens[i] for i in batch], ratio=self.spec.ratios[0]
-            )
-            for i, passage_states in zip(batch, encoded, strict=True):
-                states[i] = passage_states
+            for i, outcome in zip(batch, self._isolate([tokens[i] for i in batch]), strict=True):
+                states[i] = outcome
+        failed = sum(isinstance(s, str) for s in states)
+        if failed and len(states) > 1:
+            good = [i for i, s in enumerate(states) if not isinstance(s, str)]
+            # Raises again where the device itself is broken, by now or from the start.
+            self.encoder.encode_batch([tokens[(good or [0])[0]]], ratio=self.spec.ratios[0])
         clock.lap("forward")
         return states
+
+    def _isolate(self, batch: Sequence[PassageTokens]) -> list[PassageStates | str]:
+        """Encode a batch; where that fails its halves, down to the passages that are at fault."""
+        try:
+            return list(self.encoder.encode_batch(batch, ratio=self.spec.ratios[0]))
+        except (RuntimeError, MemoryError, ValueError, IndexError) as error:
+            if len(batch) == 1:
+                return [f"the encoder failed: {type(error).__name__}: {first_line(error)}"]
+            logger.warning("%d passages failed, trying halves: %s", len(batch), first_line(error))
+            half = len(batch) // 2
+            return self._isolate(batch[:half]) + self._isolate(batch[half:])
 
     def _reader(self) -> ShardReader:
         """Return this thread's reader: file positions are not shared."""
@@ -169,18 +189,20 @@ class ShardEncoder:
         return reader
 
     def _split_storable(
-        self, shard: Shard, passages: Sequence[Passage], states: Sequence[PassageStates | None]
+        self, shard: Shard, passages: Sequence[Passage], states: Sequence[PassageStates | str]
     ) -> tuple[list[tuple[Passage, PassageStates]], list[Reject]]:
-        """Separate passages whose states the store's dtype cannot hold."""
+        """Separate passages that the encoder or the store's dtype cannot take."""
         top = float(np.finfo(STORE_DTYPES[self.spec.store_dtype]).max)
         kept, rejects = [], []
         for passage, encoded in zip(passages, states, strict=True):
-            assert encoded is not None  # every index is in one batch
-            if np.abs(encoded.states).max() <= top:  # False for NaN as well
+            if isinstance(encoded, str):
+                reason = encoded
+            elif np.abs(encoded.states).max() <= top:  # False for NaN as well
                 kept.append((passage, encoded))
+                continue
             else:
                 reason = f"states are not finite in {self.spec.store_dtype}; try float32"
-                rejects.append(Reject(shard.path, shard.rows.first_line, reason, passage.id))
+            rejects.append(Reject(shard.path, passage.line, reason, passage.id))
         return kept, rejects
 
 

@@ -6,9 +6,11 @@ import json
 
 import lance
 import pyarrow as pa
+from lance.file import LanceFileReader
 from lance.fragment import FragmentMetadata, write_fragments
 
 from kalm_encoder.errors import KalmError
+from kalm_encoder.table import first_line
 
 
 def write_fragment(rows: pa.Table, dataset: lance.LanceDataset) -> str:
@@ -35,3 +37,24 @@ def with_id(fragment: str, id: int) -> FragmentMetadata:
     metadata = FragmentMetadata.from_json(fragment)
     metadata.id = id
     return metadata
+
+
+def check_written(fragment: str, uri: str, storage_options: dict[str, str] | None) -> None:
+    """Check that the data file a worker reported is there and holds what it reported.
+
+    Lance commits a fragment whose file is gone or has other rows without a word.
+
+    Raises:
+        KalmError: it is not.
+    """
+    metadata = FragmentMetadata.from_json(fragment)
+    path = f"{uri.rstrip('/')}/data/{metadata.files[0].path}"
+    try:
+        reader = LanceFileReader(path, storage_options=storage_options)
+        rows = reader.metadata().num_rows
+    except (OSError, ValueError) as error:
+        raise KalmError(
+            f"{path}, which a worker wrote, cannot be read: {first_line(error)}. Run again"
+        ) from error
+    if rows != metadata.physical_rows:
+        raise KalmError(f"{path} holds {rows} rows, its worker wrote {metadata.physical_rows}")

@@ -29,21 +29,43 @@ class RejectStore:
 
     def write(self, shard: Shard, rejects: Sequence[Reject]) -> None:
         """Keep the rejects of one shard; none makes no file."""
+        self.write_named(shard.id, rejects)
+
+    def write_named(self, name: str, rejects: Sequence[Reject]) -> None:
+        """Keep rejects under a name, in place of what is there; none makes no file."""
         if not rejects:
             return
         lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "rejects.jsonl")
             file.write_text("".join(lines), encoding="utf-8")
-            self._session.upload_file(str(file), f"{FOLDER}/{shard.id}.jsonl")
+            self._session.upload_file(str(file), f"{FOLDER}/{name}.jsonl")
 
     def read(self) -> list[Reject]:
         """Return all rejects, in the order of their shards."""
-        rejects = []
+        return [reject for path in self._paths() for reject in self._read(path)]
+
+    def read_named(self, name: str) -> list[Reject]:
+        """Return the rejects kept under a name."""
+        paths = [p for p in self._paths() if p.endswith(f"/{name}.jsonl")]
+        return [reject for path in paths for reject in self._read(path)]
+
+    def keep_only(self, ids: set[str | None]) -> None:
+        """Drop the rejects that have an id and are not among `ids`: they are in the table now."""
+        for path in self._paths():
+            rejects = self._read(path)
+            left = [r for r in rejects if r.id is None or r.id in ids]
+            if not left:
+                self._session.delete_file(path)
+            elif left != rejects:
+                self.write_named(Path(path).stem, left)
+
+    def _paths(self) -> list[str]:
+        return sorted(self._session.list(FOLDER))
+
+    def _read(self, path: str) -> list[Reject]:
         with tempfile.TemporaryDirectory() as folder:
-            for name in sorted(self._session.list(FOLDER)):
-                file = Path(folder, "rejects.jsonl")
-                self._session.download_file(name, str(file))
-                for line in file.read_text(encoding="utf-8").splitlines():
-                    rejects.append(Reject(**json.loads(line)))
-        return rejects
+            file = Path(folder, "rejects.jsonl")
+            self._session.download_file(path, str(file))
+            lines = file.read_text(encoding="utf-8").split("\n")
+            return [Reject(**json.loads(line)) for line in lines if line]

@@ -117,7 +117,7 @@ class ShardReader:
         self._file: text_files.TextFile | columnar_files.ColumnarFile | None = None
 
     def read(self, shard: Shard) -> tuple[list[Passage], list[Reject]]:
-        """Return the usable passages of a shard and its rejects, in input order.
+        """Return the usable passages of a shard and its rejects, in input order; ids may repeat.
 
         Raises:
             InputError: the file changed since it was planned, or is gone.
@@ -127,19 +127,15 @@ class ShardReader:
             self._path = shard.path
         passages: list[Passage] = []
         rejects: list[Reject] = []
-        seen: set[str] = set()
         for line, record in self._file.read(shard.rows, shard.fields):
             row = (
                 Reject(shard.path, line, record)
                 if isinstance(record, str)
                 else to_passage(record, shard.fields, shard.path, line)
             )
-            if isinstance(row, Passage) and row.id in seen:
-                row = Reject(shard.path, line, "id repeated in its shard", row.id)
             if isinstance(row, Reject):
                 rejects.append(row)
             else:
-                seen.add(row.id)
                 passages.append(row)
         return passages, rejects
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
@@ -27,20 +27,23 @@ FORMATS = {
     ".lance": "lance",
 }
 COMPRESSIONS = (".gz", ".zst")
-S3_OPTIONS = {
-    "aws_access_key_id": "key",
-    "aws_secret_access_key": "secret",
-    "aws_session_token": "token",
-    "aws_endpoint": "endpoint_url",
+S3_OPTIONS = {  # of s3fs, and the names Lance knows each by
+    "key": ("aws_access_key_id", "access_key_id"),
+    "secret": ("aws_secret_access_key", "secret_access_key"),
+    "token": ("aws_session_token", "session_token", "aws_token", "token"),
+    "endpoint_url": ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url"),
+    "region": ("aws_region", "region", "aws_default_region", "default_region"),
+    "anon": ("aws_skip_signature", "skip_signature"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What is encoded and stored: an id and its text, title joined."""
+    """What is encoded and stored: an id and its text, title joined; and where it came from."""
 
     id: str
     text: str
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +156,17 @@ def file_format(path: str) -> str:
 
 def fsspec_options(url: str, storage_options: dict[str, str] | None) -> dict[str, Any]:
     """Translate Lance's storage options into those of the fsspec file system of `url`."""
-    given = storage_options or {}
     if not url.startswith(("s3://", "s3a://")):
         return {}
-    options: dict[str, Any] = {S3_OPTIONS[k]: v for k, v in given.items() if k in S3_OPTIONS}
-    if "aws_region" in given:
-        options["client_kwargs"] = {"region_name": given["aws_region"]}
+    given = {k.lower(): v for k, v in (storage_options or {}).items()}
+    options: dict[str, Any] = {}
+    for name, aliases in S3_OPTIONS.items():
+        if found := [given[alias] for alias in aliases if alias in given]:
+            options[name] = found[0]
+    if "region" in options:
+        options["client_kwargs"] = {"region_name": options.pop("region")}
+    if "anon" in options:
+        options["anon"] = options["anon"].lower() == "true"
     return options
 
 
@@ -184,7 +192,7 @@ def to_passage(
     if reason is None and isinstance(raw_id, str) and isinstance(text, str):
         joined = f"{title} {text}".strip() if isinstance(title, str) else text.strip()
         if _encodable(raw_id + joined):
-            return Passage(raw_id, joined)
+            return Passage(raw_id, joined, line)
         reason = "not valid Unicode (undecodable bytes or a lone surrogate)"
     shown = raw_id if isinstance(raw_id, str) and _encodable(raw_id) else None
     return Reject(path, line, reason or "unusable", shown)

@@ -13,6 +13,7 @@ from kalm_encoder.rows import TableSpec, build_rows
 from pipeline.encode_shard import ShardResult
 from pipeline.fragments import write_fragment
 from pipeline.ledger import Ledger
+from pipeline.maintenance import Maintainer, publish
 from pipeline.shards import Plan, plan_shards
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
@@ -48,7 +49,8 @@ def test_shards_are_committed_once_and_in_plan_order(plan, uri):
     for number in (3, 0, 4, 1, 2):
         ledger.commit([encode(plan, uri, number)])
     ledger.seal()
-    ledger.publish()
+    Maintainer(uri).finish()
+    publish(uri, None)
     assert ids_of(uri) == [f"r{i}" for i in range(15)]
     assert len(PassageTable.open(uri).take([f"r{i}" for i in range(15)])) == 15
 
@@ -76,7 +78,7 @@ def test_a_second_driver_takes_over_and_fences_the_first(plan, uri):
     stale = encode(plan, uri, 1)
     second = Ledger.begin(uri, SPEC, plan)
     assert second.done == {0}
-    with pytest.raises(FencedError, match="another `kalm encode` took"):
+    with pytest.raises(FencedError, match="another command took"):
         first.commit([stale])
     second.commit([encode(plan, uri, 1)])
     with pytest.raises(FencedError):
@@ -166,9 +168,11 @@ def test_publishing_twice_changes_nothing(plan, uri):
     ledger = Ledger.begin(uri, SPEC, plan)
     ledger.commit([encode(plan, uri, n) for n in range(5)])
     ledger.seal()
-    ledger.publish()
+    Maintainer(uri).finish()
+    publish(uri, None)
     version = lance.dataset(uri).version
-    ledger.publish()
+    Maintainer(uri).finish()
+    publish(uri, None)
     assert lance.dataset(uri).version == version == PassageTable.open(uri).version
 
 

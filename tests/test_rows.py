@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import CorruptRowError, InputError, TableError
 from kalm_encoder.pooling import PassageStates, coarsen, num_groups
-from kalm_encoder.rows import TableSpec, build_rows, checksum, read_rows
+from kalm_encoder.rows import TableSpec, build_rows, read_rows, states_checksum
 from tests.golden import write_v1
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2, 8), store_dtype="float32")
@@ -60,12 +60,22 @@ def test_no_field_is_nullable():
 
 def test_checksum_covers_id_tokens_and_states():
     states = np.arange(8, dtype=np.float16).reshape(2, 4)
-    base = checksum("id", 4, states)
+    base = states_checksum("id", 4, False, states)
     changed = states.copy()
     changed[1, 3] = np.float16(np.nextafter(states[1, 3], np.float16(100)))
-    assert base == checksum("id", 4, states.copy())
-    assert len({base, checksum("ie", 4, states), checksum("id", 3, states)}) == 3
-    assert checksum("id", 4, changed) != base
+    assert base == states_checksum("id", 4, False, states.copy())
+    assert (
+        len(
+            {
+                base,
+                states_checksum("ie", 4, False, states),
+                states_checksum("id", 3, False, states),
+                states_checksum("id", 4, True, states),
+            }
+        )
+        == 4
+    )
+    assert states_checksum("id", 4, False, changed) != base
 
 
 def test_repeated_ids_are_an_error():
@@ -110,7 +120,7 @@ def test_version_1_is_still_written_the_same():
     )
     expected = json.loads((write_v1.FOLDER / "expected.json").read_text())
     assert [h.hex() for h in rows["text_hash"].to_pylist()] == expected["text_hash"]
-    for name in ("checksum_r2", "checksum_r4"):
+    for name in ("checksum_r2", "checksum_r4", "checksum"):
         assert rows[name].to_pylist() == expected[name]
 
 

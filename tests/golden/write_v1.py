@@ -51,7 +51,7 @@ def main() -> None:
         rows, table, data_storage_version="2.2", enable_stable_row_ids=True
     )
     dataset.tags.create(LIVE_TAG, dataset.version)
-    expected = rows.select(["text_hash", "checksum_r2", "checksum_r4"]).to_pydict()
+    expected = rows.select(["text_hash", "checksum_r2", "checksum_r4", "checksum"]).to_pydict()
     expected["text_hash"] = [h.hex() for h in expected["text_hash"]]
     (FOLDER / "expected.json").write_text(json.dumps(expected, indent=1))
 

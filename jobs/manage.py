@@ -1,0 +1,119 @@
+"""Commands that look after a table: rejects, delete, publish, rollback, compact, gc, doctor."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.options import StorageOptions, parse_storage_options
+from kalm_encoder.errors import InputError
+
+Table = Annotated[str, typer.Argument(help="The table.")]
+
+
+def rejects(
+    uri: Table,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    storage_option: StorageOptions = None,
+) -> None:
+    """List the input rows that were rejected, with file, line and reason."""
+    from dataclasses import asdict
+
+    from kalm_encoder.table import open_dataset
+    from pipeline.rejects import RejectStore
+
+    options = parse_storage_options(storage_option)
+    open_dataset(uri, options)
+    found = RejectStore(uri, options).read()
+    for reject in found:
+        if as_json:
+            print(json.dumps(asdict(reject), ensure_ascii=False))
+        else:
+            named = f" id {reject.id!r}" if reject.id is not None else ""
+            print(f"{reject.path} line {reject.line}{named}: {reject.reason}")
+    if not as_json:
+        print(f"{len(found):,} rows rejected")
+
+
+def delete(
+    uri: Table,
+    ids_file: Annotated[Path, typer.Option(help="File with one id a line.")],
+    storage_option: StorageOptions = None,
+) -> None:
+    """Delete passages by id; readers switch when all are gone."""
+    from pipeline.maintenance import delete as delete_rows
+
+    try:
+        ids = [line for line in ids_file.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {ids_file}: {error}") from error
+    if not ids:
+        raise InputError(f"{ids_file} holds no id")
+    print(f"deleted {delete_rows(uri, parse_storage_options(storage_option), ids):,} passages")
+
+
+def publish(
+    uri: Table,
+    version: Annotated[int | None, typer.Option(help="Default: the latest.")] = None,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Let readers see a complete version: move the tag `live` to it."""
+    from pipeline.maintenance import publish as move
+
+    print(f"version {move(uri, parse_storage_options(storage_option), version)} is live")
+
+
+def rollback(uri: Table, storage_option: StorageOptions = None) -> None:
+    """Let readers see again what was live before."""
+    from pipeline.maintenance import rollback as move
+
+    print(f"version {move(uri, parse_storage_options(storage_option))} is live again")
+
+
+def compact(uri: Table, storage_option: StorageOptions = None) -> None:
+    """Merge small data files and bring the indexes up to date."""
+    from pipeline.maintenance import compact as merge
+
+    merge(uri, parse_storage_options(storage_option))
+    print(f"{uri} is compact")
+
+
+def gc(
+    uri: Table,
+    older_than: Annotated[float, typer.Option(help="Days a version or file must be old.")] = 7.0,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Remove old versions that no tag names, and files of crashed attempts."""
+    from pipeline.maintenance import collect_garbage
+
+    stats = collect_garbage(
+        uri,
+        parse_storage_options(storage_option),
+        older_than=timedelta(days=older_than),
+        dry_run=dry_run,
+    )
+    print(
+        f"{'would remove' if dry_run else 'removed'} {stats.old_versions} versions, "
+        f"{stats.data_files_removed} data files, {stats.bytes_removed:,} bytes"
+    )
+
+
+def doctor(
+    uri: Annotated[str, typer.Argument(help="A table, or where one is to be.")],
+    storage_option: StorageOptions = None,
+) -> None:
+    """Try everything a job does on this store, and explain what is wrong. Exit code 1 if it is."""
+    from pipeline.preflight import examine
+
+    checks = list(examine(uri, parse_storage_options(storage_option)))
+    for check in checks:
+        print(f"{'FAILED' if check.problem else 'ok':<7}{check.name}")
+        if check.problem:
+            print(f"       {check.problem}")
+    if any(check.problem for check in checks):
+        raise typer.Exit(1)

@@ -1,0 +1,229 @@
+"""What happens to a table once every shard is in it: duplicates, compaction, indexes, tags.
+
+Every step does nothing where its work is done, so that an interrupted one is simply run again.
+Readers follow the tag `live`, which moves last; `previous` names what it pointed at before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kalm_encoder.errors import InputError, MissingIdsError
+from kalm_encoder.rows import TableSpec
+from kalm_encoder.table import LIVE_TAG, first_line, open_dataset
+from pipeline.duplicates import repeated_rows
+from pipeline.ledger import ON_DUPLICATE, PLAN
+from pipeline.writer import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableWriter
+
+logger = logging.getLogger(__name__)
+
+PREVIOUS_TAG = "previous"
+ROWS = "kalm.rows"
+"""Rows the table had when it was finished last; verify compares."""
+FRAGMENT_BYTES = 2 << 30
+SAFE_AGE = timedelta(days=7)
+DELETE_AT_ONCE = 10_000
+Item = TypeVar("Item")
+
+
+class Maintainer(TableWriter):
+    """The write side of a table that is sealed."""
+
+    def __init__(self, uri: str, storage_options: dict[str, str] | None = None) -> None:
+        super().__init__(uri, storage_options)
+        self.spec = TableSpec.from_metadata(self.dataset.schema.metadata, uri)
+        if self.state == LOADING:
+            raise InputError(f"{uri} is not complete yet: run its `kalm encode` again first")
+
+    def finish(self, *, compact: bool = True) -> None:
+        """Bring a sealed table to COMPLETE: duplicates, compaction, indexes.
+
+        Raises:
+            FencedError: another process took the table over.
+        """
+        if self.state == COMPLETE:
+            return
+        if not self.is_mine:
+            self.take_over()
+        if self.state == SEALED:
+            policy = self.metadata[ON_DUPLICATE]
+            if policy != "error":
+                self.retry(lambda: self._drop_repeated(policy))
+        if compact:
+            self.retry(self._compact)
+        self.retry(self._index)
+        self.merge({STATE: COMPLETE, ROWS: str(self.dataset.count_rows())})
+
+    def begin_change(self, *, rows: bool = True) -> None:
+        """Take the table to change it, or to finish a change that was interrupted.
+
+        Args:
+            rows: whether its rows will no longer be those that `kalm encode` planned.
+
+        Raises:
+            InputError: the table's encoding is not finished.
+        """
+        if self.state not in (COMPLETE, CHANGING):
+            raise InputError(f"{self.uri} is not complete yet: run its `kalm encode` again first")
+        if not rows and self.state == CHANGING:
+            raise InputError(f"a change of {self.uri} was interrupted: run its command again first")
+        self.take_over({STATE: CHANGING, **({PLAN: "changed"} if rows else {})})
+
+    def upsert(self, rows: pa.RecordBatchReader) -> None:
+        """Replace rows by id and add new ones, in one commit; run it again after any failure."""
+        builder = self.dataset.merge_insert("id").when_matched_update_all()
+        builder.when_not_matched_insert_all().conflict_retries(0).execute(rows)
+        self.refresh(self.dataset)
+
+    def delete(self, row_ids: Sequence[int]) -> None:
+        """Delete rows by stable row id; those that are gone already are no error."""
+        for some in _pieces(row_ids):
+            # Row ids are integers: nothing of a user's is in this predicate.
+            predicate = f"_rowid IN ({','.join(map(str, some))})"
+            self.dataset.delete(predicate, conflict_retries=0)
+            self.refresh(self.dataset)
+
+    def _drop_repeated(self, keep: str) -> None:
+        for rows in list(repeated_rows(self.dataset, keep)):
+            self.delete(rows.tolist())
+
+    def _compact(self) -> None:
+        """Merge small fragments into ones of about FRAGMENT_BYTES."""
+        fragments = [f.metadata for f in self.dataset.get_fragments()]
+        size = sum(file.file_size_bytes or 0 for f in fragments for file in f.files)
+        rows = max(1, self.dataset.count_rows())
+        target = min(1 << 20, max(1, FRAGMENT_BYTES * rows // max(1, size)))
+        self.dataset.optimize.compact_files(target_rows_per_fragment=target, batch_size=1024)
+        self.refresh(self.dataset)
+
+    def _index(self) -> None:
+        """Index ids and text, where there are rows; add to the indexes what they do not cover."""
+        columns = {c for index in self.dataset.describe_indices() for c in index.field_names}
+        if self.dataset.count_rows():
+            if "id" not in columns:
+                self.dataset.create_scalar_index("id", "BTREE")
+            if self.spec.keep_text and "text" not in columns:
+                self.dataset.create_scalar_index("text", "INVERTED", with_position=False)
+            if columns:
+                self.dataset.optimize.optimize_indices()
+        self.refresh(open_dataset(self.uri, self.storage_options))
+
+
+def publish(uri: str, storage_options: dict[str, str] | None, version: int | None = None) -> int:
+    """Point `live` at a complete version (the latest), and `previous` at what `live` was.
+
+    Returns:
+        The version that is live now.
+
+    Raises:
+        InputError: no such version, or one that is not complete.
+    """
+    dataset = open_dataset(uri, storage_options)
+    try:
+        at = dataset if version is None else dataset.checkout_version(version)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{uri} has no version {version}: {first_line(error)}") from error
+    state = (at.schema.metadata or {}).get(STATE.encode(), b"?").decode()
+    if state != COMPLETE:
+        raise InputError(
+            f"version {at.version} of {uri} is {state}, only a complete one can be live: run the "
+            "command that makes it again"
+        )
+    tags = dataset.tags.list()
+    live = tags[LIVE_TAG]["version"] if LIVE_TAG in tags else None
+    if live != at.version:
+        if live is not None:
+            _tag(dataset, PREVIOUS_TAG, live)
+        _tag(dataset, LIVE_TAG, at.version)
+    return int(at.version)
+
+
+def rollback(uri: str, storage_options: dict[str, str] | None) -> int:
+    """Swap `live` and `previous`. Returns the version that is live now.
+
+    Raises:
+        InputError: nothing was published before.
+    """
+    tags = open_dataset(uri, storage_options).tags.list()
+    if PREVIOUS_TAG not in tags:
+        raise InputError(f"{uri} has no earlier published version to go back to")
+    return publish(uri, storage_options, int(tags[PREVIOUS_TAG]["version"]))
+
+
+def delete(uri: str, storage_options: dict[str, str] | None, ids: Sequence[str]) -> int:
+    """Delete passages by id and publish the table without them. Returns how many went.
+
+    Raises:
+        MissingIdsError: some ids are not in the table; nothing is deleted.
+    """
+    writer = Maintainer(uri, storage_options)
+    unique = list(dict.fromkeys(ids))
+    found: dict[str, int] = {}
+    for some in _pieces(unique):
+        wanted = pc.field("id").isin(pa.array(some, pa.string()))
+        rows = writer.dataset.scanner(columns=["id"], filter=wanted, with_row_id=True).to_table()
+        found |= zip(rows["id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True)
+    missing = [i for i in unique if i not in found]
+    if missing and writer.state == COMPLETE:  # not a run that goes on where one was interrupted
+        raise MissingIdsError(missing, uri)
+    writer.begin_change()
+    writer.retry(lambda: writer.delete(list(found.values())))
+    writer.finish(compact=False)
+    publish(uri, storage_options)
+    return len(found)
+
+
+def compact(uri: str, storage_options: dict[str, str] | None) -> None:
+    """Merge small data files, bring the indexes up to date, and publish."""
+    writer = Maintainer(uri, storage_options)
+    writer.begin_change(rows=False)
+    writer.finish()
+    publish(uri, storage_options)
+
+
+def collect_garbage(
+    uri: str,
+    storage_options: dict[str, str] | None,
+    *,
+    older_than: timedelta = SAFE_AGE,
+    dry_run: bool = False,
+) -> Any:
+    """Remove old untagged versions and files that no version names; return Lance's figures.
+
+    A file that no version names may belong to a running job, which will commit it: while a table
+    is being written such files are kept for seven days whatever `older_than` says.
+
+    Raises:
+        InputError: a negative age.
+    """
+    if older_than < timedelta(0):
+        raise InputError(f"an age of {older_than} is negative")
+    writer = TableWriter(uri, storage_options)
+    options: dict[str, Any] = {
+        "older_than": older_than,
+        "error_if_tagged_old_versions": False,
+        "delete_unverified": writer.state == COMPLETE and older_than < SAFE_AGE,
+    }
+    if dry_run:
+        stats = writer.dataset.explain_cleanup_old_versions(**options).stats
+    else:
+        stats = writer.dataset.cleanup_old_versions(**options)
+    return stats
+
+
+def _pieces(values: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(values), DELETE_AT_ONCE):
+        yield values[start : start + DELETE_AT_ONCE]
+
+
+def _tag(dataset: Any, name: str, version: int) -> None:
+    if name in dataset.tags.list():
+        dataset.tags.update(name, version)
+    else:
+        dataset.tags.create(name, version)

@@ -1,0 +1,187 @@
+"""Whether this Lance and this store can be trusted with commits; and what is wrong if not.
+
+The commit protocol stands on two refusals: Lance must refuse a fragment id that is there already,
+and the store must refuse to create an object that is there already. A store that ignores the second
+loses commits without a word, so it is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import lance
+import pyarrow as pa
+from lance.dataset import LanceOperation
+
+from kalm_encoder.errors import InputError, KalmError
+from kalm_encoder.table import first_line
+from pipeline.fragments import with_id, write_fragment
+from pipeline.sources import fsspec_options
+
+PROBES = "_kalm/probes"
+EXPLANATIONS = (
+    (("invalidaccesskeyid", "signaturedoesnotmatch", "403", "forbidden", "accessdenied",
+      "access denied", "expiredtoken", "nocredentials", "unable to locate credentials",
+      "invalidtoken", "permissionerror"),
+     "the store refuses the credentials, or they may not do this: check key, secret, session "
+     "token (expired?) and the bucket's policy"),
+    (("nosuchbucket", "bucket does not exist"), "the bucket does not exist: create it first"),
+    (("connection refused", "could not connect", "endpointconnection", "dns error", "timed out",
+      "name or service"),
+     "nothing answers there: check aws_endpoint, and aws_allow_http=true for an http:// address"),
+    (("no space left", "quota"), "the disk is full"),
+    (("permission denied", "read-only file system"), "this user may not write there"),
+    (("not a directory", "file exists"), "something that is no folder stands in the way"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing `kalm doctor` tried; `problem` is None where it went well."""
+
+    name: str
+    problem: str | None
+
+
+def check_writable(uri: str, storage_options: dict[str, str] | None) -> None:
+    """Refuse a Lance or a store on which commits could be lost or doubled.
+
+    Raises:
+        InputError: says which, and the remedy.
+    """
+    for check in (_refuses_double_fragments(), *_through_fsspec(uri, storage_options)):
+        if check.problem:
+            raise InputError(f"cannot write safely to {uri}: {check.name}: {check.problem}")
+
+
+def examine(uri: str, storage_options: dict[str, str] | None) -> Iterator[Check]:
+    """Try everything a job does on the store of `uri`, beside the table, and clean up."""
+    yield _refuses_double_fragments()
+    yield from _through_fsspec(uri, storage_options)
+    probe = f"{uri.rstrip('/')}/{PROBES}/{uuid.uuid4().hex}.lance"
+    rows = pa.table({"n": [1, 2, 3]})
+    at = {"storage_options": storage_options}
+    yield _check("lance: create a table", lambda: lance.write_dataset(rows, probe, **at))
+    yield _check("lance: append", lambda: lance.write_dataset(rows, probe, mode="append", **at))
+    yield _check("lance: read it back", lambda: _expect_rows(lance.dataset(probe, **at), 6))
+    yield _check("lance: refuse a second create", lambda: _expect_refusal(rows, probe, at))
+    yield _check("lance: remove it", lambda: lance.LanceDataset.drop(probe, **at))
+
+
+def explain(error: BaseException) -> str:
+    """Return the first line of a store's error with the likely cause and remedy."""
+    text = f"{type(error).__name__} {error} {error.__cause__ or ''}".lower()
+    for words, meaning in EXPLANATIONS:
+        if any(word in text for word in words):
+            return f"{meaning} ({first_line(error)})"
+    return first_line(error)
+
+
+def _refuses_double_fragments() -> Check:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = pa.table({"n": [1]})
+        dataset = lance.write_dataset(rows.slice(0, 0), f"{folder}/t.lance")
+        commits = 0
+        try:
+            for _ in range(2):
+                fragment = with_id(write_fragment(rows, dataset), 1)
+                dataset = lance.LanceDataset.commit(
+                    dataset.uri, LanceOperation.Append([fragment]), read_version=dataset.version
+                )
+                commits += 1
+        except OSError as error:
+            if commits == 1 and "fragment" in str(error):
+                return Check("lance: refuse a fragment id twice", None)
+            return Check("lance: refuse a fragment id twice", first_line(error))
+    return Check(
+        "lance: refuse a fragment id twice",
+        f"pylance {lance.__version__} accepts it and shards could be doubled: "
+        "pip install 'pylance>=13'",
+    )
+
+
+def _through_fsspec(uri: str, storage_options: dict[str, str] | None) -> Iterator[Check]:
+    """Write, conditionally overwrite, read and delete one object."""
+    local = "://" not in uri or uri.startswith("file://")
+    if not local and not uri.startswith(("s3://", "s3a://")):
+        return  # other clouds: Lance's own conditional writes are all there is
+    try:
+        options = fsspec_options(uri, storage_options)
+        fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
+    except ImportError as error:
+        problem = f"{error}: pip install 'kalm-preencode[batch,s3]'"
+        yield Check("fsspec: open the store", problem)
+        return
+    path = f"{root.rstrip('/')}/{PROBES}/{uuid.uuid4().hex}"
+
+    def write() -> None:
+        if local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fs.pipe_file(path, b"first", mode="create")
+
+    written = _check("fsspec: write an object", write)
+    yield written
+    if written.problem:
+        return
+    try:
+        yield _check("fsspec: refuse to create it again", lambda: _expect_exclusive(fs, path))
+        yield _check("fsspec: read it back", lambda: _expect_bytes(fs.cat_file(path)))
+    finally:
+        removed = _check("fsspec: delete it", lambda: fs.rm_file(path))
+        if local:
+            _remove_empty(Path(path).parent, 3)
+    yield removed
+
+
+def _check(name: str, action: Callable[[], Any]) -> Check:
+    try:
+        action()
+    except (OSError, ValueError, RuntimeError, KalmError) as error:
+        return Check(name, explain(error))
+    except Exception as error:  # botocore's errors have no common base that can be imported here
+        return Check(name, explain(error))
+    return Check(name, None)
+
+
+def _expect_exclusive(fs: Any, path: str) -> None:
+    try:
+        fs.pipe_file(path, b"second", mode="create")
+    except OSError:
+        return
+    raise InputError(
+        "the store overwrites it: it has no conditional writes (If-None-Match), so two writers "
+        "would lose each other's commits. Use a store that has them"
+    )
+
+
+def _expect_bytes(found: bytes) -> None:
+    if found != b"first":
+        raise InputError(f"it holds {found!r} instead of b'first'")
+
+
+def _expect_rows(dataset: lance.LanceDataset, rows: int) -> None:
+    if dataset.count_rows() != rows:
+        raise InputError(f"{dataset.count_rows()} rows instead of {rows}")
+
+
+def _expect_refusal(rows: pa.Table, probe: str, at: dict[str, Any]) -> None:
+    try:
+        lance.write_dataset(rows, probe, mode="create", **at)
+    except OSError:
+        return
+    raise InputError("a second table was created over the first")
+
+
+def _remove_empty(folder: Path, levels: int) -> None:
+    """Remove the folders the probe made, unless something else is in them."""
+    for _ in range(levels):
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()
+        folder = folder.parent

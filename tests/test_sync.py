@@ -1,0 +1,275 @@
+"""A table follows its corpus: only what changed is encoded, and readers never see half of it."""
+
+import json
+
+import lance
+import numpy as np
+import pytest
+
+from jobs.demo_model import make_checkpoint
+from kalm_encoder import PassageEncoder, PassageTable
+from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
+from pipeline import encode_shard, maintenance
+from pipeline.driver import EncodeJob, encode_inline, plan_job, run
+from pipeline.rejects import RejectStore
+from pipeline.sync import compare, retry_rejects, sync
+from pipeline.verify import verify
+from tests.conftest import make_texts, write_corpus
+
+
+@pytest.fixture
+def job(model_dir, tmp_path):
+    """A job over `c.jsonl`, encoded: 50 passages in 5 shards."""
+    corpus = write_corpus(tmp_path / "c.jsonl", make_texts(50))
+    made = EncodeJob(
+        inputs=(str(corpus),), uri=str(tmp_path / "t.lance"), model=str(model_dir), shard_size=10
+    )
+    run(made, encode_inline)
+    return made
+
+
+def rewrite(job, passages):
+    lines = [json.dumps({"_id": i, "text": t}) + "\n" for i, t in passages.items()]
+    with open(job.inputs[0], "w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def passages_of(job):
+    with open(job.inputs[0], encoding="utf-8") as file:
+        return {row["_id"]: row["text"] for row in map(json.loads, file)}
+
+
+def count_encoded(monkeypatch):
+    """Count the passages that reach the encoder."""
+    counts = []
+    real = PassageEncoder.encode_batch
+
+    def counting(self, tokens, *, ratio):
+        counts.append(len(tokens))
+        return real(self, tokens, ratio=ratio)
+
+    monkeypatch.setattr(PassageEncoder, "encode_batch", counting)
+    return counts
+
+
+def assert_same_rows(uri, other):
+    """Equal as sets of rows, but for where a row came from; states to the last bit of float16."""
+    rows = []
+    for table in (uri, other):
+        found = lance.dataset(str(table), version="live").to_table().to_pylist()
+        rows.append({row["id"]: row for row in found})
+        assert len(rows[-1]) == len(found)
+    assert rows[0].keys() == rows[1].keys()
+    for id, row in rows[0].items():
+        for name in ("text", "text_hash", "num_tokens", "truncated"):
+            assert row[name] == rows[1][id][name]
+        # A passage's batch may differ, and with it the last bit of the float16 rounding.
+        a, b = np.array(row["states_r4"]), np.array(rows[1][id]["states_r4"])
+        np.testing.assert_allclose(a, b, rtol=2**-10, atol=2**-14)
+
+
+def test_only_what_changed_is_encoded(job, tmp_path, monkeypatch):
+    passages = passages_of(job)
+    passages["p3"] = "something else"
+    passages["q"] = "brand new"
+    del passages["p40"]
+    rewrite(job, passages)
+    plan = plan_job(job)
+    changes = compare(job, plan)
+    assert (changes.unchanged, changes.changed, changes.new, len(changes.missing)) == (48, 1, 1, 1)
+    before = lance.dataset(job.uri).version
+    encoded = count_encoded(monkeypatch)
+    changes, summary = sync(job, encode_inline, delete_missing=True)
+    assert sum(encoded) == 2
+    assert summary.num_rows == 2
+    assert before < PassageTable.open(job.uri).version
+    fresh = tmp_path / "fresh.lance"
+    run(EncodeJob(inputs=job.inputs, uri=str(fresh), model=job.model), encode_inline)
+    assert_same_rows(job.uri, fresh)
+    assert verify(job.uri).num_problems == 0
+    assert PassageTable.open(job.uri).search("brand", 1)[0][0] == "q"
+    plan = PassageTable.open(job.uri).dataset.scanner(filter="id = 'q'").explain_plan()
+    assert "ScalarIndexQuery" in plan
+    encoded.clear()
+    changes, summary = sync(job, encode_inline, delete_missing=True)
+    assert (changes.unchanged, encoded, summary) == (50, [], None)
+
+
+def test_missing_passages_stay_unless_told(job):
+    rewrite(job, {"p1": make_texts(50)[1]})
+    changes, summary = sync(job, encode_inline)
+    assert (changes.unchanged, len(changes.missing), summary) == (1, 49, None)
+    assert len(PassageTable.open(job.uri)) == 50
+    sync(job, encode_inline, delete_missing=True)
+    assert len(PassageTable.open(job.uri)) == 1
+
+
+@pytest.mark.parametrize("step", ["upsert", "delete", "_index", "merge"])
+def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeypatch, step):
+    passages = passages_of(job)
+    old = set(passages)
+    passages |= {"p0": "changed", "new": "new"}
+    del passages["p9"]
+    rewrite(job, passages)
+
+    class KillError(BaseException):
+        pass
+
+    def kill(*args, **kwargs):
+        raise KillError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(maintenance.Maintainer, step, kill)
+        with pytest.raises(KillError):
+            sync(job, encode_inline, delete_missing=True)
+    ids = lance.dataset(job.uri, version="live").to_table(columns=["id"])["id"].to_pylist()
+    assert set(ids) == old
+    encoded = count_encoded(monkeypatch)
+    sync(job, encode_inline, delete_missing=True)
+    assert sum(encoded) == 0, "what was encoded before the interruption is kept"
+    table = PassageTable.open(job.uri)
+    assert set(table.dataset.to_table(columns=["id"])["id"].to_pylist()) == set(passages)
+    assert verify(job.uri).num_problems == 0
+
+
+@pytest.mark.parametrize(("policy", "text"), [("first", "one"), ("last", "two")])
+def test_repeated_ids_in_the_new_corpus(job, policy, text):
+    with open(job.inputs[0], "a", encoding="utf-8") as file:
+        for value in ("one", "two"):
+            file.write(json.dumps({"_id": "twice", "text": value}) + "\n")
+    with pytest.raises(InputError, match=r"1 passages repeat an id of another: 'twice'"):
+        sync(job, encode_inline)
+    changes, _ = sync(job, encode_inline, on_duplicate=policy)
+    assert (changes.unchanged, changes.new) == (50, 1)
+    rows = lance.dataset(job.uri, version="live").to_table(filter="id = 'twice'")
+    assert rows["text"].to_pylist() == [text]
+
+
+def test_another_model_is_refused(job, encoder, tmp_path_factory):
+    other = make_checkpoint(tmp_path_factory.mktemp("other") / "m", make_texts(300, seed=9))
+    changed = EncodeJob(inputs=job.inputs, uri=job.uri, model=str(other))
+    with pytest.raises(MismatchError, match="states of two models cannot be mixed"):
+        sync(changed, encode_inline)
+
+
+def test_encode_refuses_a_table_that_sync_changed(job):
+    rewrite(job, {**passages_of(job), "new": "new"})
+    sync(job, encode_inline)
+    with pytest.raises(MismatchError, match="was changed by `kalm sync`"):
+        run(job, encode_inline)
+
+
+def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_path, monkeypatch):
+    texts = make_texts(20)
+    texts[7] = "poison passage"
+    corpus = write_corpus(tmp_path / "c.jsonl", texts)
+    job = EncodeJob(
+        inputs=(str(corpus),), uri=str(tmp_path / "t.lance"), model=str(model_dir),
+        max_rejected=0.1,
+    )  # fmt: skip
+    real = PassageEncoder._pooled
+    poison = PassageEncoder.load(str(model_dir)).tokenise(["poison passage"])[0].ids
+
+    def breaks(self, tokens, ratio):
+        if any(t.ids == poison for t in tokens):
+            raise RuntimeError("a kernel failed")
+        return real(self, tokens, ratio)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(PassageEncoder, "_pooled", breaks)
+        summary = run(job, encode_inline)
+    assert (summary.num_rows, summary.num_rejected) == (19, 1)
+    (reject,) = RejectStore(job.uri).read()
+    assert (reject.line, reject.id) == (8, "p7")
+    assert reject.reason == "the encoder failed: RuntimeError: a kernel failed"
+    encoded = count_encoded(monkeypatch)
+    again = retry_rejects(job, encode_inline)
+    assert (sum(encoded), again.num_rows) == (1, 1)
+    assert RejectStore(job.uri).read() == []
+    assert len(PassageTable.open(job.uri).take(["p7"])) == 1
+    assert verify(job.uri).num_problems == 0
+    assert retry_rejects(job, encode_inline) is None
+
+
+def test_a_broken_device_rejects_nothing(model_dir, tmp_path, monkeypatch):
+    """Where every passage fails the shard fails: its rows are not at fault."""
+    corpus = write_corpus(tmp_path / "c.jsonl", make_texts(5))
+    job = EncodeJob(inputs=(str(corpus),), uri=str(tmp_path / "t.lance"), model=str(model_dir))
+
+    def breaks(self, tokens, ratio):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(encode_shard.PassageEncoder, "_pooled", breaks)
+        with pytest.raises(Exception, match="the device is gone"):
+            run(job, encode_inline)
+    assert RejectStore(job.uri).read() == []
+    assert run(job, encode_inline).num_rows == 5
+
+
+def test_a_new_generation_is_switched_and_rolled_back(job):
+    other = EncodeJob(
+        inputs=job.inputs, uri=job.uri, model=job.model, ratios=(2, 8), shard_size=20,
+        new_generation=True,
+    )  # fmt: skip
+    summary = run(other, encode_inline)
+    assert (summary.num_rows, summary.live) == (50, False)
+    assert PassageTable.open(job.uri).spec.ratios == (4,)
+    assert run(other, encode_inline).shards_encoded == 0
+    maintenance.publish(job.uri, None)
+    assert PassageTable.open(job.uri).spec.ratios == (2, 8)
+    assert verify(job.uri).num_problems == 0
+    maintenance.rollback(job.uri, None)
+    assert PassageTable.open(job.uri).spec.ratios == (4,)
+    assert len(PassageTable.open(job.uri).take(["p1", "p49"])) == 2
+    maintenance.rollback(job.uri, None)
+    assert PassageTable.open(job.uri).spec.ratios == (2, 8)
+
+
+def test_an_interrupted_generation_is_resumed(job):
+    other = EncodeJob(
+        inputs=job.inputs, uri=job.uri, model=job.model, ratios=(8,), shard_size=10,
+        new_generation=True, commit_every_s=0,
+    )  # fmt: skip
+
+    def dies(config, shards):
+        for i, outcome in enumerate(encode_inline(config, shards)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield outcome
+
+    with pytest.raises(KeyboardInterrupt):
+        run(other, dies)
+    assert len(PassageTable.open(job.uri).take(["p1"])) == 1  # the old one is still served
+    with pytest.raises(MismatchError):
+        run(job, encode_inline)  # the table is being made anew
+    assert run(other, encode_inline).shards_encoded == 3
+    assert verify(job.uri, version=lance.dataset(job.uri).version).num_problems == 0
+
+
+def test_delete_compact_and_gc(job):
+    with pytest.raises(MissingIdsError):
+        maintenance.delete(job.uri, None, ["p1", "nobody"])
+    assert len(PassageTable.open(job.uri)) == 50
+    assert maintenance.delete(job.uri, None, ["p1", "p2", "p1"]) == 2
+    with pytest.raises(MissingIdsError):
+        PassageTable.open(job.uri).take(["p1"])
+    maintenance.compact(job.uri, None)
+    table = PassageTable.open(job.uri)
+    assert len(table.dataset.get_fragments()) == 1
+    assert verify(job.uri).num_problems == 0
+    held = table.take(["p3"])[0]
+    stats = maintenance.collect_garbage(job.uri, None, older_than=maintenance.timedelta(0))
+    assert stats.old_versions > 3
+    np.testing.assert_array_equal(PassageTable.open(job.uri).take(["p3"])[0].states, held.states)
+    maintenance.rollback(job.uri, None)  # a tagged version is never removed
+    assert verify(job.uri).num_problems == 0
+
+
+def test_only_complete_versions_can_be_published(job):
+    with pytest.raises(InputError, match=r"version 1 of .* is loading"):
+        maintenance.publish(job.uri, None, 1)
+    with pytest.raises(InputError, match="has no version 999"):
+        maintenance.publish(job.uri, None, 999)
+    with pytest.raises(InputError, match="no earlier published version"):
+        maintenance.rollback(job.uri, None)

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench
+.PHONY: help setup demo test faults lint type bench
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,6 +20,9 @@ demo:  ## encode the standard library's documentation and rerank from it, offlin
 
 test:  ## run all tests
 	$(BIN)/pytest
+
+faults:  ## hundreds of faults against real jobs (about 20 minutes); exit 1 if a row is wrong
+	$(BIN)/python -m tests.faults
 
 lint:  ## style, and the layering of the packages
 	$(BIN)/ruff check .

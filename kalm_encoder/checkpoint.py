@@ -90,7 +90,7 @@ class Checkpoint:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # tokenizers raises plain Exception for a damaged file
             raise CheckpointError(f"cannot load the tokenizer of {self.name}: {error}") from error
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:

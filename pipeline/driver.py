@@ -25,7 +25,7 @@ from kalm_encoder.rows import TableSpec
 from kalm_encoder.table import open_dataset
 from pipeline.duplicates import ON_DUPLICATE, repeated_rows
 from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
-from pipeline.ledger import Ledger
+from pipeline.ledger import REJECTED, Ledger
 from pipeline.maintenance import Maintainer, publish
 from pipeline.preflight import check_writable
 from pipeline.progress import Progress
@@ -167,14 +167,14 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
             f"{len(failures)} of {len(plan.shards)} shards failed, all others are in {job.uri}. "
             "Mend the cause and run the same command again.\n" + "\n".join(lines[:20])
         )
-    encoded_rows = ledger.num_rows
     live = _finish(job, uri, ledger)
+    rejected = int(ledger.metadata[REJECTED])
     rows = open_dataset(uri, job.storage_options).count_rows()
     return Summary(
         uri=job.uri,
         num_rows=rows,
-        num_rejected=plan.num_rows - encoded_rows if pending else 0,
-        num_repeated=encoded_rows - rows,
+        num_rejected=rejected,
+        num_repeated=plan.num_rows - rejected - rows,
         live=live,
         shards_encoded=len(pending),
         tokens_per_s=progress.tokens_per_s if pending else 0.0,
@@ -254,6 +254,8 @@ def _encode(
     allowed = int(job.max_rejected * plan.num_rows)
     rejected = progress.before - ledger.num_rows
     rejects = RejectStore(job.uri, job.storage_options)
+    if not ledger.done:
+        rejects.clear()  # of an earlier attempt, with other input
     failures: list[ShardFailure] = []
     committer = _Committer(job, ledger)
     try:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PLAN, NUM_SHARDS, NUM_ROWS = "kalm.plan", "kalm.num_shards", "kalm.num_rows"
 EMPTY_SHARDS, GENERATION = "kalm.empty_shards", "kalm.generation"
-ON_DUPLICATE = "kalm.on_duplicate"
+ON_DUPLICATE, REJECTED = "kalm.on_duplicate", "kalm.rejected"
 
 
 class Ledger(TableWriter):
@@ -63,9 +63,9 @@ class Ledger(TableWriter):
             spec: what it is to record.
             plan: the shards it is to hold.
             storage_options: as Lance takes them.
-            new_generation: where the table is complete and was made from other input or with other
-                settings, begin a new one in its place. Readers keep the old one until the new one
-                is published.
+            new_generation: where the table was made from other input or with other settings, begin
+                anew. Readers keep what is live until the new rows are published. A table in which
+                no shard is done is begun anew in any case.
 
         Raises:
             MismatchError: the table was made with other settings or from other input.
@@ -79,7 +79,7 @@ class Ledger(TableWriter):
         try:
             ledger._check_same(spec)
         except MismatchError:
-            if not new_generation or ledger.state == LOADING:
+            if not new_generation and (ledger.done or ledger.state != LOADING):
                 raise
             ledger._replace(spec)
         if ledger.state == LOADING and not ledger.is_mine:
@@ -149,7 +149,8 @@ class Ledger(TableWriter):
                 f"{self.uri} cannot be sealed: shards missing {sorted(missing)[:10]}, "
                 f"not planned {sorted(extra)[:10]}"
             )
-        self.merge({STATE: SEALED, ON_DUPLICATE: on_duplicate})
+        rejected = self._plan.num_rows - self.num_rows
+        self.merge({STATE: SEALED, ON_DUPLICATE: on_duplicate, REJECTED: str(rejected)})
 
     def refresh(self, dataset: lance.LanceDataset) -> None:
         """Go on from this version; read from it which shards are done."""
@@ -170,21 +171,21 @@ class Ledger(TableWriter):
     def _replace(self, spec: TableSpec) -> None:
         """Begin a new generation: no rows, fragment ids from 1 again, no index over them."""
         self.take_over()
-        number = self.generation + 1
+        number = self.generation + (self.state != LOADING)
         schema = _schema(spec, self._plan, number, self.epoch, self.owner)
 
         def step() -> None:
-            if self.generation < number:
+            if self.dataset.schema.metadata != schema.metadata:
                 self.apply(LanceOperation.Overwrite(schema, []))
 
         self.retry(step)
-        logger.info("%s: generation %d begins; readers keep the one before", self.uri, number)
+        logger.info("%s: generation %d begins", self.uri, number)
 
     def _check_same(self, spec: TableSpec) -> None:
         """Refuse to continue a table with other settings; the model's name alone may differ."""
         stored = TableSpec.from_metadata(self.dataset.schema.metadata, self.uri)
         old, new = asdict(stored), asdict(spec)
-        remedy = "give the same one, another table, or --new-generation once this one is complete"
+        remedy = "give the same one, another table, or --new-generation to begin this one anew"
         for field in (
             "fingerprint",
             "ratios",

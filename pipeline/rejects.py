@@ -60,6 +60,11 @@ class RejectStore:
             elif left != rejects:
                 self.write_named(Path(path).stem, left)
 
+    def clear(self) -> None:
+        """Drop all rejects."""
+        for path in self._paths():
+            self._session.delete_file(path)
+
     def _paths(self) -> list[str]:
         return sorted(self._session.list(FOLDER))
 

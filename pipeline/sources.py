@@ -26,6 +26,8 @@ FORMATS = {
     ".parquet": "parquet",
     ".lance": "lance",
 }
+MAX_TEXT = 10_000_000
+"""Characters of a passage: one beyond is no passage, and would be cut to max_length anyway."""
 COMPRESSIONS = (".gz", ".zst")
 S3_OPTIONS = {  # of s3fs, and the names Lance knows each by
     "key": ("aws_access_key_id", "access_key_id"),
@@ -191,9 +193,12 @@ def to_passage(
         reason = f"field {fields.title!r} holds no text: {_shown(title)}"
     if reason is None and isinstance(raw_id, str) and isinstance(text, str):
         joined = f"{title} {text}".strip() if isinstance(title, str) else text.strip()
-        if _encodable(raw_id + joined):
+        if len(joined) > MAX_TEXT:
+            reason = f"text of {len(joined):,} characters, at most {MAX_TEXT:,}: split it"
+        elif _encodable(raw_id + joined):
             return Passage(raw_id, joined, line)
-        reason = "not valid Unicode (undecodable bytes or a lone surrogate)"
+        else:
+            reason = "not valid Unicode (undecodable bytes or a lone surrogate)"
     shown = raw_id if isinstance(raw_id, str) and _encodable(raw_id) else None
     return Reject(path, line, reason or "unusable", shown)
 

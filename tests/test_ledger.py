@@ -187,7 +187,7 @@ def test_publishing_twice_changes_nothing(plan, uri):
     ],
 )
 def test_another_configuration_is_refused_by_name(plan, uri, field, value):
-    Ledger.begin(uri, SPEC, plan)
+    Ledger.begin(uri, SPEC, plan).commit([encode(plan, uri, 0)])
     other = TableSpec(**{**SPEC.__dict__, field: value})
     with pytest.raises(MismatchError, match=f"begun with {field} ") as caught:
         Ledger.begin(uri, other, plan)
@@ -195,9 +195,17 @@ def test_another_configuration_is_refused_by_name(plan, uri, field, value):
 
 
 def test_other_input_is_refused(plan, uri):
-    Ledger.begin(uri, SPEC, plan)
+    Ledger.begin(uri, SPEC, plan).commit([encode(plan, uri, 0)])
     with pytest.raises(MismatchError, match="begun with other input"):
         Ledger.begin(uri, SPEC, Plan(plan.shards[:-1]))
+
+
+def test_a_table_without_rows_is_begun_anew(plan, uri):
+    first = Ledger.begin(uri, SPEC, plan)
+    other = Ledger.begin(uri, TableSpec(**{**SPEC.__dict__, "max_length": 32}), plan)
+    assert (other.generation, other.done) == (1, set())
+    with pytest.raises(FencedError):
+        first.commit([encode(plan, uri, 0)])
 
 
 def test_addresses_lancedb_could_not_open_are_refused(plan, tmp_path):

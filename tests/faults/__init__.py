@@ -1,0 +1,1 @@
+"""Faults by the hundred against real jobs: `python -m tests.faults`, or `make faults`."""

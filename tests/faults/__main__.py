@@ -1,0 +1,60 @@
+"""Run every scenario, print a table and one summary line; exit 1 if a single row is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pipeline.driver
+import pipeline.sync  # noqa: F401
+from tests.faults import scenarios
+from tests.faults.world import HEADER, World
+from tests.s3_server import serve
+
+
+def run(*, short: bool, seed: int) -> int:
+    """Run the scenarios; return the number of wrong rows."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, serve(Path(folder, "s3")) as s3:
+        world = World(Path(folder), s3, seed)
+        plan = [
+            lambda: scenarios.kills(world, 2 if short else 15, on_s3=False),
+            lambda: scenarios.kills(world, 1 if short else 8, on_s3=True),
+            lambda: scenarios.split_brain(world, 2 if short else 12),
+            lambda: scenarios.store_faults(world, 1 if short else 4),
+            lambda: scenarios.sweep(world, 25 if short else 1),
+        ]
+        if not short:
+            plan += [lambda: scenarios.ray_kills(world, 3), lambda: scenarios.lost_node(world)]
+        print(f"seed {seed}\n{HEADER}", flush=True)
+        tallies = []
+        for scenario in plan:
+            tallies.append(scenario())
+            print(tallies[-1].line(), flush=True)
+        control = scenarios.control(world, 2 if short else 6)
+        print(control.line(), flush=True)
+        bad = sum(t.bad for t in tallies)
+        if bad:
+            print(world.log.read_text(errors="replace")[-5000:])
+    faults = sum(t.faults.total() for t in tallies)
+    print(
+        f"{'FAILED' if bad else 'ok'}: {faults} faults in {sum(t.runs for t in tallies)} runs, "
+        f"{sum(t.rows for t in tallies)} rows checked: {sum(t.lost for t in tallies)} lost, "
+        f"{sum(t.doubled for t in tallies)} doubled, "
+        f"{sum(t.different for t in tallies)} different, "
+        f"{sum(t.manual_steps for t in tallies)} manual steps; control: {control.bad} rows wrong; "
+        f"{time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    return bad
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="about a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sys.exit(1 if run(short=given.short, seed=given.seed) else 0)

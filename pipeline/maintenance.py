@@ -68,12 +68,14 @@ class Maintainer(TableWriter):
 
         Raises:
             InputError: the table's encoding is not finished.
+            FencedError: the table changed since this process read it.
         """
         if self.state not in (COMPLETE, CHANGING):
             raise InputError(f"{self.uri} is not complete yet: run its `kalm encode` again first")
         if not rows and self.state == CHANGING:
             raise InputError(f"a change of {self.uri} was interrupted: run its command again first")
-        self.take_over({STATE: CHANGING, **({PLAN: "changed"} if rows else {})})
+        # What is to change was chosen by reading this version: another one needs another look.
+        self.take_over({STATE: CHANGING, **({PLAN: "changed"} if rows else {})}, unchanged=True)
 
     def upsert(self, rows: pa.RecordBatchReader) -> None:
         """Replace rows by id and add new ones, in one commit; run it again after any failure."""

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+from lance.file import LanceFileSession
 
 from kalm_encoder import checkpoint
 from kalm_encoder.errors import InputError, MismatchError
@@ -110,7 +111,7 @@ def apply(
     gone: list[int],
 ) -> Summary | None:
     """Encode passages beside the table, merge them into it by id, delete rows, publish."""
-    folder = f"{job.uri.rstrip('/')}/{FOLDER}/{digest}"
+    folder = f"{job.uri.rstrip('/')}/{FOLDER}/{digest[:16]}"
     summary = None
     if delta is not None and next(delta(), None) is not None:
         source, encoded = f"{folder}/delta.lance", f"{folder}/encoded.lance"
@@ -131,8 +132,7 @@ def apply(
     writer.retry(lambda: writer.delete(gone))
     writer.finish(compact=False)
     publish(job.uri, job.storage_options)
-    for name in ("encoded", "delta") if summary else ():
-        lance.LanceDataset.drop(f"{folder}/{name}.lance", storage_options=job.storage_options)
+    _drop_staged(job)
     return summary
 
 
@@ -275,6 +275,15 @@ def _write_delta(
     except OSError as error:
         if "already exists" not in str(error):
             raise
+
+
+def _drop_staged(job: EncodeJob) -> None:
+    """Remove what this sync and earlier, abandoned ones encoded beside the table."""
+    session = LanceFileSession(job.uri, storage_options=job.storage_options)
+    staged = {path.split(".lance/")[0] for path in session.list(FOLDER) if ".lance/" in path}
+    for path in sorted(staged):
+        uri = f"{job.uri.rstrip('/')}/{path[path.index(FOLDER) :]}.lance"
+        lance.LanceDataset.drop(uri, storage_options=job.storage_options)
 
 
 def _check_model(job: EncodeJob, writer: Maintainer) -> None:

@@ -67,10 +67,15 @@ class TableWriter:
         metadata = dataset.schema.metadata or {}
         self.metadata: dict[str, str] = {k.decode(): v.decode() for k, v in metadata.items()}
 
-    def take_over(self, metadata: dict[str, str] | None = None) -> None:
+    def take_over(self, metadata: dict[str, str] | None = None, *, unchanged: bool = False) -> None:
         """Bump the epoch, which fences off whoever held the table; change other metadata with it.
 
+        Args:
+            metadata: to change.
+            unchanged: only if nobody changed the table since this process read it.
+
         Raises:
+            FencedError: somebody did.
             KalmError: others take it over all the time.
         """
         for attempt in range(ATTEMPTS):
@@ -84,6 +89,8 @@ class TableWriter:
                     raise
             if self.is_mine and self.metadata.items() >= (metadata or {}).items():
                 return  # where the reply was lost, the table still says whose it is
+            if unchanged:
+                raise self._fenced()
             _back_off(attempt)
         raise KalmError(f"{self.uri} is being written by {ATTEMPTS} other drivers: stop them")
 

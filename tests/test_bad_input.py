@@ -232,6 +232,24 @@ def test_a_disk_that_is_full(model_dir, good, tmp_path):
     assert (done.returncode, "12 passages" in done.stdout) == (0, True), done.stderr
 
 
+def test_a_file_system_that_is_full(encode, good, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine allows no mount")
+    try:
+        filler = disk / "filler"
+        filler.write_bytes(b"x" * 570_000)
+        code, out = encode(good, to=disk / "t.lance")
+        assert code in (1, 2), out
+        assert "No space left" in out or "disk is full" in out, out
+        filler.unlink()
+        assert_good_run(encode, good, to=disk / "t.lance")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def broken_model(model_dir, folder, how):
     shutil.copytree(model_dir, folder)
     weights = next(folder.glob("*.safetensors"))

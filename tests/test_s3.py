@@ -1,6 +1,8 @@
 """Corpus and table on S3: a real server process, the same code as on disk."""
 
 import json
+import subprocess
+import sys
 
 import lance
 import pytest
@@ -90,6 +92,20 @@ def test_what_is_wrong_with_a_store_is_explained(s3, change, uri, says):
     assert says in " ".join(c.problem or "" for c in examine_first(uri, options))
     with pytest.raises(InputError, match=says):
         check_writable(uri, options)
+
+
+def test_wrong_credentials_end_the_command(s3, model_dir, tmp_path):
+    corpus = write_corpus(tmp_path / "c.jsonl", make_texts(3))
+    wrong = [a.replace("test-key", "expired") for a in s3.arguments]
+    for inputs in (str(corpus), "s3://bucket/c.jsonl"):
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs", "encode", inputs, "--to", "s3://bucket/w.lance",
+             "--model", str(model_dir), "--workers", "0", *wrong],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "kalm: error: cannot" in done.stderr
+    assert not (s3.folder / "bucket" / "w.lance").exists()
 
 
 def examine_first(uri, options):

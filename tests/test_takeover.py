@@ -1,0 +1,87 @@
+"""Two commands on one table at once: one result, and the loser says why it stops."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import lance
+import pytest
+
+from kalm_encoder.errors import FencedError
+from pipeline.driver import EncodeJob, encode_inline, run
+from pipeline.maintenance import Maintainer
+from pipeline.sync import sync
+from pipeline.verify import verify
+from tests.conftest import make_texts, write_corpus
+
+ROWS = 1500
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("two") / "c.jsonl", make_texts(ROWS, seed=11))
+
+
+def start(corpus, table, model_dir):
+    command = [
+        sys.executable, "-m", "jobs", "encode", str(corpus), "--to", str(table), "--model",
+        str(model_dir), "--shard-size", "25", "--workers", "0", "--commit-every", "0",
+    ]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_right(table):
+    ids = lance.dataset(str(table), version="live").to_table(columns=["id"])["id"].to_pylist()
+    assert ids == [f"p{i}" for i in range(ROWS)]
+    assert verify(str(table)).num_problems == 0
+
+
+def test_two_drivers_started_at_once(corpus, model_dir, tmp_path):
+    table = tmp_path / "t.lance"
+    both = [start(corpus, table, model_dir) for _ in range(2)]
+    ends = [(p.communicate(timeout=200), p.returncode) for p in both]
+    codes = sorted(code for _, code in ends)
+    assert codes in ([0, 0], [0, 1]), ends
+    for (_, stderr), code in ends:
+        if code:
+            assert "another command took" in stderr and "this one stops" in stderr
+    assert_right(table)
+
+
+def test_a_stopped_driver_that_wakes_up_is_fenced(corpus, model_dir, tmp_path):
+    table = tmp_path / "t.lance"
+    first = start(corpus, table, model_dir)
+    deadline = time.monotonic() + 60
+    while not table.exists() or not lance.dataset(str(table)).get_fragments():
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = start(corpus, table, model_dir)
+    _, stderr = second.communicate(timeout=200)
+    assert second.returncode == 0, stderr
+    os.kill(first.pid, signal.SIGCONT)
+    _, stderr = first.communicate(timeout=60)
+    assert first.returncode == 1, stderr
+    assert "another command took" in stderr
+    assert_right(table)
+
+
+def test_a_sync_of_a_table_that_changed_meanwhile_stops(model_dir, tmp_path):
+    """What it would write was compared with rows that are no longer there."""
+    corpus = write_corpus(tmp_path / "c.jsonl", make_texts(10))
+    job = EncodeJob(inputs=(str(corpus),), uri=str(tmp_path / "t.lance"), model=str(model_dir))
+    run(job, encode_inline)
+    write_corpus(corpus, ["changed", *make_texts(10)[1:]])
+
+    def meanwhile(config, shards):
+        yield from encode_inline(config, shards)
+        other = Maintainer(job.uri)
+        other.begin_change(rows=False)
+        other.finish()
+
+    with pytest.raises(FencedError):
+        sync(job, meanwhile)
+    sync(job, encode_inline)
+    assert verify(job.uri).num_problems == 0

@@ -94,8 +94,8 @@ def _many_shards(job: EncodeJob) -> None:
         f"{SHARDS} shards of {PASSAGES // SHARDS} rows in {time.perf_counter() - began:.0f} s; "
         f"before the last commit {before['versions']} versions, {before['files']} files, "
         f"peak memory {before['rss']} MiB (model and encoder included); complete: "
-        f"{len(dataset.versions())} versions, {_files(job.uri)} files, {len(dataset.get_fragments())} fragments, "
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
+        f"{len(dataset.versions())} versions, {_files(job.uri)} files, "
+        f"{len(dataset.get_fragments())} fragments, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
     )
 
 

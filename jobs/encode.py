@@ -61,7 +61,8 @@ def encode(
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
     execute = executor(workers, cpus_per_worker, address)
-    from pipeline.driver import EncodeJob, run
+    from pipeline.driver import run
+    from pipeline.job import EncodeJob
     from pipeline.sources import FieldOptions
 
     if ratio is not None and ratios is not None:

@@ -38,7 +38,8 @@ def sync(
     from kalm_encoder.rows import TableSpec
     from kalm_encoder.table import open_dataset
     from pipeline import sync as syncing
-    from pipeline.driver import EncodeJob, plan_job
+    from pipeline.comparison import Comparison
+    from pipeline.job import EncodeJob, plan_job
     from pipeline.sources import FieldOptions
 
     options = parse_storage_options(storage_option)
@@ -58,7 +59,7 @@ def sync(
     )
     summary = None
     if dry_run:
-        changes = syncing.compare(job, plan_job(job), on_duplicate)
+        changes = Comparison(job, plan_job(job), on_duplicate).changes
     else:
         changes, summary = syncing.sync(
             job, execute, delete_missing=delete_missing, on_duplicate=on_duplicate

@@ -18,19 +18,18 @@ reads without touching the fine column. Nothing here knows torch, files or commi
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from kalm_encoder import __version__
+from kalm_encoder.checksums import row_checksum, states_checksum, text_hash
 from kalm_encoder.errors import CorruptRowError, InputError, TableError
 from kalm_encoder.pooling import PassageStates, coarsen, num_groups
-from kalm_encoder.prompts import TEMPLATE, render_passage
+from kalm_encoder.prompts import TEMPLATE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -230,29 +229,6 @@ def read_rows(
             )
         passages[key] = PassageStates(coarsen(states, n, stored, wanted), n, truncated[i])
     return passages
-
-
-def text_hash(text: str) -> bytes:
-    """Return xxh3_128 of the rendered text: tells whether a passage changed."""
-    return xxhash.xxh3_128_digest(render_passage(text).encode())
-
-
-def states_checksum(
-    id: str, num_tokens: int, truncated: bool, states: NDArray[np.floating[Any]]
-) -> int:
-    """Return xxh3_64 over (length of id, id, num_tokens, truncated, states), little endian."""
-    raw = id.encode()
-    head = struct.pack("<I", len(raw)) + raw + struct.pack("<i?", num_tokens, truncated)
-    digest = xxhash.xxh3_64(head)
-    digest.update(np.ascontiguousarray(states).data)
-    return digest.intdigest()
-
-
-def row_checksum(id: str, text_hash: bytes, shard_id: str) -> int:
-    """Return xxh3_64 over (length of id, id, text_hash, shard_id)."""
-    raw = id.encode()
-    head = struct.pack("<I", len(raw)) + raw
-    return xxhash.xxh3_64_intdigest(head + text_hash + shard_id.encode())
 
 
 def _ragged(arrays: Sequence[NDArray[np.floating[Any]]], type: pa.DataType) -> pa.Array:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kalm_encoder.checksums import row_checksum, states_checksum, text_hash
 from kalm_encoder.decoder import QueryDecoder
 from kalm_encoder.encoder import PassageEncoder
 from kalm_encoder.errors import InputError, KalmError
 from kalm_encoder.pooling import num_groups
-from kalm_encoder.rows import TableSpec, row_checksum, states_arrays, states_checksum, text_hash
+from kalm_encoder.rows import TableSpec, states_arrays
 from kalm_encoder.table import PassageTable, first_line
 from pipeline.duplicates import repeated_rows
 from pipeline.ledger import NUM_ROWS

@@ -11,7 +11,8 @@ import s3fs
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
 from pipeline import maintenance
-from pipeline.driver import EncodeJob, encode_inline, run
+from pipeline.driver import encode_inline, run
+from pipeline.job import EncodeJob
 from pipeline.preflight import check_writable, examine
 from pipeline.rejects import RejectStore
 from pipeline.sync import sync

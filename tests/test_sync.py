@@ -10,9 +10,11 @@ from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageEncoder, PassageTable
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
 from pipeline import encode_shard, maintenance
-from pipeline.driver import EncodeJob, encode_inline, plan_job, run
+from pipeline.comparison import Comparison
+from pipeline.driver import encode_inline, run
+from pipeline.job import EncodeJob, plan_job
 from pipeline.rejects import RejectStore
-from pipeline.sync import compare, retry_rejects, sync
+from pipeline.sync import retry_rejects, sync
 from pipeline.verify import verify
 from tests.conftest import make_texts, write_corpus
 
@@ -75,7 +77,7 @@ def test_only_what_changed_is_encoded(job, tmp_path, monkeypatch):
     del passages["p40"]
     rewrite(job, passages)
     plan = plan_job(job)
-    changes = compare(job, plan)
+    changes = Comparison(job, plan).changes
     assert (changes.unchanged, changes.changed, changes.new, len(changes.missing)) == (48, 1, 1, 1)
     before = lance.dataset(job.uri).version
     encoded = count_encoded(monkeypatch)

@@ -10,7 +10,8 @@ import lance
 import pytest
 
 from kalm_encoder.errors import FencedError
-from pipeline.driver import EncodeJob, encode_inline, run
+from pipeline.driver import encode_inline, run
+from pipeline.job import EncodeJob
 from pipeline.maintenance import Maintainer
 from pipeline.sync import sync
 from pipeline.verify import verify
@@ -54,7 +55,7 @@ def test_a_stopped_driver_that_wakes_up_is_fenced(corpus, model_dir, tmp_path):
     table = tmp_path / "t.lance"
     first = start(corpus, table, model_dir)
     deadline = time.monotonic() + 60
-    while not table.exists() or not lance.dataset(str(table)).get_fragments():
+    while not (table / "_versions").exists() or not lance.dataset(str(table)).get_fragments():
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGSTOP)

@@ -19,8 +19,9 @@ from jobs.demo import standard_library_docs
 from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageEncoder, PassageTable
 from kalm_encoder.checkpoint import resolve
-from kalm_encoder.rows import states_checksum
-from pipeline.driver import EncodeJob, encode_inline, run
+from kalm_encoder.checksums import states_checksum
+from pipeline.driver import encode_inline, run
+from pipeline.job import EncodeJob
 from pipeline.sync import sync
 
 PASSAGES, SHARDS, TAKES = 20_000, 2_000, 40
@@ -90,12 +91,13 @@ def _many_shards(job: EncodeJob) -> None:
     began = time.perf_counter()
     run(job, watched)
     dataset = lance.dataset(job.uri)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(
         f"{SHARDS} shards of {PASSAGES // SHARDS} rows in {time.perf_counter() - began:.0f} s; "
         f"before the last commit {before['versions']} versions, {before['files']} files, "
         f"peak memory {before['rss']} MiB (model and encoder included); complete: "
         f"{len(dataset.versions())} versions, {_files(job.uri)} files, "
-        f"{len(dataset.get_fragments())} fragments, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
+        f"{len(dataset.get_fragments())} fragments, {peak} MiB"
     )
 
 

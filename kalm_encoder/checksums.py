@@ -1,0 +1,37 @@
+"""Hashes that tell whether a passage changed, or a stored row. Lance itself checks no data page."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from kalm_encoder.prompts import render_passage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def text_hash(text: str) -> bytes:
+    """Return xxh3_128 of the rendered text: tells whether a passage changed."""
+    return xxhash.xxh3_128_digest(render_passage(text).encode())
+
+
+def states_checksum(
+    id: str, num_tokens: int, truncated: bool, states: NDArray[np.floating[Any]]
+) -> int:
+    """Return xxh3_64 over (length of id, id, num_tokens, truncated, states), little endian."""
+    raw = id.encode()
+    head = struct.pack("<I", len(raw)) + raw + struct.pack("<i?", num_tokens, truncated)
+    digest = xxhash.xxh3_64(head)
+    digest.update(np.ascontiguousarray(states).data)
+    return digest.intdigest()
+
+
+def row_checksum(id: str, text_hash: bytes, shard_id: str) -> int:
+    """Return xxh3_64 over (length of id, id, text_hash, shard_id)."""
+    raw = id.encode()
+    head = struct.pack("<I", len(raw)) + raw
+    return xxhash.xxh3_64_intdigest(head + text_hash + shard_id.encode())

@@ -1,0 +1,68 @@
+"""What a user asks for: one job, and its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.shards import Plan, plan_shards
+from pipeline.sources import FieldOptions, expand_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """What `kalm encode` was asked to do.
+
+    Attributes:
+        inputs: paths, URLs and globs.
+        uri: of the table, ending in .lance.
+        model: hub id or directory.
+        revision: of the hub id.
+        ratios: to store, finest first.
+        store_dtype: "float16" or "float32".
+        max_length: tokens a passage is cut to.
+        keep_text: whether to store the raw text.
+        fields: fields the user named.
+        shard_size: rows a shard: the unit of work, of commit and of what a crash repeats.
+        limit: encode only the first so many rows.
+        token_budget: padded tokens a forward; None chooses by device.
+        max_rejected: largest share of rows that may be rejected.
+        commit_every_s: at most one commit in so many seconds...
+        commit_every_shards: ...unless so many shards wait.
+        on_duplicate: of the rows of one id keep the "first" or "last", or refuse ("error").
+        new_generation: begin anew where a complete table has other settings or input.
+        storage_options: for table and inputs, as Lance names them.
+    """
+
+    inputs: tuple[str, ...]
+    uri: str
+    model: str
+    revision: str | None = None
+    ratios: tuple[int, ...] = (4,)
+    store_dtype: str = "float16"
+    max_length: int = 1024
+    keep_text: bool = True
+    fields: FieldOptions = field(default_factory=FieldOptions)
+    shard_size: int = 1000
+    limit: int | None = None
+    token_budget: int | None = None
+    max_rejected: float = 0.001
+    commit_every_s: float = 10.0
+    commit_every_shards: int = 64
+    on_duplicate: str = "error"
+    new_generation: bool = False
+    storage_options: dict[str, str] | None = field(default=None, repr=False)
+
+
+def plan_job(job: EncodeJob) -> Plan:
+    """Cut the inputs of a job into shards.
+
+    Raises:
+        InputError: no usable input.
+    """
+    return plan_shards(
+        expand_inputs(job.inputs, job.storage_options),
+        shard_size=job.shard_size,
+        limit=job.limit,
+        fields=job.fields,
+        storage_options=job.storage_options,
+    )

@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from jobs import demo, encode, manage, rerank, status, sync, verify
+from jobs import demo, encode, manage, rerank, status, sync, truncate, verify
 from kalm_encoder.errors import KalmError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -24,6 +24,7 @@ app.command()(status.status)
 app.command()(rerank.rerank)
 app.command()(verify.verify)
 app.command()(sync.sync)
+app.command()(truncate.truncate)
 for command in (
     manage.rejects,
     manage.delete,

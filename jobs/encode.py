@@ -23,7 +23,7 @@ def encode(
     revision: Annotated[str | None, typer.Option(help="Revision of the hub id.")] = None,
     ratio: Annotated[int | None, typer.Option(help="Tokens a stored state (default 4).")] = None,
     ratios: Annotated[str | None, typer.Option(help="Several ratios, finest first: 4,32.")] = None,
-    store_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    store_dtype: Annotated[str, typer.Option(help="float16, float32, int8 or int4.")] = "float16",
     max_length: Annotated[int, typer.Option(help="Tokens a passage is cut to.")] = 1024,
     no_text: Annotated[bool, typer.Option("--no-text", help="Do not store the raw text.")] = False,
     workers: Annotated[
@@ -74,7 +74,7 @@ def encode(
         uri=to,
         model=model,
         revision=revision,
-        ratios=_parse_ratios(ratios) if ratios is not None else (4 if ratio is None else ratio,),
+        ratios=parse_ratios(ratios) if ratios is not None else (4 if ratio is None else ratio,),
         store_dtype=store_dtype,
         max_length=max_length,
         keep_text=not no_text,
@@ -121,7 +121,12 @@ def print_summary(summary: Summary, what: str | None = None) -> None:
         print(f"readers still see the generation before: `kalm publish {summary.uri}` switches")
 
 
-def _parse_ratios(text: str) -> tuple[int, ...]:
+def parse_ratios(text: str) -> tuple[int, ...]:
+    """Turn `4,32` into (4, 32).
+
+    Raises:
+        InputError: not numbers.
+    """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

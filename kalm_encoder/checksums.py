@@ -19,9 +19,7 @@ def text_hash(text: str) -> bytes:
     return xxhash.xxh3_128_digest(render_passage(text).encode())
 
 
-def states_checksum(
-    id: str, num_tokens: int, truncated: bool, states: NDArray[np.floating[Any]]
-) -> int:
+def states_checksum(id: str, num_tokens: int, truncated: bool, states: NDArray[Any]) -> int:
     """Return xxh3_64 over (length of id, id, num_tokens, truncated, states), little endian."""
     raw = id.encode()
     head = struct.pack("<I", len(raw)) + raw + struct.pack("<i?", num_tokens, truncated)

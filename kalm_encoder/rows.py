@@ -5,7 +5,8 @@
     text_hash     16 bytes, xxh3_128 of the rendered text, big endian
     num_tokens    int32, after truncation, prefix included
     truncated     bool
-    states_rR     list<fixed_size_list<float16 or float32, d>>, one column a stored ratio R
+    states_rR     list<fixed_size_list<…>>, one column a stored ratio R; d float16 or float32,
+                  or the bytes that codecs.py describes
     checksum_rR   uint64, xxh3_64 over id, num_tokens, truncated and the bytes of states_rR
     shard_id      string, which shard of which input wrote the row
     checksum      uint64, xxh3_64 over id, text_hash and shard_id: what no states column covers
@@ -27,6 +28,7 @@ import pyarrow as pa
 
 from kalm_encoder import __version__
 from kalm_encoder.checksums import row_checksum, states_checksum, text_hash
+from kalm_encoder.codecs import CODECS, FloatCodec, IntCodec
 from kalm_encoder.errors import CorruptRowError, InputError, TableError
 from kalm_encoder.pooling import PassageStates, coarsen, num_groups
 from kalm_encoder.prompts import TEMPLATE
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
-STORE_DTYPES: dict[str, type[np.floating[Any]]] = {"float16": np.float16, "float32": np.float32}
 SPEC_KEY = "kalm.spec"
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
@@ -51,7 +52,7 @@ class TableSpec:
         dim: width d of a state.
         max_length: tokens a passage was cut to.
         ratios: stored ratios, finest first; each a multiple of the first.
-        store_dtype: "float16" or "float32".
+        store_dtype: "float16", "float32", "int8" or "int4".
         keep_text: whether the raw text is stored.
         template: passage template.
         format_version: of the row format.
@@ -76,15 +77,18 @@ class TableSpec:
             raise InputError(f"ratios {ratios} must be different positive numbers, finest first")
         if odd := [r for r in ratios if r % ratios[0]]:
             raise InputError(f"ratio {odd[0]} is not a multiple of the finest ratio {ratios[0]}")
-        if self.store_dtype not in STORE_DTYPES:
-            raise InputError(
-                f"store dtype {self.store_dtype!r} is not one of {', '.join(STORE_DTYPES)}"
-            )
+        if self.store_dtype not in CODECS:
+            raise InputError(f"store dtype {self.store_dtype!r} is not one of {', '.join(CODECS)}")
+
+    @property
+    def codec(self) -> FloatCodec | IntCodec:
+        """How the states lie on disk."""
+        return CODECS[self.store_dtype]
 
     @property
     def bytes_per_token(self) -> float:
         """The storage floor: state bytes a passage token, all stored ratios together."""
-        size = np.dtype(STORE_DTYPES[self.store_dtype]).itemsize * self.dim
+        size = np.dtype(self.codec.dtype).itemsize * self.codec.width(self.dim)
         return sum(size / ratio for ratio in self.ratios)
 
     def source_ratio(self, wanted: int | None) -> int:
@@ -105,8 +109,9 @@ class TableSpec:
 
     def schema(self) -> pa.Schema:
         """Return the Arrow schema of the table, with this spec in its metadata."""
-        value = pa.from_numpy_dtype(np.dtype(STORE_DTYPES[self.store_dtype]))
-        vector = pa.list_(pa.field("item", value, nullable=False), self.dim)
+        value = pa.from_numpy_dtype(np.dtype(self.codec.dtype))
+        width = self.codec.width(self.dim)
+        vector = pa.list_(pa.field("item", value, nullable=False), width)
         states = pa.list_(pa.field("item", vector, nullable=False))
         fields = [pa.field("id", pa.string(), metadata=PRIMARY_KEY)]
         if self.keep_text:
@@ -149,6 +154,8 @@ def build_rows(
     texts: Sequence[str],
     passages: Sequence[PassageStates],
     shard_id: str,
+    *,
+    hashes: Sequence[bytes] | None = None,
 ) -> pa.Table:
     """Turn encoded passages into rows of the table.
 
@@ -156,15 +163,16 @@ def build_rows(
         spec: the table's.
         ids: one a passage.
         texts: raw texts, not rendered.
-        passages: float32 states at the finest ratio, all finite in the store's dtype.
+        passages: float32 states at the finest ratio, all within the codec's limit.
         shard_id: recorded with every row.
+        hashes: of the rendered texts, where the texts themselves are not at hand.
 
     Returns:
         A table with `spec.schema()`.
     """
     schema = spec.schema()
     n = len(ids)
-    hashes = [text_hash(t) for t in texts]
+    hashes = [text_hash(t) for t in texts] if hashes is None else hashes
     columns: dict[str, Any] = {
         "id": pa.array(ids, pa.string()),
         "text_hash": pa.array(hashes, pa.binary(16)),
@@ -179,9 +187,7 @@ def build_rows(
         columns["text"] = pa.array(texts, pa.string())
     for ratio in spec.ratios:
         arrays = [
-            coarsen(p.states, p.num_tokens, spec.ratios[0], ratio).astype(
-                STORE_DTYPES[spec.store_dtype]
-            )
+            spec.codec.encode(coarsen(p.states, p.num_tokens, spec.ratios[0], ratio))
             for p in passages
         ]
         sums = [
@@ -206,7 +212,7 @@ def read_rows(
         uri: of the table, for messages.
 
     Returns:
-        Passages by id; states in the store's dtype where `wanted == stored`, else float32.
+        Passages by id; states float16 in a float16 store where `wanted == stored`, else float32.
 
     Raises:
         CorruptRowError: bytes that are not what was written, or an id that is there twice.
@@ -227,11 +233,12 @@ def read_rows(
                 f"row {key!r} of {uri} does not match its checksum: the stored bytes changed "
                 "after they were written. Restore the data files, or encode it again."
             )
-        passages[key] = PassageStates(coarsen(states, n, stored, wanted), n, truncated[i])
+        values = spec.codec.decode(states, spec.dim)
+        passages[key] = PassageStates(coarsen(values, n, stored, wanted), n, truncated[i])
     return passages
 
 
-def _ragged(arrays: Sequence[NDArray[np.floating[Any]]], type: pa.DataType) -> pa.Array:
+def _ragged(arrays: Sequence[NDArray[Any]], type: pa.DataType) -> pa.Array:
     """Build a list<fixed_size_list> column from (m_i, d) arrays."""
     offsets = np.cumsum([0, *(len(a) for a in arrays)])
     flat = np.concatenate(arrays).reshape(-1) if arrays else np.empty(0, np.float32)
@@ -240,13 +247,14 @@ def _ragged(arrays: Sequence[NDArray[np.floating[Any]]], type: pa.DataType) -> p
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), vectors, type=type)
 
 
-def states_arrays(spec: TableSpec, column: pa.ChunkedArray) -> list[NDArray[np.floating[Any]]]:
-    """Return each row of a states column as an (m, d) view, copying nothing."""
+def states_arrays(spec: TableSpec, column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    """Return each row of a states column as an (m, width) view of what is stored."""
     arrays = []
+    width = spec.codec.width(spec.dim)
     for chunk in column.chunks:
         first = chunk.offsets[0].as_py() if len(chunk) else 0
         # flatten() honours the slice of the list array; its values start at the first offset.
-        flat = chunk.flatten().flatten().to_numpy(zero_copy_only=True).reshape(-1, spec.dim)
+        flat = chunk.flatten().flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
         offsets = chunk.offsets.to_numpy() - first
         arrays += [flat[offsets[i] : offsets[i + 1]] for i in range(len(chunk))]
     return arrays

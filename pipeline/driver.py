@@ -78,7 +78,6 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         TooManyRejectsError: more rows rejected than allowed; what is committed stays.
         IncompleteError: some shards failed for good; all others are committed.
     """
-    uri = absolute(job.uri)  # workers have another working directory
     files = checkpoint.resolve(job.model, job.revision)
     tokenizer = files.tokenizer()
     for answer in ("yes", "no"):
@@ -89,7 +88,6 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
             f"on_duplicate {job.on_duplicate!r} is not one of {', '.join(ON_DUPLICATE)}"
         )
     plan = plan_job(job)
-    check_writable(uri, job.storage_options)
     spec = TableSpec(
         model=files.name if files.revision else str(files.path),
         revision=files.revision,
@@ -100,6 +98,17 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
     )
+    return load(job, plan, spec, execute)
+
+
+def load(job: EncodeJob, plan: Plan, spec: TableSpec, execute: Executor) -> Summary:
+    """Bring a table to hold what a plan says: what `run` does once plan and spec are known.
+
+    Raises:
+        FencedError, TooManyRejectsError, IncompleteError, MismatchError: as `run`.
+    """
+    uri = absolute(job.uri)  # workers have another working directory
+    check_writable(uri, job.storage_options)
     ledger = Ledger.begin(uri, spec, plan, job.storage_options, new_generation=job.new_generation)
     before = len(ledger.done)
     pending = [shard for shard in plan.shards if shard.number not in ledger.done]

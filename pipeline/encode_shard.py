@@ -19,7 +19,7 @@ from kalm_encoder.batching import padded_size, plan_batches
 from kalm_encoder.encoder import PassageEncoder, PassageTokens
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rows import STORE_DTYPES, TableSpec, build_rows
+from kalm_encoder.rows import TableSpec, build_rows
 from kalm_encoder.table import first_line
 from pipeline.fragments import write_fragment
 from pipeline.shards import Shard, ShardReader
@@ -192,7 +192,7 @@ class ShardEncoder:
         self, shard: Shard, passages: Sequence[Passage], states: Sequence[PassageStates | str]
     ) -> tuple[list[tuple[Passage, PassageStates]], list[Reject]]:
         """Separate passages that the encoder or the store's dtype cannot take."""
-        top = float(np.finfo(STORE_DTYPES[self.spec.store_dtype]).max)
+        top = self.spec.codec.limit
         kept, rejects = [], []
         for passage, encoded in zip(passages, states, strict=True):
             if isinstance(encoded, str):

@@ -18,7 +18,7 @@ class EncodeJob:
         model: hub id or directory.
         revision: of the hub id.
         ratios: to store, finest first.
-        store_dtype: "float16" or "float32".
+        store_dtype: "float16", "float32", "int8" or "int4".
         max_length: tokens a passage is cut to.
         keep_text: whether to store the raw text.
         fields: fields the user named.

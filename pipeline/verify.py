@@ -153,7 +153,7 @@ def bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:
                 yield id, f"states_r{ratio}, num_tokens or truncated does not match its checksum"
             elif len(array) != num_groups(tokens, ratio):
                 yield id, f"{len(array)} states at ratio {ratio} for {tokens} tokens"
-            elif not np.isfinite(array).all():
+            elif not np.isfinite(spec.codec.decode(array, spec.dim)).all():
                 yield id, f"states_r{ratio} is not finite"
 
 

@@ -1,0 +1,128 @@
+"""How the numbers of a state lie on disk: float32, float16, int8 or int4.
+
+A codec turns (m, d) float32 states into an (m, width) array of its dtype and back. The integer
+codecs store bytes: first the values, then their float16 scales, little endian.
+
+    int8  d signed bytes, one scale a vector; value = byte x scale
+    int4  ceil(d / 2) bytes, the even dimension in the low four bits, each value + 8; then a scale for
+          every 64 dimensions; value = (four bits - 8) x scale
+
+A scale is max(|x|) / 127 (int8) or / 7 (int4) over its dimensions, rounded to float16; values are
+rounded to nearest and clipped to +-127 or +-7. A scale of zero stands for zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+INT4_GROUP = 64
+
+
+@dataclass(frozen=True)
+class FloatCodec:
+    """States as they are, in float16 or float32."""
+
+    dtype: type[np.floating[Any]]
+
+    @property
+    def limit(self) -> float:
+        """Largest magnitude that can be stored."""
+        return float(np.finfo(self.dtype).max)
+
+    def width(self, dim: int) -> int:
+        """Return how many stored items a vector has."""
+        return dim
+
+    def encode(self, states: NDArray[np.float32]) -> NDArray[Any]:
+        """Return (m, width) of this codec's dtype."""
+        return states.astype(self.dtype)
+
+    def decode(self, stored: NDArray[Any], dim: int) -> NDArray[np.floating[Any]]:
+        """Return (m, d) in the stored dtype."""
+        return stored
+
+
+@dataclass(frozen=True)
+class IntCodec:
+    """States as scaled integers of 8 or 4 bits.
+
+    Attributes:
+        bits: 8 or 4.
+        group: dimensions that share a scale; None for all.
+    """
+
+    bits: int
+    group: int | None
+    dtype: type[np.uint8] = np.uint8
+
+    @property
+    def top(self) -> int:
+        """Largest integer: 127 or 7."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def limit(self) -> float:
+        """Largest magnitude that can be stored."""
+        return self.top * float(np.finfo(np.float16).max)
+
+    def width(self, dim: int) -> int:
+        """Return the bytes of a vector: values, then scales."""
+        return -(-dim * self.bits // 8) + 2 * self._groups(dim)
+
+    def encode(self, states: NDArray[np.float32]) -> NDArray[Any]:
+        """Return (m, width) bytes."""
+        m, dim = states.shape
+        groups = self._groups(dim)
+        size = self.group or dim
+        padded = np.zeros((m, groups * size), np.float32)
+        padded[:, :dim] = states
+        grouped = padded.reshape(m, groups, size)
+        scales = (np.abs(grouped).max(axis=2) / self.top).astype("<f2")
+        divisor = np.where(scales == 0, 1, scales).astype(np.float32)[:, :, None]
+        values = np.clip(np.rint(grouped / divisor), -self.top, self.top).astype(np.int8)
+        values[scales == 0] = 0
+        flat = values.reshape(m, -1)[:, :dim]
+        packed = flat.view(np.uint8) if self.bits == 8 else _pack(flat)
+        return np.concatenate([packed, scales.view(np.uint8).reshape(m, -1)], axis=1)
+
+    def decode(self, stored: NDArray[Any], dim: int) -> NDArray[np.float32]:
+        """Return (m, d) float32."""
+        m, groups = len(stored), self._groups(dim)
+        size = -(-dim * self.bits // 8)
+        packed = np.ascontiguousarray(stored[:, :size])
+        values = packed.view(np.int8) if self.bits == 8 else _unpack(packed, dim)
+        scales = np.ascontiguousarray(stored[:, size:]).view("<f2").reshape(m, groups)
+        wide = np.repeat(scales.astype(np.float32), self.group or dim, axis=1)[:, :dim]
+        decoded: NDArray[np.float32] = values.astype(np.float32) * wide
+        return decoded
+
+    def _groups(self, dim: int) -> int:
+        return -(-dim // (self.group or dim))
+
+
+CODECS: dict[str, FloatCodec | IntCodec] = {
+    "float16": FloatCodec(np.float16),
+    "float32": FloatCodec(np.float32),
+    "int8": IntCodec(8, None),
+    "int4": IntCodec(4, INT4_GROUP),
+}
+
+
+def _pack(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Put two values of -7 to 7 in a byte, the first in the low half."""
+    m, dim = values.shape
+    shifted = np.full((m, dim + dim % 2), 8, np.uint8)
+    shifted[:, :dim] = (values + 8).astype(np.uint8)
+    packed: NDArray[np.uint8] = shifted[:, 0::2] | (shifted[:, 1::2] << 4)
+    return packed
+
+
+def _unpack(packed: NDArray[np.uint8], dim: int) -> NDArray[np.int8]:
+    both = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
+    return both[:, :dim].astype(np.int8) - 8

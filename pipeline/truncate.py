@@ -1,0 +1,101 @@
+"""A smaller table from a bigger one: coarser ratios, fewer bits; no model, no GPU.
+
+The rows are those of the version that is live when it starts. It is a job like encoding: shards,
+commits and resuming are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+
+import lance
+
+from kalm_encoder.errors import InputError
+from kalm_encoder.rows import build_rows, read_rows
+from kalm_encoder.table import PassageTable
+from pipeline.columnar_files import slice_hash
+from pipeline.driver import Outcome, Summary, load
+from pipeline.encode_shard import ShardResult, WorkerConfig
+from pipeline.fragments import write_fragment
+from pipeline.job import EncodeJob
+from pipeline.shards import Plan, Shard
+from pipeline.sources import Fields, absolute
+from pipeline.text_files import Slice
+
+
+def truncate(
+    source: str,
+    to: str,
+    *,
+    ratios: tuple[int, ...] | None = None,
+    store_dtype: str | None = None,
+    shard_size: int = 10_000,
+    storage_options: dict[str, str] | None = None,
+) -> Summary:
+    """Write the live rows of a table into another at coarser ratios or another dtype.
+
+    Args:
+        source: a complete table.
+        to: the new one.
+        ratios: to store, each a multiple of one stored in `source`; None keeps them.
+        store_dtype: "float16", "float32", "int8" or "int4"; None keeps it.
+        shard_size: rows a shard.
+        storage_options: for both.
+
+    Raises:
+        InputError: a ratio that cannot be made, or nothing to do.
+        TableError: no complete table at `source`.
+        CorruptRowError: a row of `source` is not what was written.
+    """
+    table = PassageTable.open(source, storage_options=storage_options)
+    old = table.spec
+    spec = replace(old, ratios=ratios or old.ratios, store_dtype=store_dtype or old.store_dtype)
+    for ratio in spec.ratios:
+        old.source_ratio(ratio)
+    if (spec.ratios, spec.store_dtype) == (old.ratios, old.store_dtype):
+        raise InputError(f"{source} has these ratios and this dtype: copy it instead")
+    if absolute(source) == absolute(to):
+        raise InputError("a table cannot be truncated into itself: give --to another place")
+    content = f"{absolute(source)} version {table.version}"
+    total = len(table)
+    shards: list[Shard] = []
+    for start in range(0, total, shard_size):
+        rows = min(shard_size, total - start)
+        part = Slice(start, rows, start + 1, rows, slice_hash(content, start, rows))
+        shards.append(Shard(len(shards), source, Fields("id", "text"), part))
+    if not shards:
+        raise InputError(f"{source} has no rows")
+    job = EncodeJob(inputs=(source,), uri=to, model=spec.model, storage_options=storage_options)
+
+    def execute(config: WorkerConfig, pending: Sequence[Shard]) -> Generator[Outcome]:
+        target = lance.dataset(config.uri, storage_options=storage_options)
+        for shard in pending:
+            yield _convert(table, shard, config, target)
+
+    return load(job, Plan(tuple(shards)), spec, execute)
+
+
+def _convert(
+    table: PassageTable, shard: Shard, config: WorkerConfig, target: lance.LanceDataset
+) -> ShardResult:
+    """Read one shard of the source, verifying it, and write it with the target's spec."""
+    old, new = table.spec, config.spec
+    finest = new.ratios[0]
+    stored = old.source_ratio(finest)
+    columns = ["id", "text_hash", "num_tokens", "truncated"]
+    columns += [f"states_r{stored}", f"checksum_r{stored}", *(["text"] if old.keep_text else [])]
+    rows = table.dataset.to_table(
+        columns=columns, offset=shard.rows.start, limit=shard.rows.num_rows
+    )
+    passages = read_rows(old, rows, stored=stored, wanted=finest, uri=table.uri)
+    ids = list(passages)
+    texts = rows["text"].to_pylist() if old.keep_text else [""] * len(ids)
+    made = build_rows(
+        new, ids, texts, list(passages.values()), shard.id, hashes=rows["text_hash"].to_pylist()
+    )
+    tokens = sum(p.num_tokens for p in passages.values())
+    return ShardResult(
+        shard, write_fragment(made, target), num_rows=len(ids), num_tokens=tokens,
+        padded_tokens=tokens, num_truncated=sum(p.truncated for p in passages.values()),
+    )  # fmt: skip

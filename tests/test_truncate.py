@@ -1,0 +1,98 @@
+"""Smaller tables from bigger ones: the same rows, fewer bytes."""
+
+import lance
+import numpy as np
+import pytest
+
+from kalm_encoder import PassageTable, Reranker
+from kalm_encoder.errors import CorruptRowError, InputError
+from pipeline import driver
+from pipeline.truncate import truncate
+from pipeline.verify import verify
+from tests.conftest import encode_table, make_texts, write_corpus
+
+IDS = [f"p{i}" for i in range(60)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("ratios", [(2, 8), (4,), (16,)])
+def test_states_are_those_of_the_source(small_table, tmp_path, ratios, dtype):
+    target = str(tmp_path / "t.lance")
+    summary = truncate(str(small_table), target, ratios=ratios, store_dtype=dtype, shard_size=25)
+    assert (summary.num_rows, summary.live) == (60, True)
+    source, made = PassageTable.open(str(small_table)), PassageTable.open(target)
+    assert (made.spec.ratios, made.spec.store_dtype) == (ratios, dtype)
+    assert made.spec.fingerprint == source.spec.fingerprint
+    steps = {"float16": 2.0**-10, "int8": 1 / 200, "int4": 1 / 10}[dtype]
+    for ratio in ratios:
+        for a, b in zip(made.take(IDS, ratio=ratio), source.take(IDS, ratio=ratio), strict=True):
+            assert (a.num_tokens, a.truncated) == (b.num_tokens, b.truncated)
+            np.testing.assert_allclose(a.states, b.states, atol=steps * np.abs(b.states).max())
+    columns = ["id", "text", "text_hash"]
+    rows = [t.dataset.to_table(columns=columns) for t in (source, made)]
+    assert rows[0].equals(rows[1])
+    assert verify(target).num_problems == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_encoding_into_few_bits_equals_truncating(model_dir, small_table, tmp_path, dtype):
+    """Both round the same float32 states."""
+    corpus = write_corpus(tmp_path / "c.jsonl", make_texts(60))
+    direct, made = tmp_path / "direct.lance", tmp_path / "made.lance"
+    encode_table(model_dir, corpus, direct, ratios=(2, 8), store_dtype=dtype, shard_size=10)
+    truncate(str(small_table), str(made), store_dtype=dtype)
+    names = ["id", "num_tokens", "states_r2", "checksum_r2", "text_hash"]
+    one, two = (
+        lance.dataset(str(u), version="live").to_table(columns=names) for u in (direct, made)
+    )
+    assert one.equals(two)
+
+
+def test_scores_change_little(small_table, model_dir, tmp_path):
+    exact = Reranker.open(str(small_table), model=str(model_dir)).rerank("query", IDS)
+    scores = {r.id: r.score for r in exact}
+    for dtype, most in (("float16", 1e-4), ("int8", 5e-3), ("int4", 5e-2)):
+        truncate(str(small_table), str(tmp_path / f"{dtype}.lance"), store_dtype=dtype)
+        table = Reranker.open(str(tmp_path / f"{dtype}.lance"), model=str(model_dir))
+        results = table.rerank("query", IDS)
+        assert max(abs(r.score - scores[r.id]) for r in results) < most, dtype
+
+
+def test_an_interrupted_truncate_is_resumed(small_table, tmp_path, monkeypatch):
+    target = str(tmp_path / "t.lance")
+    real, calls = driver._Committer.commit_if_due, []
+
+    def dies(self):
+        self.commit()
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(driver._Committer, "commit_if_due", dies)
+        with pytest.raises(KeyboardInterrupt):
+            truncate(str(small_table), target, ratios=(8,), shard_size=10)
+    assert truncate(str(small_table), target, ratios=(8,), shard_size=10).shards_encoded == 4
+    assert verify(target).num_problems == 0
+
+
+def test_what_cannot_be_made_is_refused(small_table, tmp_path):
+    with pytest.raises(InputError, match="ratio 3 is not a multiple"):
+        truncate(str(small_table), str(tmp_path / "t.lance"), ratios=(3,))
+    with pytest.raises(InputError, match="copy it instead"):
+        truncate(str(small_table), str(tmp_path / "t.lance"))
+    with pytest.raises(InputError, match="into itself"):
+        truncate(str(small_table), str(small_table), ratios=(8,))
+
+
+def test_damage_is_not_passed_on(model_dir, tmp_path):
+    corpus = write_corpus(tmp_path / "c.jsonl", make_texts(10))
+    encode_table(model_dir, corpus, tmp_path / "s.lance")
+    states = PassageTable.open(str(tmp_path / "s.lance")).take(["p0"])[0].states
+    (file,) = (tmp_path / "s.lance" / "data").glob("*.lance")
+    raw = file.read_bytes()
+    at = raw.index(states[0].tobytes())
+    file.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+    with pytest.raises(CorruptRowError, match="row 'p0'"):
+        truncate(str(tmp_path / "s.lance"), str(tmp_path / "t.lance"), store_dtype="int8")

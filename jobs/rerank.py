@@ -25,6 +25,10 @@ def rerank(
     ids_file: Annotated[Path | None, typer.Option(help="Candidates, one a line.")] = None,
     search: Annotated[int | None, typer.Option(help="Candidates: the best N by BM25.")] = None,
     ratio: Annotated[int | None, typer.Option(help="Any multiple of a stored ratio.")] = None,
+    cascade: Annotated[
+        str | None, typer.Option(help="Stages ratio:keep, coarse first, such as 32:20,4.")
+    ] = None,
+    max_ms: Annotated[float | None, typer.Option(help="Time budget in milliseconds.")] = None,
     top_k: Annotated[int, typer.Option(help="How many to show; 0 shows all.")] = 10,
     model: Annotated[str | None, typer.Option(help="Default: what the table records.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
@@ -52,10 +56,16 @@ def rerank(
     else:
         candidates = ids.split(",") if ids is not None else _read_ids(ids_file)
     results = reranker.rerank(
-        query, candidates, instruction=instruction, ratio=ratio, top_k=top_k or None
+        query,
+        candidates,
+        instruction=instruction,
+        ratio=ratio,
+        top_k=top_k or None,
+        cascade=_parse_cascade(cascade),
+        max_ms=max_ms,
     )
     rows: list[dict[str, Any]] = [
-        {"id": r.id, "score": r.score, "margin": r.margin} for r in results
+        {"id": r.id, "score": r.score, "margin": r.margin, "ratio": r.ratio} for r in results
     ]
     if as_json:
         print(json.dumps({"query": query, "results": rows}, ensure_ascii=False))
@@ -81,6 +91,20 @@ def stored_texts(table: PassageTable, ids: list[str], width: int = 70) -> dict[s
         i: " ".join(text.split())[:width]
         for i, text in zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True)
     }
+
+
+def _parse_cascade(text: str | None) -> list[tuple[int, int | None]] | None:
+    """Turn `32:20,4` into [(32, 20), (4, None)]."""
+    if text is None:
+        return None
+    stages: list[tuple[int, int | None]] = []
+    try:
+        for part in text.split(","):
+            ratio, colon, keep = part.partition(":")
+            stages.append((int(ratio), int(keep) if colon else None))
+    except ValueError:
+        raise InputError(f"--cascade {text!r} must have the form 32:20,4") from None
+    return stages
 
 
 def _read_ids(file: Path | None) -> list[str]:

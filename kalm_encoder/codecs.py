@@ -4,8 +4,8 @@ A codec turns (m, d) float32 states into an (m, width) array of its dtype and ba
 codecs store bytes: first the values, then their float16 scales, little endian.
 
     int8  d signed bytes, one scale a vector; value = byte x scale
-    int4  ceil(d / 2) bytes, the even dimension in the low four bits, each value + 8; then a scale for
-          every 64 dimensions; value = (four bits - 8) x scale
+    int4  ceil(d / 2) bytes, the even dimension in the low four bits, each value + 8; then a scale
+          for every 64 dimensions; value = (four bits - 8) x scale
 
 A scale is max(|x|) / 127 (int8) or / 7 (int4) over its dimensions, rounded to float16; values are
 rounded to nearest and clipped to +-127 or +-7. A scale of zero stands for zeros.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,26 @@ from kalm_encoder.prompts import TEMPLATE
 from kalm_encoder.rows import FORMAT_VERSION
 from kalm_encoder.table import PassageTable
 
+CHUNK = 16
+"""Candidates scored between two looks at the clock."""
+
 
 @dataclass(frozen=True, slots=True)
 class RerankResult:
-    """One candidate: score = P(yes) in [0, 1], margin = logit of yes minus logit of no."""
+    """One candidate.
+
+    Attributes:
+        id: of the passage.
+        score: P(yes) in [0, 1].
+        margin: logit of yes minus logit of no.
+        ratio: of the states it was scored from; coarser than asked for where a cascade dropped it
+            or the time ran out.
+    """
 
     id: str
     score: float
     margin: float
+    ratio: int
 
 
 class Reranker:
@@ -77,6 +90,8 @@ class Reranker:
         instruction: str | None = None,
         ratio: int | None = None,
         top_k: int | None = None,
+        cascade: Sequence[tuple[int, int | None]] | None = None,
+        max_ms: float | None = None,
     ) -> list[RerankResult]:
         """Score stored passages against a query.
 
@@ -86,22 +101,89 @@ class Reranker:
             instruction: the task; None takes the model's default.
             ratio: any multiple of a stored ratio; None takes the finest stored.
             top_k: keep the best k; None keeps all.
+            cascade: stages (ratio, how many of the best go on), coarse first, instead of `ratio`:
+                [(32, 20), (4, None)] scores all at 32 and the best 20 again at 4.
+            max_ms: time budget. All are scored at the coarsest stage, however long it takes; later
+                stages score the best first and stop in time. Without a `cascade` that is a coarse
+                stage (see `coarse_stage`), then `ratio`.
 
         Returns:
-            Best first, ties by id. Scores are P(yes), never normalised over the candidates.
+            Those of the last stage first, each stage best first, ties by id. Scores are P(yes),
+            never normalised over the candidates; scores of different ratios are not comparable.
 
         Raises:
             MissingIdsError: names all ids the table does not hold.
-            InputError: an impossible ratio or top_k.
+            InputError: an impossible ratio, top_k, cascade or max_ms.
         """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k {top_k} must be at least 1")
-        unique = list(dict.fromkeys(ids))
-        passages = self.table.take(unique, ratio=ratio)
-        scores = self.decoder.score(query, [p.states for p in passages], instruction=instruction)
-        results = [RerankResult(i, *pair) for i, pair in zip(unique, scores, strict=True)]
-        results.sort(key=lambda r: (-r.score, -r.margin, r.id))
-        return results[:top_k]
+        if cascade is not None and ratio is not None:
+            raise InputError("give ratio or cascade, not both")
+        if max_ms is not None and max_ms <= 0:
+            raise InputError(f"max_ms {max_ms} must be above 0")
+        deadline = None if max_ms is None else time.monotonic() + max_ms / 1000
+        stages = self._stages(ratio, cascade, deadline)
+        left = list(dict.fromkeys(ids))
+        ranked: list[RerankResult] = []
+        for number, (stage_ratio, keep) in enumerate(stages):
+            until = deadline if number else None  # the first stage scores all, come what may
+            scored = self._score(query, left, instruction, stage_ratio, until)
+            scored.sort(key=lambda r: (-r.score, -r.margin, r.id))
+            # What this stage did not reach keeps its place below, with the score it has.
+            reached = {result.id for result in scored}
+            ranked = [*scored, *(r for r in ranked if r.id not in reached)]
+            left = [result.id for result in scored][:keep]
+        return ranked[:top_k]
+
+    def coarse_stage(self) -> int:
+        """Return the ratio of the first stage under a time budget: the coarsest stored or 8 x r."""
+        ratios = self.table.spec.ratios
+        return max(ratios[-1], 8 * ratios[0])
+
+    def _stages(
+        self,
+        ratio: int | None,
+        cascade: Sequence[tuple[int, int | None]] | None,
+        deadline: float | None,
+    ) -> list[tuple[int, int | None]]:
+        fine = self.table.spec.ratios[0] if ratio is None else ratio
+        if cascade is None:
+            stages: list[tuple[int, int | None]] = [(fine, None)]
+            if deadline is not None and self.coarse_stage() > fine:
+                stages.insert(0, (self.coarse_stage(), None))
+        else:
+            stages = list(cascade)
+        ratios = [stage_ratio for stage_ratio, _ in stages]
+        if not stages or ratios != sorted(set(ratios), reverse=True):
+            raise InputError(f"cascade {stages} must go from coarse to fine, such as 32:20,4")
+        if bad := [keep for _, keep in stages if keep is not None and keep < 1]:
+            raise InputError(f"a cascade stage cannot keep {bad[0]} candidates")
+        for stage_ratio in ratios:
+            self.table.spec.source_ratio(stage_ratio)
+        return stages
+
+    def _score(
+        self,
+        query: str,
+        ids: Sequence[str],
+        instruction: str | None,
+        ratio: int,
+        deadline: float | None,
+    ) -> list[RerankResult]:
+        """Score candidates, in their order, until the deadline; return those there was time for."""
+        size = len(ids) if deadline is None else CHUNK
+        results: list[RerankResult] = []
+        took = 0.0
+        for start in range(0, len(ids), max(1, size)):
+            began = time.monotonic()
+            if deadline is not None and began + took > deadline:
+                break
+            some = ids[start : start + size]
+            states = [p.states for p in self.table.take(some, ratio=ratio)]
+            scores = self.decoder.score(query, states, instruction=instruction)
+            results += [RerankResult(i, *pair, ratio) for i, pair in zip(some, scores, strict=True)]
+            took = time.monotonic() - began
+        return results
 
 
 def check_match(

@@ -16,7 +16,7 @@ def test_the_python_snippet_runs(model_dir, tmp_path, monkeypatch, capsys):
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     encode_table(model_dir, corpus, tmp_path / "passages.lance")
     monkeypatch.chdir(tmp_path)
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(snippet, {})
     assert len(capsys.readouterr().out.splitlines()) == 2
 

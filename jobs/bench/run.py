@@ -2,14 +2,14 @@
 
 import logging
 
-from jobs.bench import encode, memory, rerank, store
+from jobs.bench import dtypes, encode, memory, rerank, store
 from jobs.bench.data import FOLDER, check_idle
 
 logging.getLogger().setLevel(logging.WARNING)
 FOLDER.mkdir(exist_ok=True)
 check_idle()
 bars = []
-for bench in (memory, encode, rerank, store):
+for bench in (memory, encode, rerank, store, dtypes):
     print(f"--- {bench.__name__}", flush=True)
     bars += bench.main()
 print("\n".join(bars))

@@ -28,7 +28,11 @@ def run(*, short: bool, seed: int) -> int:
             lambda: scenarios.sweep(world, 25 if short else 1),
         ]
         if not short:
-            plan += [lambda: scenarios.ray_kills(world, 3), lambda: scenarios.lost_node(world)]
+            plan += [
+                lambda: scenarios.ray_kills(world, 3),
+                lambda: scenarios.ray_sweep(world),
+                lambda: scenarios.lost_node(world),
+            ]
         print(f"seed {seed}\n{HEADER}", flush=True)
         tallies = []
         for scenario in plan:

@@ -122,6 +122,30 @@ def ray_kills(world: World, runs: int) -> Tally:
     return tally
 
 
+def ray_sweep(world: World) -> Tally:
+    """On Ray and S3: kill a process before and after each data file that it writes.
+
+    Those of the shards are the workers' writes, the last is the driver's compaction.
+    """
+    tally = Tally("kill at each write, Ray, S3")
+    for number in range(SWEEP_ROWS // SHARD_SIZE + 1):
+        for action in ("kill_before", "kill_after"):
+            table = world.new_table(on_s3=True)
+            arguments = world.arguments(table, ray=True, rows=SWEEP_ROWS)
+            match = r"^PUT .*\.lance/data/"
+            world.s3.faults({"action": action, "match": match, "skip": number})
+            while world.start_ray(arguments).wait() != 0:
+                tally.faults["start again"] += 1
+                if tally.faults["start again"] > 40:
+                    tally.manual_steps += 1
+                    return tally
+            tally.faults.update(world.s3.stats()["faults"])
+            world.s3.faults()
+            world.check(tally, table, ray=True, rows=SWEEP_ROWS)
+    del tally.faults["start again"]
+    return tally
+
+
 def lost_node(world: World) -> Tally:
     """Remove one of two nodes of a cluster while it works."""
     tally = Tally("node lost on Ray")

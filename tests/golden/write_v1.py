@@ -4,17 +4,19 @@ python -m tests.golden.write_v1
 """
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import lance
 import numpy as np
+import pyarrow as pa
 
 from kalm_encoder.pooling import PassageStates, num_groups
 from kalm_encoder.rows import TableSpec, build_rows
 from kalm_encoder.table import LIVE_TAG
 
 FOLDER = Path(__file__).parent / "v1"
+FILES = {"float16": "passages.lance", "int8": "int8.lance", "int4": "int4.lance"}
 SPEC = TableSpec(
     model="golden",
     revision=None,
@@ -40,20 +42,27 @@ def passages() -> list[PassageStates]:
     return made
 
 
+def rows_of(dtype: str) -> pa.Table:
+    """The rows of one file."""
+    spec = replace(SPEC, store_dtype=dtype)
+    return build_rows(spec, IDS, TEXTS, passages(), "000000-golden")
+
+
 def main() -> None:
-    table = FOLDER / "passages.lance"
-    if FOLDER.exists() and any(FOLDER.iterdir()):
-        raise SystemExit(f"{FOLDER} is there: golden files are written once")
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
-    rows = build_rows(SPEC, IDS, TEXTS, passages(), "000000-golden")
-    dataset = lance.write_dataset(
-        rows, table, data_storage_version="2.2", enable_stable_row_ids=True
-    )
-    dataset.tags.create(LIVE_TAG, dataset.version)
-    expected = rows.select(["text_hash", "checksum_r2", "checksum_r4", "checksum"]).to_pydict()
-    expected["text_hash"] = [h.hex() for h in expected["text_hash"]]
-    (FOLDER / "expected.json").write_text(json.dumps(expected, indent=1))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for dtype, name in FILES.items():
+        table = FOLDER / name
+        if table.exists():
+            print(f"{table} is there: golden files are written once")
+            continue
+        rows = rows_of(dtype)
+        dataset = lance.write_dataset(
+            rows, table, data_storage_version="2.2", enable_stable_row_ids=True
+        )
+        dataset.tags.create(LIVE_TAG, dataset.version)
+        expected = rows.select(["text_hash", "checksum_r2", "checksum_r4", "checksum"]).to_pydict()
+        expected["text_hash"] = [h.hex() for h in expected["text_hash"]]
+        (FOLDER / f"{Path(name).stem}.json").write_text(json.dumps(expected, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 
 from kalm_encoder import checkpoint
 from kalm_encoder.batching import plan_batches
+from kalm_encoder.decoder_forward import last_hidden
 from kalm_encoder.errors import InputError, NonFiniteError
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION, render_query
 
@@ -164,15 +165,8 @@ class QueryDecoder:
             (b, 2) float32 logits of `yes` and `no` at the last prompt position.
         """
         passages, real = self._pad(states)
-        b, p = len(states), prompt.shape[1]
-        hidden = self.model(
-            input_ids=prompt.expand(b, p),
-            attention_mask=self._causal_masks(b, p),
-            encoder_hidden_states=passages,
-            encoder_attention_mask={"full_attention": real[:, None, None, :].expand(b, 1, p, -1)},
-            use_cache=False,
-        ).last_hidden_state
-        logits: torch.Tensor = hidden[:, -1].float() @ self._answers.T
+        hidden = last_hidden(self.model, prompt, passages, real)
+        logits: torch.Tensor = hidden.float() @ self._answers.T
         cap = self.model.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -185,14 +179,3 @@ class QueryDecoder:
         lengths = torch.tensor([len(array) for array in states], device=self.device)
         real = torch.arange(longest, device=self.device) < lengths.unsqueeze(1)
         return torch.from_numpy(padded).to(self.device, self.model.dtype), real
-
-    def _causal_masks(self, b: int, p: int) -> dict[str, torch.Tensor]:
-        """Return the self-attention masks, (b, 1, p, p) bool, of both kinds of layers."""
-        position = torch.arange(p, device=self.device)
-        distance = position[:, None] - position[None, :]
-        causal = distance >= 0
-        window = self.model.config.sliding_window
-        return {
-            "full_attention": causal.expand(b, 1, p, p),
-            "sliding_attention": (causal & (distance < window)).expand(b, 1, p, p),
-        }

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kalm_encoder import QueryDecoder
+from kalm_encoder.decoder_forward import last_hidden
 from kalm_encoder.errors import InputError, NonFiniteError
 from tests.conftest import make_texts
 
@@ -70,3 +71,21 @@ def test_bfloat16_is_close(decoder, model_dir, states):
         half.score("query", states), decoder.score("query", states), strict=True
     ):
         assert abs(a - b) < 0.05
+
+
+@pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 4, 9, 30]])
+def test_the_exact_savings_change_nothing(decoder, lengths):
+    """Against the model's own forward, which computes every position of every layer."""
+    rng = np.random.default_rng(0)
+    states = [rng.standard_normal((n, decoder.dim)).astype(np.float32) for n in lengths]
+    prompt = torch.tensor([decoder.prompt_ids("a query", None)])
+    passages, real = decoder._pad(states)
+    with torch.inference_mode():
+        ours = last_hidden(decoder.model, prompt, passages, real)
+        plain = decoder.model(
+            input_ids=prompt.expand(len(states), -1),
+            encoder_hidden_states=passages,
+            encoder_attention_mask=real.long(),
+            use_cache=False,
+        ).last_hidden_state[:, -1]
+    assert (ours - plain).abs().max() <= 1e-5

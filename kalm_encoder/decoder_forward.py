@@ -1,10 +1,10 @@
 """The decoder's forward for one prompt and many passages, with every saving that is exact.
 
-All rows share the prompt, and only the last position is read. So the first layer projects the prompt
-once for all rows, the last layer computes queries, output and feed-forward for the last position
-alone, and the mask has one row a passage only where lengths differ. The layers' own modules and
-weights are used; what they compute is T5Gemma2's merged attention (self and cross in one softmax,
-keys and values of both from the same projections).
+All rows share the prompt, and only the last position is read. So the first layer projects the
+prompt once for all rows, the last layer computes queries, output and feed-forward for the last
+position alone, and the mask has one row a passage only where lengths differ. The layers' own
+modules and weights are used; what they compute is T5Gemma2's merged attention (self and cross in
+one softmax, keys and values of both from the same projections).
 """
 
 from __future__ import annotations

@@ -102,7 +102,6 @@ def encode(
 
 def print_summary(summary: Summary, what: str | None = None) -> None:
     """Print what a run did."""
-    uri = what or summary.uri
     if summary.shards_encoded:
         print(
             f"encoded {summary.shards_encoded} shards in {summary.elapsed_s:.1f} s: "
@@ -116,7 +115,7 @@ def print_summary(summary: Summary, what: str | None = None) -> None:
     if summary.num_repeated:
         print(f"{summary.num_repeated:,} rows dropped that repeat an id")
     state = "complete" if summary.shards_encoded else "already complete"
-    print(f"{uri} is {state}: {summary.num_rows:,} passages")
+    print(f"{what or f'{summary.uri} is {state}'}: {summary.num_rows:,} passages")
     if not summary.live:
         print(f"readers still see the generation before: `kalm publish {summary.uri}` switches")
 

@@ -89,17 +89,17 @@ def gc(
     storage_option: StorageOptions = None,
 ) -> None:
     """Remove old versions that no tag names, and files of crashed attempts."""
-    from pipeline.maintenance import collect_garbage
+    from pipeline.garbage import collect_garbage
 
-    stats = collect_garbage(
+    found = collect_garbage(
         uri,
         parse_storage_options(storage_option),
         older_than=timedelta(days=older_than),
         dry_run=dry_run,
     )
     print(
-        f"{'would remove' if dry_run else 'removed'} {stats.old_versions} versions, "
-        f"{stats.data_files_removed} data files, {stats.bytes_removed:,} bytes"
+        f"{'would remove' if dry_run else 'removed'} {found.versions} versions, "
+        f"{found.files} data files, {found.bytes:,} bytes"
     )
 
 

@@ -79,5 +79,5 @@ def sync(
         print("dry run: nothing was written")
         return
     if summary:
-        print_summary(summary, what="changes of " + to)
+        print_summary(summary, what=f"changes of {to}")
     print(f"{to} is up to date" + ("" if delete_missing else "; missing passages were kept"))

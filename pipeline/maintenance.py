@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -27,7 +26,6 @@ PREVIOUS_TAG = "previous"
 ROWS = "kalm.rows"
 """Rows the table had when it was finished last; verify compares."""
 FRAGMENT_BYTES = 2 << 30
-SAFE_AGE = timedelta(days=7)
 DELETE_AT_ONCE = 10_000
 Item = TypeVar("Item")
 
@@ -187,36 +185,6 @@ def compact(uri: str, storage_options: dict[str, str] | None) -> None:
     writer.begin_change(rows=False)
     writer.finish()
     publish(uri, storage_options)
-
-
-def collect_garbage(
-    uri: str,
-    storage_options: dict[str, str] | None,
-    *,
-    older_than: timedelta = SAFE_AGE,
-    dry_run: bool = False,
-) -> Any:
-    """Remove old untagged versions and files that no version names; return Lance's figures.
-
-    A file that no version names may belong to a running job, which will commit it: while a table
-    is being written such files are kept for seven days whatever `older_than` says.
-
-    Raises:
-        InputError: a negative age.
-    """
-    if older_than < timedelta(0):
-        raise InputError(f"an age of {older_than} is negative")
-    writer = TableWriter(uri, storage_options)
-    options: dict[str, Any] = {
-        "older_than": older_than,
-        "error_if_tagged_old_versions": False,
-        "delete_unverified": writer.state == COMPLETE and older_than < SAFE_AGE,
-    }
-    if dry_run:
-        stats = writer.dataset.explain_cleanup_old_versions(**options).stats
-    else:
-        stats = writer.dataset.cleanup_old_versions(**options)
-    return stats
 
 
 def _pieces(values: Sequence[Item]) -> Iterator[Sequence[Item]]:

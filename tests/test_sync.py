@@ -1,6 +1,11 @@
 """A table follows its corpus: only what changed is encoded, and readers never see half of it."""
 
 import json
+import os
+import shutil
+import time
+from datetime import timedelta
+from pathlib import Path
 
 import lance
 import numpy as np
@@ -12,6 +17,7 @@ from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
 from pipeline import encode_shard, maintenance
 from pipeline.comparison import Comparison
 from pipeline.driver import encode_inline, run
+from pipeline.garbage import collect_garbage
 from pipeline.job import EncodeJob, plan_job
 from pipeline.rejects import RejectStore
 from pipeline.sync import retry_rejects, sync
@@ -261,8 +267,20 @@ def test_delete_compact_and_gc(job):
     assert len(table.dataset.get_fragments()) == 1
     assert verify(job.uri).num_problems == 0
     held = table.take(["p3"])[0]
-    stats = maintenance.collect_garbage(job.uri, None, older_than=maintenance.timedelta(0))
-    assert stats.old_versions > 3
+    data = Path(job.uri, "data")
+    file = next(data.iterdir())
+    young, old = data / "young.lance", data / "old.lance"
+    staged = Path(job.uri, "_kalm/sync/abandoned/encoded.lance/data/x.lance")
+    staged.parent.mkdir(parents=True)
+    for orphan in (young, old, staged):
+        shutil.copy(file, orphan)
+    for orphan in (old, staged):
+        os.utime(orphan, (time.time() - 7200,) * 2)
+    planned = collect_garbage(job.uri, None, older_than=timedelta(0), dry_run=True)
+    found = collect_garbage(job.uri, None, older_than=timedelta(0))
+    assert planned == found
+    assert found.versions > 3
+    assert young.exists() and not old.exists() and not staged.exists()
     np.testing.assert_array_equal(PassageTable.open(job.uri).take(["p3"])[0].states, held.states)
     maintenance.rollback(job.uri, None)  # a tagged version is never removed
     assert verify(job.uri).num_problems == 0

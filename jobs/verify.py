@@ -19,6 +19,10 @@ def verify(
     model: Annotated[
         str | None, typer.Option(help="Model for the sample; default the table's.")
     ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="Corpus file or glob that must be there; may be repeated."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     storage_option: StorageOptions = None,
 ) -> None:
@@ -31,6 +35,7 @@ def verify(
         storage_options=parse_storage_options(storage_option),
         sample=sample,
         model=model,
+        inputs=tuple(inputs or ()),
     )
     if as_json:
         print(json.dumps(report.to_dict()))

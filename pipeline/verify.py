@@ -17,7 +17,9 @@ from kalm_encoder.errors import InputError, KalmError
 from kalm_encoder.pooling import num_groups
 from kalm_encoder.rows import TableSpec, states_arrays
 from kalm_encoder.table import PassageTable, first_line
+from pipeline.comparison import Comparison
 from pipeline.duplicates import repeated_rows
+from pipeline.job import EncodeJob, plan_job
 from pipeline.ledger import NUM_ROWS
 from pipeline.maintenance import ROWS
 from pipeline.writer import COMPLETE, STATE
@@ -77,6 +79,7 @@ def verify(
     storage_options: dict[str, str] | None = None,
     sample: int = 0,
     model: str | None = None,
+    inputs: Sequence[str] = (),
 ) -> Report:
     """Check checksums, finite values, shapes, unique ids, the id index and the number of rows.
 
@@ -86,6 +89,7 @@ def verify(
         storage_options: as Lance takes them.
         sample: encode so many rows again and compare states and P(yes).
         model: for the sample; None takes what the table records.
+        inputs: corpus files; every passage of them must be there with its text, and no other.
 
     Raises:
         TableError: no such table or version.
@@ -108,6 +112,8 @@ def verify(
         report.add("unique ids", f"ids cannot be read: {first_line(error)}")
     _check_count(table, report)
     _check_index(table, report)
+    if inputs:
+        _check_corpus(table, report, inputs, storage_options)
     if sample:
         _check_sample(table, report, sample, model or table.spec.model)
     return report
@@ -170,6 +176,28 @@ def _check_count(table: PassageTable, report: Report) -> None:
             f"{report.rows} rows could be read, {recorded} were recorded "
             f"({metadata[NUM_ROWS]} planned before rejects and repeated ids)",
         )
+
+
+def _check_corpus(
+    table: PassageTable,
+    report: Report,
+    inputs: Sequence[str],
+    storage_options: dict[str, str] | None,
+) -> None:
+    """Compare ids and text hashes with the corpus; of a repeated id the first passage counts."""
+    job = EncodeJob(
+        inputs=tuple(inputs),
+        uri=table.uri,
+        model=table.spec.model,
+        storage_options=storage_options,
+    )
+    changes = Comparison(job, plan_job(job), "first").changes
+    if changes.new:
+        report.add("corpus", f"{changes.new} passages of the corpus are not in the table")
+    if changes.changed:
+        report.add("corpus", f"{changes.changed} passages have another text in the corpus")
+    if changes.missing:
+        report.add("corpus", f"{len(changes.missing)} rows are of no passage of the corpus")
 
 
 def _check_index(table: PassageTable, report: Report) -> None:

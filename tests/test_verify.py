@@ -87,6 +87,21 @@ def test_take_names_row_and_table(table, tmp_path):
     assert [(p.check, p.id) for p in report.problems if p.check == "rows"] == [("rows", "p0")]
 
 
+def test_ids_are_compared_with_the_corpus(table, tmp_path):
+    texts = make_texts(60, seed=5)
+    corpus = write_corpus(tmp_path / "c.jsonl", texts)
+    assert verify(str(table), inputs=[str(corpus)]).num_problems == 0
+    write_corpus(corpus, ["another", *texts[1:50]])
+    report = verify(str(table), inputs=[str(corpus)])
+    assert [p.detail for p in report.problems] == [
+        "1 passages have another text in the corpus",
+        "10 rows are of no passage of the corpus",
+    ]
+    write_corpus(corpus, [*texts, "one more"])
+    (problem,) = verify(str(table), inputs=[str(corpus)]).problems
+    assert problem.detail == "1 passages of the corpus are not in the table"
+
+
 def test_a_lost_file_is_a_finding_not_a_crash(table, tmp_path):
     copy = tmp_path / "t.lance"
     shutil.copytree(table, copy)

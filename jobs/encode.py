@@ -65,8 +65,6 @@ def encode(
     from pipeline.job import EncodeJob
     from pipeline.sources import FieldOptions
 
-    if ratio is not None and ratios is not None:
-        raise InputError("give --ratio or --ratios, not both")
     if not 0 <= max_rejected <= 1:
         raise InputError(f"--max-rejected {max_rejected} must be a share between 0 and 1")
     job = EncodeJob(
@@ -74,7 +72,7 @@ def encode(
         uri=to,
         model=model,
         revision=revision,
-        ratios=parse_ratios(ratios) if ratios is not None else (4 if ratio is None else ratio,),
+        ratios=parse_ratios(ratio, ratios) or (4,),
         store_dtype=store_dtype,
         max_length=max_length,
         keep_text=not no_text,
@@ -120,13 +118,17 @@ def print_summary(summary: Summary, what: str | None = None) -> None:
         print(f"readers still see the generation before: `kalm publish {summary.uri}` switches")
 
 
-def parse_ratios(text: str) -> tuple[int, ...]:
-    """Turn `4,32` into (4, 32).
+def parse_ratios(ratio: int | None, ratios: str | None) -> tuple[int, ...] | None:
+    """Turn --ratio 4 into (4,) and --ratios 4,32 into (4, 32); neither is None.
 
     Raises:
-        InputError: not numbers.
+        InputError: both, or not numbers.
     """
+    if ratio is not None and ratios is not None:
+        raise InputError("give --ratio or --ratios, not both")
+    if ratios is None:
+        return None if ratio is None else (ratio,)
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in ratios.split(","))
     except ValueError:
-        raise InputError(f"--ratios {text!r} must be numbers with commas, such as 4,32") from None
+        raise InputError(f"--ratios {ratios!r} must be numbers with commas, such as 4,32") from None

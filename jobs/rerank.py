@@ -79,14 +79,11 @@ def rerank(
 
 def stored_texts(table: PassageTable, ids: list[str], width: int = 70) -> dict[str, str]:
     """Return the beginnings of stored texts by id; empty where the table keeps none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    from kalm_encoder.table import ids_in
 
     if not table.spec.keep_text:
         return {}
-    rows = table.dataset.to_table(
-        columns=["id", "text"], filter=pc.field("id").isin(pa.array(ids, pa.string()))
-    )
+    rows = table.dataset.to_table(columns=["id", "text"], filter=ids_in(ids))
     return {
         i: " ".join(text.split())[:width]
         for i, text in zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True)

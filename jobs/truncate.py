@@ -8,7 +8,6 @@ import typer
 
 from jobs.encode import parse_ratios
 from jobs.options import StorageOptions, parse_storage_options
-from kalm_encoder.errors import InputError
 
 
 def truncate(
@@ -24,13 +23,10 @@ def truncate(
     """Write a table at coarser ratios or in fewer bits. Run the same command again to resume."""
     from pipeline.truncate import truncate as convert
 
-    if ratio is not None and ratios is not None:
-        raise InputError("give --ratio or --ratios, not both")
-    wanted = (ratio,) if ratio is not None else parse_ratios(ratios) if ratios else None
     summary = convert(
         uri,
         to,
-        ratios=wanted,
+        ratios=parse_ratios(ratio, ratios),
         store_dtype=store_dtype,
         storage_options=parse_storage_options(storage_option),
     )

@@ -92,8 +92,7 @@ class PassageTable:
         stored = self.spec.source_ratio(ratio)
         columns = ["id", "num_tokens", "truncated", f"states_r{stored}", f"checksum_r{stored}"]
         unique = list(dict.fromkeys(ids))
-        wanted = pc.field("id").isin(pa.array(unique, pa.string()))
-        rows = self._scan(columns, wanted)
+        rows = self._scan(columns, ids_in(unique))
         found = read_rows(self.spec, rows, stored=stored, wanted=ratio or stored, uri=self.uri)
         if missing := [i for i in unique if i not in found]:
             raise MissingIdsError(missing, self.uri)
@@ -129,6 +128,11 @@ class PassageTable:
         ).to_table()
         pairs = zip(hits["id"].to_pylist(), hits["_score"].to_pylist(), strict=True)
         return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+
+def ids_in(ids: Sequence[str]) -> pc.Expression:
+    """Return the filter for rows of these ids; an expression, so that any id is safe in it."""
+    return pc.field("id").isin(pa.array(ids, pa.string()))
 
 
 def open_dataset(uri: str, storage_options: dict[str, str] | None) -> lance.LanceDataset:

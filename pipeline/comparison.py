@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from kalm_encoder.checksums import text_hash
 from kalm_encoder.errors import InputError
-from kalm_encoder.table import open_dataset
+from kalm_encoder.table import ids_in, open_dataset
 from pipeline.duplicates import repeated
 from pipeline.job import EncodeJob
 from pipeline.shards import Plan, ShardReader
@@ -78,7 +76,7 @@ class Comparison:
 
     def _classify(self, passages: list[Passage]) -> tuple[list[str], np.ndarray]:
         """Return the kind of each passage, and the row ids of those the table holds."""
-        wanted = pc.field("id").isin(pa.array([p.id for p in passages], pa.string()))
+        wanted = ids_in([p.id for p in passages])
         rows = self._dataset.scanner(
             columns=["id", "text_hash"], filter=wanted, with_row_id=True
         ).to_table()

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kalm_encoder.errors import InputError, MissingIdsError
 from kalm_encoder.rows import TableSpec
-from kalm_encoder.table import LIVE_TAG, first_line, open_dataset
+from kalm_encoder.table import LIVE_TAG, first_line, ids_in, open_dataset
 from pipeline.duplicates import repeated_rows
 from pipeline.ledger import ON_DUPLICATE, PLAN
 from pipeline.writer import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableWriter
@@ -166,8 +165,8 @@ def delete(uri: str, storage_options: dict[str, str] | None, ids: Sequence[str])
     unique = list(dict.fromkeys(ids))
     found: dict[str, int] = {}
     for some in _pieces(unique):
-        wanted = pc.field("id").isin(pa.array(some, pa.string()))
-        rows = writer.dataset.scanner(columns=["id"], filter=wanted, with_row_id=True).to_table()
+        scanner = writer.dataset.scanner(columns=["id"], filter=ids_in(some), with_row_id=True)
+        rows = scanner.to_table()
         found |= zip(rows["id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True)
     missing = [i for i in unique if i not in found]
     if missing and writer.state == COMPLETE:  # not a run that goes on where one was interrupted

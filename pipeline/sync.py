@@ -67,7 +67,8 @@ def sync(
     RejectStore(job.uri, job.storage_options).write_named("sync", changes.rejected)
     if changes.changed + changes.new + len(gone) == 0 and writer.state == COMPLETE:
         return changes, None
-    summary = apply(job, execute, writer, comparison.delta, changes.digest, gone)
+    delta = comparison.delta if changes.changed + changes.new else None
+    summary = apply(job, execute, writer, delta, changes.digest, gone)
     return changes, summary
 
 
@@ -79,10 +80,10 @@ def apply(
     digest: str,
     gone: list[int],
 ) -> Summary | None:
-    """Encode passages beside the table, merge them into it by id, delete rows, publish."""
+    """Encode passages (None: none) beside the table, merge them in by id, delete rows, publish."""
     folder = f"{job.uri.rstrip('/')}/{FOLDER}/{digest[:16]}"
     summary = None
-    if delta is not None and next(delta(), None) is not None:
+    if delta is not None:
         source, encoded = f"{folder}/delta.lance", f"{folder}/encoded.lance"
         _write_delta(source, delta, job.storage_options)
         staging = replace(

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 
 
-def plan_batches(lengths: Sequence[int], budget: int, *, overhead: int = 0) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], budget: int, *, overhead: int = 0, max_padding: float = 1.0
+) -> list[list[int]]:
     """Group items so that rows x (longest row + overhead) stays within the budget.
 
     Args:
         lengths: size of each item, in tokens or states.
         budget: what one batch may cost, padding included; an item above it goes alone.
         overhead: what each row costs on top of its length (a prompt that every row repeats).
+        max_padding: largest share of padding in a batch, overhead counted as content.
 
     Returns:
         Batches of indices into `lengths`, each index once, longest items first (memory then peaks
@@ -19,13 +22,17 @@ def plan_batches(lengths: Sequence[int], budget: int, *, overhead: int = 0) -> l
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
+    content = 0  # of the last batch
     for i in order:
+        size = lengths[i] + overhead
         if batches:
-            row = lengths[batches[-1][0]] + overhead
-            if (len(batches[-1]) + 1) * row <= budget:
+            cost = (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + overhead)
+            if cost <= budget and cost - content - size <= max_padding * cost:
                 batches[-1].append(i)
+                content += size
                 continue
         batches.append([i])
+        content = size
     return batches
 
 

@@ -1,13 +1,15 @@
 """A query and stored passage states to scores: the online half of the model.
 
-All prompts of one call are the same query, so they have one length and no padding; only stored
-states are padded, among neighbours in length. No KV cache, and of the LM head two rows at one
-position: P(yes) needs no more. The decoder knows nothing of tables.
+Pairs whose prompts have one length go through the decoder together, so prompts are never padded;
+only stored states are, among neighbours in length. Of the LM head two rows at one position are
+computed: P(yes) needs no more. The decoder knows nothing of tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +17,46 @@ import torch
 
 from kalm_encoder import checkpoint
 from kalm_encoder.batching import plan_batches
-from kalm_encoder.decoder_forward import last_hidden
+from kalm_encoder.decoder_forward import Fresh, Kept, last_hidden
 from kalm_encoder.errors import InputError, NonFiniteError
-from kalm_encoder.prompts import DEFAULT_INSTRUCTION, render_query
+from kalm_encoder.hot_passages import HotPassages
+from kalm_encoder.prompts import DEFAULT_INSTRUCTION, before_query, render_query
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CPU_TOKEN_BUDGET = 4096
 GPU_TOKEN_BUDGET = 131072
+MAX_PADDING = 0.05
+"""Largest share of padding among the prompt tokens and states of a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A query as the decoder reads it.
+
+    Attributes:
+        ids: token ids.
+        prefix: how many of them every query with this instruction begins with.
+    """
+
+    ids: tuple[int, ...]
+    prefix: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt against one passage.
+
+    Attributes:
+        prompt: the query.
+        passage: (m, d) states, m >= 1, or what `QueryDecoder.recall` returned.
+        key: names the passage (its table, ratio and id) so that it can be recalled; None: never.
+    """
+
+    prompt: Prompt
+    passage: NDArray[np.floating] | torch.Tensor
+    key: Hashable = None
 
 
 class QueryDecoder:
@@ -34,6 +67,7 @@ class QueryDecoder:
         query_max_length: tokens the raw query is cut to before it goes into the prompt.
         token_budget: prompt tokens plus states, padding included, of one forward.
         fingerprint: of the checkpoint the weights come from; a table must record the same.
+        hot: the memory of repeated passages, or None.
     """
 
     def __init__(
@@ -44,6 +78,7 @@ class QueryDecoder:
         fingerprint: str,
         query_max_length: int = 512,
         token_budget: int | None = None,
+        hot_bytes: int = 0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -51,6 +86,7 @@ class QueryDecoder:
         self.query_max_length = query_max_length
         default = CPU_TOKEN_BUDGET if self.device.type == "cpu" else GPU_TOKEN_BUDGET
         self.token_budget = default if token_budget is None else token_budget
+        self.hot = HotPassages(hot_bytes) if hot_bytes else None
         answers = [checkpoint.answer_token_id(tokenizer, answer) for answer in ("yes", "no")]
         self._answers = model.embed_tokens.weight[answers].float()  # (2, d)
 
@@ -64,6 +100,7 @@ class QueryDecoder:
         dtype: str | torch.dtype | None = None,
         query_max_length: int = 512,
         token_budget: int | None = None,
+        hot_bytes: int = 0,
     ) -> QueryDecoder:
         """Load the decoder of a hub id or a local directory, and nothing else of it.
 
@@ -81,6 +118,7 @@ class QueryDecoder:
             fingerprint=files.fingerprint,
             query_max_length=query_max_length,
             token_budget=token_budget,
+            hot_bytes=hot_bytes,
         )
 
     @property
@@ -94,22 +132,32 @@ class QueryDecoder:
         """Width d of the states this decoder attends to."""
         return int(self.model.config.hidden_size)
 
-    def prompt_ids(self, query: str, instruction: str | None = None) -> list[int]:
-        """Return the decoder prompt of a query as token ids.
+    def prompt(self, query: str, instruction: str | None = None) -> Prompt:
+        """Return the decoder prompt of a query.
 
         As in the reference, the raw query is tokenised, cut, decoded and only then inserted.
         """
-        ids = self.tokenizer(query, add_special_tokens=False, verbose=False)["input_ids"]
+        instruction = DEFAULT_INSTRUCTION if instruction is None else instruction
+        ids = self._tokens(query)[: self.query_max_length]
         cut = self.tokenizer.decode(
-            ids[: self.query_max_length],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        prompt = render_query(cut, DEFAULT_INSTRUCTION if instruction is None else instruction)
-        tokens: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return tokens
+        tokens = self._tokens(render_query(cut, instruction))
+        shared = self._tokens(before_query(instruction))
+        # A tokenizer may join the end of the beginning with the query: then nothing is shared.
+        prefix = len(shared) if tokens[: len(shared)] == shared else 0
+        return Prompt(tuple(tokens), prefix)
 
-    @torch.inference_mode()
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def recall(self, prompt: Prompt, key: Hashable) -> torch.Tensor | None:
+        """Return what is kept of a passage for prompts that begin like this one, if anything is."""
+        if self.hot is None or not prompt.prefix:
+            return None
+        return self.hot.get((key, prompt.ids[: prompt.prefix]))
+
     def score(
         self,
         query: str,
@@ -132,50 +180,88 @@ class QueryDecoder:
             InputError: states that are not (m, d) with this decoder's d.
             NonFiniteError: the logits overflowed.
         """
-        for i, array in enumerate(states):
-            if array.ndim != 2 or not len(array) or array.shape[1] != self.dim:
+        prompt = self.prompt(query, instruction)
+        return self.score_pairs([Pair(prompt, array) for array in states])
+
+    @torch.inference_mode()
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+        """Score any pairs, as `score` does: prompts may differ."""
+        alike = defaultdict(list)
+        for i, pair in enumerate(pairs):
+            if not self._fits(pair.passage):
                 raise InputError(
-                    f"states[{i}] has shape {array.shape}; this decoder takes (m, {self.dim})"
+                    f"states[{i}] has shape {tuple(pair.passage.shape)}; this decoder takes "
+                    f"(m, {self.dim})"
                 )
-        prompt = torch.tensor([self.prompt_ids(query, instruction)], device=self.device)
-        scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(states)
-        sizes = [len(array) for array in states]
-        for batch in plan_batches(sizes, self.token_budget, overhead=prompt.shape[1]):
-            logits = self.forward(prompt, [states[i] for i in batch])
-            if not torch.isfinite(logits).all():
-                raise NonFiniteError(
-                    f"the decoder made non-finite logits in {self.model.dtype}; load it in "
-                    "bfloat16 or float32"
-                )
-            margins = logits[:, 0] - logits[:, 1]
-            for i, p, margin in zip(
-                batch, margins.sigmoid().tolist(), margins.tolist(), strict=True
+            recalled = isinstance(pair.passage, torch.Tensor)
+            alike[len(pair.prompt.ids), pair.prompt.prefix, recalled].append(i)
+        scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
+        for (length, prefix, recalled), members in alike.items():
+            held = prefix if recalled else 0
+            sizes = [_num_states(pairs[i].passage) - held for i in members]
+            for batch in plan_batches(
+                sizes, self.token_budget, overhead=length - held, max_padding=MAX_PADDING
             ):
-                scores[i] = (p, margin)
+                chosen = [members[j] for j in batch]
+                logits = self.forward([pairs[i] for i in chosen])
+                if not torch.isfinite(logits).all():
+                    raise NonFiniteError(
+                        f"the decoder made non-finite logits in {self.model.dtype}; load it in "
+                        "bfloat16 or float32"
+                    )
+                margins = logits[:, 0] - logits[:, 1]
+                found = zip(margins.sigmoid().tolist(), margins.tolist(), strict=True)
+                for i, score in zip(chosen, found, strict=True):
+                    scores[i] = score
         return scores
 
-    def forward(self, prompt: torch.Tensor, states: list[NDArray[np.floating]]) -> torch.Tensor:
-        """Run the decoder on one prompt and b passages.
-
-        Args:
-            prompt: (1, p) token ids.
-            states: b arrays (m_i, d).
+    def forward(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Run the decoder on b pairs whose prompts have one length, all recalled or none.
 
         Returns:
             (b, 2) float32 logits of `yes` and `no` at the last prompt position.
         """
-        passages, real = self._pad(states)
-        hidden = last_hidden(self.model, prompt, passages, real)
+        memory = self._memory(pairs)
+        rows = [pair.prompt.ids[memory.prefix :] for pair in pairs]
+        if all(row == rows[0] for row in rows):
+            rows = rows[:1]
+        wanted = self.hot and not memory.prefix and any(pair.key is not None for pair in pairs)
+        keep = pairs[0].prompt.prefix if wanted else 0
+        tokens = torch.tensor(rows, device=self.device)
+        hidden, kept = last_hidden(self.model, tokens, memory, keep=keep)
+        if kept is not None and self.hot is not None:
+            for pair, entry in zip(pairs, kept, strict=True):
+                if pair.key is not None:
+                    entry = entry[:, :, : keep + len(pair.passage)].clone()
+                    self.hot.put((pair.key, pair.prompt.ids[:keep]), entry)
         logits: torch.Tensor = hidden.float() @ self._answers.T
         cap = self.model.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _pad(self, states: list[NDArray[np.floating]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (b, m, d) states in the compute dtype and their (b, m) bool mask."""
-        longest = max(len(array) for array in states)
-        padded = np.zeros((len(states), longest, self.dim), dtype=states[0].dtype)
-        for row, array in zip(padded, states, strict=True):
-            row[: len(array)] = array
-        lengths = torch.tensor([len(array) for array in states], device=self.device)
-        real = torch.arange(longest, device=self.device) < lengths.unsqueeze(1)
-        return torch.from_numpy(padded).to(self.device, self.model.dtype), real
+    def _memory(self, pairs: Sequence[Pair]) -> Fresh | Kept:
+        """Return the passages of a batch: recalled entries, or states padded to one length."""
+        lengths = [_num_states(pair.passage) for pair in pairs]
+        longest = max(lengths)
+        real = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+        real = real.to(self.device)
+        entries = [pair.passage for pair in pairs if isinstance(pair.passage, torch.Tensor)]
+        if entries:
+            return Kept(entries, pairs[0].prompt.prefix, real)
+        dtype = pairs[0].passage.dtype
+        padded = np.zeros((len(pairs), longest, self.dim), dtype=dtype)  # type: ignore[arg-type]
+        for row, pair in zip(padded, pairs, strict=True):
+            row[: len(pair.passage)] = pair.passage
+        states = torch.from_numpy(padded)
+        if self.device.type == "cuda":
+            states = states.pin_memory()
+        return Fresh(states.to(self.device, non_blocking=True).to(self.model.dtype), real)
+
+    def _fits(self, passage: NDArray[np.floating] | torch.Tensor) -> bool:
+        if isinstance(passage, torch.Tensor):
+            return True
+        return passage.ndim == 2 and len(passage) > 0 and passage.shape[1] == self.dim
+
+
+def _num_states(passage: NDArray[np.floating] | torch.Tensor) -> int:
+    """Return how many keys a passage adds in every layer, kept prompt tokens included."""
+    return int(passage.shape[2 if isinstance(passage, torch.Tensor) else 0])

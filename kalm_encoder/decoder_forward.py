@@ -1,112 +1,215 @@
-"""The decoder's forward for one prompt and many passages, with every saving that is exact.
+"""The decoder's forward for prompts and their passages, with every saving that is exact.
 
-All rows share the prompt, and only the last position is read. So the first layer projects the
-prompt once for all rows, the last layer computes queries, output and feed-forward for the last
-position alone, and the mask has one row a passage only where lengths differ. The layers' own
-modules and weights are used; what they compute is T5Gemma2's merged attention (self and cross in
-one softmax, keys and values of both from the same projections).
+Rows usually share one prompt, and only its last position is read. So the first layer projects a
+shared prompt once for all rows, the last layer computes queries, output and feed-forward for the
+last position alone, and the mask has one row a passage only where lengths differ. What a prompt
+attends to beside itself is a *memory*: the passage's keys and values, projected now (`Fresh`), or
+kept from before together with those of the prompt's beginning (`Kept`). The layers' own weights are
+used; what they compute is T5Gemma2's merged attention (self and cross in one softmax, keys and
+values of both from the same projections).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.t5gemma2.modeling_t5gemma2 import apply_rotary_pos_emb
+from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.t5gemma2.modeling_t5gemma2 import rotate_half
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Passages whose keys and values are projected in each layer.
+
+    Attributes:
+        states: (b, m, d), right padded.
+        real: (b, m) bool, False for padding.
+    """
+
+    states: torch.Tensor
+    real: torch.Tensor
+    prefix: int = 0
+
+    def keys_values(self, attention: Any, _layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both as (b, kv heads, m, head_dim)."""
+        return _project(attention, self.states)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Keys and values kept from an earlier forward, of a prompt's first tokens and the passage.
+
+    Attributes:
+        entries: one (layers, 2, prefix + m_i, kv heads, head_dim) tensor a row, see `last_hidden`.
+        prefix: how many prompt tokens they hold; the prompts given now begin behind them.
+        real: (b, prefix + m) bool, False for padding.
+    """
+
+    entries: Sequence[torch.Tensor]
+    prefix: int
+    real: torch.Tensor
+
+    def keys_values(self, _attention: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both as (b, kv heads, prefix + m, head_dim)."""
+        keys, values = (
+            pad_sequence([entry[layer, part] for entry in self.entries], batch_first=True)
+            for part in (0, 1)
+        )
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def last_hidden(
-    model: Any, prompt: torch.Tensor, passages: torch.Tensor, real: torch.Tensor
-) -> torch.Tensor:
+    model: Any, prompts: torch.Tensor, memory: Fresh | Kept, *, keep: int = 0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the decoder and return its final hidden state at the last prompt position.
 
     Args:
         model: a T5Gemma2Decoder in eval mode.
-        prompt: (1, p) token ids.
-        passages: (b, m, d) states.
-        real: (b, m) bool, False for padding.
+        prompts: (1 or b, p) token ids of one length; one row where all passages share it.
+        memory: of the b passages.
+        keep: also return keys and values of the first `keep` prompt tokens and the passages.
 
     Returns:
-        (b, d) after the final norm.
+        (b, d) after the final norm, and with `keep` a (b, layers, 2, keep + m, kv heads, head_dim)
+        tensor, each row of it, its padding cut off, an entry for `Kept`; else None.
     """
     config = model.config
-    hidden = model.embed_tokens(prompt)  # (1, p, d) until the first attention
-    positions = torch.arange(prompt.shape[1], device=prompt.device).unsqueeze(0)
-    kinds = set(config.layer_types)
-    rotary = {kind: model.rotary_emb(hidden, positions, kind) for kind in kinds}
-    masks = _masks(config, prompt.shape[1], real, kinds)
     layers = model.layers[: config.num_hidden_layers]
+    hidden = model.embed_tokens(prompts)  # (1 or b, p, d)
+    positions = torch.arange(prompts.shape[1], device=prompts.device) + memory.prefix
+    rotary = {
+        kind: model.rotary_emb(hidden, positions.unsqueeze(0), kind)
+        for kind in set(config.layer_types)
+    }
+    masks = _masks(config, positions, memory, hidden.dtype)
+    kept = []
     for i, layer in enumerate(layers):
-        kind = config.layer_types[i]
-        only_last = i == len(layers) - 1
-        normed = layer.pre_self_attn_layernorm(hidden)
-        attended = _attend(layer.self_attn, normed, rotary[kind], masks[kind], passages, only_last)
-        if only_last:
-            hidden = hidden[:, -1:]
-        hidden = hidden + layer.post_self_attn_layernorm(attended)
-        fed = layer.mlp(layer.pre_feedforward_layernorm(hidden))
-        hidden = hidden + layer.post_feedforward_layernorm(fed)
-    final: torch.Tensor = model.norm(hidden)[:, -1]
-    return final
+        attention, kind = layer.self_attn, config.layer_types[i]
+        normed = _norm(layer.pre_self_attn_layernorm, hidden)
+        own = _project(attention, normed, rotary[kind])
+        other = memory.keys_values(attention, i)
+        if keep:
+            kept.append(_to_keep(own, other, keep))
+        last = -1 if layer is layers[-1] else 0  # from which position on there is more to compute
+        turn = tuple(part[:, last:] for part in rotary[kind])
+        mask = masks[kind][:, :, :, last:].flatten(2, 3)
+        hidden, normed = hidden[:, last:], normed[:, last:]
+        attended = _attend(attention, normed, turn, own, other, mask)
+        hidden = hidden + _norm(layer.post_self_attn_layernorm, attended)
+        fed = _feed_forward(layer.mlp, _norm(layer.pre_feedforward_layernorm, hidden))
+        hidden = hidden + _norm(layer.post_feedforward_layernorm, fed)
+    return _norm(model.norm, hidden)[:, -1], torch.stack(kept, dim=1) if keep else None
+
+
+def _project(
+    attention: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, ...] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values (b, kv heads, n, head_dim) of (b, n, d); rotated if asked for."""
+    heads = (*hidden.shape[:2], -1, attention.head_dim)
+    key = _norm(attention.k_norm, attention.k_proj(hidden).view(heads)).transpose(1, 2)
+    value = attention.v_proj(hidden).view(heads).transpose(1, 2)
+    return key if rotary is None else _rotate(key, rotary), value
 
 
 def _attend(
     attention: Any,
     hidden: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    rotary: tuple[torch.Tensor, ...],
+    own: tuple[torch.Tensor, torch.Tensor],
+    other: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor,
-    passages: torch.Tensor,
-    only_last: bool,
 ) -> torch.Tensor:
-    """Return (b, p or 1, d): attention over the prompt so far and the passage, in one softmax.
+    """Return (b, p, d): attention over memory and prompt, in one softmax.
+
+    The query heads of one key head are laid out one after the other as if they were positions, so
+    that keys and values are never repeated.
 
     Args:
         attention: the layer's T5Gemma2MergedAttention.
         hidden: (1 or b, p, d), normed.
         rotary: cos and sin, (1, p, head_dim).
-        mask: (1 or b, 1, p, p + m) bool.
-        passages: (b, m, d).
-        only_last: compute the last position alone.
+        own: keys and values of the prompts, (1 or b, kv heads, p', head_dim).
+        other: those of the memory, (b, kv heads, n, head_dim).
+        mask: additive, (1 or b, 1, heads / kv heads * p, n + p').
     """
-    b = len(passages)
+    b, p = len(other[0]), hidden.shape[1]
     heads = (*hidden.shape[:2], -1, attention.head_dim)
-    query = attention.q_norm(attention.q_proj(hidden).view(heads).transpose(1, 2))
-    key = attention.k_norm(attention.k_proj(hidden).view(heads).transpose(1, 2))
-    value = attention.v_proj(hidden).view(heads).transpose(1, 2)
-    query, key = apply_rotary_pos_emb(query, key, *rotary)
-    if only_last:
-        query, mask = query[:, :, -1:], mask[:, :, -1:]
-    heads = (*passages.shape[:2], -1, attention.head_dim)
-    cross_key = attention.k_norm(attention.k_proj(passages).view(heads).transpose(1, 2))
-    cross_value = attention.v_proj(passages).view(heads).transpose(1, 2)
-    groups = attention.num_key_value_groups
+    query = _norm(attention.q_norm, attention.q_proj(hidden).view(heads)).transpose(1, 2)
+    query = _rotate(query, rotary)  # (1 or b, heads, p, head_dim)
+    shape = (query.shape[0], own[0].shape[1], -1, attention.head_dim)
+    key, value = (
+        torch.cat([memory, prompt.expand(b, -1, -1, -1)], dim=2)
+        for memory, prompt in zip(other, own, strict=True)
+    )
     out = scaled_dot_product_attention(
-        query.expand(b, -1, -1, -1),
-        _join(key, cross_key, groups),
-        _join(value, cross_value, groups),
+        query.reshape(shape).expand(b, -1, -1, -1),
+        key,
+        value,
         attn_mask=mask,
         scale=attention.scaling,
     )
-    projected: torch.Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
+    out = out.reshape(b, -1, p, attention.head_dim).transpose(1, 2).flatten(2)
+    projected: torch.Tensor = attention.o_proj(out)
     return projected
 
 
-def _join(own: torch.Tensor, cross: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return (b, query heads, p + m, head_dim) of prompt and passage keys or values."""
-    joined = torch.cat([own.expand(len(cross), -1, -1, -1), cross], dim=2)
-    return joined.repeat_interleave(groups, dim=1)
+def _to_keep(
+    own: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], keep: int
+) -> torch.Tensor:
+    """Return (b, 2, keep + m, kv heads, head_dim): what the same passage will need again."""
+    b = len(other[0])
+    parts = [
+        torch.cat([prompt[:, :, :keep].expand(b, -1, -1, -1), passage], dim=2)
+        for prompt, passage in zip(own, other, strict=True)
+    ]
+    return torch.stack(parts, dim=1).transpose(2, 3)
 
 
-def _masks(config: Any, p: int, real: torch.Tensor, kinds: set[str]) -> dict[str, torch.Tensor]:
-    """Return what each position may look at, (1 or b, 1, p, p + m) bool, by kind of layer."""
-    position = torch.arange(p, device=real.device)
-    distance = position[:, None] - position[None, :]
-    causal = distance >= 0
-    own = {
-        "full_attention": causal,
-        "sliding_attention": causal & (distance < config.sliding_window),
-    }
-    rows = real[:1] if bool(real.all()) else real
-    cross = rows[:, None, None, :].expand(-1, 1, p, -1)
-    return {k: torch.cat([own[k].expand(len(rows), 1, p, p), cross], dim=-1) for k in kinds}
+def _masks(
+    config: Any, positions: torch.Tensor, memory: Fresh | Kept, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return additive masks (1 or b, 1, heads / kv heads, p, n + p), by kind of layer."""
+    p, groups = len(positions), config.num_attention_heads // config.num_key_value_heads
+    real = memory.real[:1] if bool(memory.real.all()) else memory.real
+    real = real[:, None, None, :].expand(-1, 1, p, -1)
+    before = torch.arange(memory.prefix, device=positions.device)
+    columns = torch.cat([before, positions])
+    distance = positions[:, None] - columns[None, :]  # (p, prefix + p)
+    masks = {}
+    for kind in set(config.layer_types):
+        seen = distance >= 0
+        if kind == "sliding_attention":
+            seen = seen & (distance < config.sliding_window)
+        shown = seen.expand(len(real), 1, -1, -1)
+        begun, own = shown[..., : memory.prefix], shown[..., memory.prefix :]
+        passage = real[..., memory.prefix :]
+        allowed = torch.cat([begun, passage, own], dim=-1)
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        mask = mask.masked_fill_(~allowed, -torch.inf)
+        masks[kind] = mask.unsqueeze(2).repeat(1, 1, groups, 1, 1)
+    return masks
+
+
+def _feed_forward(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return down(gelu(gate) * up), with one temporary less than the module makes."""
+    gated = gelu(mlp.gate_proj(hidden), approximate="tanh").mul_(mlp.up_proj(hidden))
+    fed: torch.Tensor = mlp.down_proj(gated)
+    return fed
+
+
+def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the RMS norm in float32, as T5Gemma2RMSNorm, in fewer passes over memory."""
+    wide = hidden.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = torch.rsqrt(length.square_() / wide.shape[-1] + norm.eps)
+    return (wide * scale).mul_(1.0 + norm.weight.float()).type_as(hidden)
+
+
+def _rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Apply rotary positions to (b, heads, p, head_dim)."""
+    cos, sin = (part.unsqueeze(1) for part in rotary)
+    return (states * cos).add_(rotate_half(states) * sin)

@@ -29,8 +29,9 @@ def render_query(query: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
         query: already cut to the query's token limit.
         instruction: the task; the score of a pair depends on it.
     """
-    return (
-        f"<bos><start_of_turn>user\n{SYSTEM}\n\n"
-        f"<Instruct>: {instruction}\n<Query>: {query}<end_of_turn>\n"
-        "<start_of_turn>model\n\n\n\n"
-    )
+    return f"{before_query(instruction)} {query}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
+
+
+def before_query(instruction: str = DEFAULT_INSTRUCTION) -> str:
+    """Return what every prompt with this instruction begins with, up to the space."""
+    return f"<bos><start_of_turn>user\n{SYSTEM}\n\n<Instruct>: {instruction}\n<Query>:"

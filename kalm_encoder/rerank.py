@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from kalm_encoder.decoder import QueryDecoder
+from kalm_encoder.decoder import Pair, Prompt, QueryDecoder
 from kalm_encoder.errors import InputError, MismatchError
+from kalm_encoder.pooling import PassageStates, coarsen
 from kalm_encoder.prompts import TEMPLATE
 from kalm_encoder.rows import FORMAT_VERSION
 from kalm_encoder.table import PassageTable
 
-CHUNK = 16
-"""Candidates scored between two looks at the clock."""
+CHUNK = 128
+"""Candidates read together, while the decoder works on those before."""
+TIMED_CHUNK = 16
+"""Candidates scored between two looks at the clock, where there is a time budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Reranker:
         check_match(table, decoder, max_length=max_length)
         self.table = table
         self.decoder = decoder
+        self._reader = ThreadPoolExecutor(4, thread_name_prefix="kalm-read")
 
     @classmethod
     def open(
@@ -58,6 +63,7 @@ class Reranker:
         storage_options: dict[str, str] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        hot_bytes: int = 0,
     ) -> Reranker:
         """Open a table and load the decoder for it; the encoder is never loaded.
 
@@ -70,6 +76,8 @@ class Reranker:
             storage_options: as Lance takes them.
             device: None takes the first GPU, else the CPU.
             dtype: None takes bfloat16 on GPU and float32 on CPU.
+            hot_bytes: memory, on the device, for passages that come back with the same
+                instruction: they are neither read again nor is the prompt's fixed part computed.
 
         Raises:
             TableError: no such table, or not complete.
@@ -79,7 +87,9 @@ class Reranker:
         table = PassageTable.open(uri, version=version, storage_options=storage_options)
         if model is None:
             model, revision = table.spec.model, revision or table.spec.revision
-        decoder = QueryDecoder.load(model, revision=revision, device=device, dtype=dtype)
+        decoder = QueryDecoder.load(
+            model, revision=revision, device=device, dtype=dtype, hot_bytes=hot_bytes
+        )
         return cls(table, decoder, max_length=max_length)
 
     def rerank(
@@ -92,6 +102,7 @@ class Reranker:
         top_k: int | None = None,
         cascade: Sequence[tuple[int, int | None]] | None = None,
         max_ms: float | None = None,
+        passages: Mapping[str, PassageStates] | None = None,
     ) -> list[RerankResult]:
         """Score stored passages against a query.
 
@@ -106,6 +117,8 @@ class Reranker:
             max_ms: time budget. All are scored at the coarsest stage, however long it takes; later
                 stages score the best first and stop in time. Without a `cascade` that is a coarse
                 stage (see `coarse_stage`), then `ratio`.
+            passages: states at the finest stored ratio by id, just encoded: used instead of the
+                table's.
 
         Returns:
             Those of the last stage first, each stage best first, ties by id. Scores are P(yes),
@@ -123,11 +136,12 @@ class Reranker:
             raise InputError(f"max_ms {max_ms} must be above 0")
         deadline = None if max_ms is None else time.monotonic() + max_ms / 1000
         stages = self._stages(ratio, cascade, deadline)
+        prompt = self.decoder.prompt(query, instruction)
         left = list(dict.fromkeys(ids))
         ranked: list[RerankResult] = []
         for number, (stage_ratio, keep) in enumerate(stages):
             until = deadline if number else None  # the first stage scores all, come what may
-            scored = self._score(query, left, instruction, stage_ratio, until)
+            scored = self._score(prompt, left, stage_ratio, until, passages or {})
             scored.sort(key=lambda r: (-r.score, -r.margin, r.id))
             # What this stage did not reach keeps its place below, with the score it has.
             reached = {result.id for result in scored}
@@ -164,26 +178,59 @@ class Reranker:
 
     def _score(
         self,
-        query: str,
+        prompt: Prompt,
         ids: Sequence[str],
-        instruction: str | None,
         ratio: int,
         deadline: float | None,
+        given: Mapping[str, PassageStates],
     ) -> list[RerankResult]:
-        """Score candidates, in their order, until the deadline; return those there was time for."""
-        size = len(ids) if deadline is None else CHUNK
+        """Score candidates until the deadline; return those there was time for."""
+        size = CHUNK if deadline is None else TIMED_CHUNK
+        chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
         results: list[RerankResult] = []
-        took = 0.0
-        for start in range(0, len(ids), max(1, size)):
-            began = time.monotonic()
-            if deadline is not None and began + took > deadline:
+        took, began = 0.0, time.monotonic()
+        for some, pairs in self._read_ahead(prompt, chunks, ratio, given):
+            if deadline is not None and time.monotonic() + took > deadline:
                 break
-            some = ids[start : start + size]
-            states = [p.states for p in self.table.take(some, ratio=ratio)]
-            scores = self.decoder.score(query, states, instruction=instruction)
+            scores = self.decoder.score_pairs(pairs)
             results += [RerankResult(i, *pair, ratio) for i, pair in zip(some, scores, strict=True)]
-            took = time.monotonic() - began
+            took, began = time.monotonic() - began, time.monotonic()
         return results
+
+    def _read_ahead(
+        self,
+        prompt: Prompt,
+        chunks: Sequence[Sequence[str]],
+        ratio: int,
+        given: Mapping[str, PassageStates],
+    ) -> Iterator[tuple[Sequence[str], list[Pair]]]:
+        """Yield each chunk with its pairs; the next one is read while the caller has this one."""
+        reads = (self._reader.submit(self._pairs, prompt, c, ratio, given) for c in chunks)
+        ahead = next(reads, None)
+        for chunk in chunks:
+            assert ahead is not None  # one read a chunk
+            pairs = ahead.result()
+            ahead = next(reads, None)
+            yield chunk, pairs
+
+    def _pairs(
+        self, prompt: Prompt, ids: Sequence[str], ratio: int, given: Mapping[str, PassageStates]
+    ) -> list[Pair]:
+        """Pair a prompt with passages: recalled, given, or read from the table."""
+        keys = {i: (self.table.uri, self.table.version, ratio, i) for i in ids if i not in given}
+        pairs = {}
+        for i, key in keys.items():
+            if (entry := self.decoder.recall(prompt, key)) is not None:
+                pairs[i] = Pair(prompt, entry, key)
+        unknown = [i for i in keys if i not in pairs]
+        for i, passage in zip(unknown, self.table.take(unknown, ratio=ratio), strict=True):
+            pairs[i] = Pair(prompt, passage.states, keys[i])
+        finest = self.table.spec.ratios[0]
+        for i in ids:
+            if i in given:
+                states = coarsen(given[i].states, given[i].num_tokens, finest, ratio)
+                pairs[i] = Pair(prompt, states)
+        return [pairs[i] for i in ids]
 
 
 def check_match(

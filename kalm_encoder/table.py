@@ -92,6 +92,8 @@ class PassageTable:
         stored = self.spec.source_ratio(ratio)
         columns = ["id", "num_tokens", "truncated", f"states_r{stored}", f"checksum_r{stored}"]
         unique = list(dict.fromkeys(ids))
+        if not unique:
+            return []
         rows = self._scan(columns, ids_in(unique))
         found = read_rows(self.spec, rows, stored=stored, wanted=ratio or stored, uri=self.uri)
         if missing := [i for i in unique if i not in found]:

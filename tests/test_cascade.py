@@ -53,15 +53,15 @@ def test_a_coarse_stage_reads_only_its_own_column(reranker, monkeypatch):
 
 
 def test_time_runs_out_and_the_result_says_so(reranker, monkeypatch):
-    real = reranker.decoder.score
+    real = reranker.decoder.score_pairs
 
-    def slow(query, states, **options):
+    def slow(pairs):
         time.sleep(0.05)
-        return real(query, states, **options)
+        return real(pairs)
 
     plenty = reranker.rerank("token state", IDS, max_ms=60_000)
     assert {r.ratio for r in plenty} == {2}
-    monkeypatch.setattr(reranker.decoder, "score", slow)
+    monkeypatch.setattr(reranker.decoder, "score_pairs", slow)
     began = time.monotonic()
     results = reranker.rerank("token state", IDS, max_ms=220)
     assert {r.id for r in results} == set(IDS)

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from kalm_encoder import QueryDecoder
+from kalm_encoder.batching import padded_size, plan_batches
+from kalm_encoder.decoder import MAX_PADDING, Pair
 from kalm_encoder.decoder_forward import last_hidden
 from kalm_encoder.errors import InputError, NonFiniteError
 from tests.conftest import make_texts
@@ -46,8 +48,8 @@ def test_instruction_changes_the_score(decoder, states):
 
 
 def test_the_raw_query_is_cut_before_the_prompt(decoder):
-    long = decoder.prompt_ids("word " * 2000)
-    assert len(long) - len(decoder.prompt_ids("")) == decoder.query_max_length
+    long = decoder.prompt("word " * 2000).ids
+    assert len(long) - len(decoder.prompt("").ids) == decoder.query_max_length
 
 
 def test_no_states_give_no_scores(decoder):
@@ -78,14 +80,68 @@ def test_the_exact_savings_change_nothing(decoder, lengths):
     """Against the model's own forward, which computes every position of every layer."""
     rng = np.random.default_rng(0)
     states = [rng.standard_normal((n, decoder.dim)).astype(np.float32) for n in lengths]
-    prompt = torch.tensor([decoder.prompt_ids("a query", None)])
-    passages, real = decoder._pad(states)
+    pairs = [Pair(decoder.prompt("a query"), s) for s in states]
+    memory = decoder._memory(pairs)
+    prompt = torch.tensor([pairs[0].prompt.ids])
     with torch.inference_mode():
-        ours = last_hidden(decoder.model, prompt, passages, real)
+        ours, _ = last_hidden(decoder.model, prompt, memory)
         plain = decoder.model(
             input_ids=prompt.expand(len(states), -1),
-            encoder_hidden_states=passages,
-            encoder_attention_mask=real.long(),
+            encoder_hidden_states=memory.states,
+            encoder_attention_mask=memory.real.long(),
             use_cache=False,
         ).last_hidden_state[:, -1]
     assert (ours - plain).abs().max() <= 1e-5
+
+
+def test_different_queries_go_together_and_change_no_score(decoder, states):
+    queries = ["alpha", "index token", "which shard holds it", "beta", "index table"]
+    pairs = [
+        Pair(decoder.prompt(q, task), s)
+        for q in queries
+        for task in (None, "Find duplicates.")
+        for s in states[:6]
+    ]
+    random.Random(1).shuffle(pairs)
+    together = decoder.score_pairs(pairs)
+    for pair, (score, _) in zip(pairs, together, strict=True):
+        assert abs(decoder.score_pairs([pair])[0][0] - score) <= 1e-5
+
+
+@pytest.mark.parametrize("window", [512, 16])
+def test_a_recalled_passage_scores_the_same(model_dir, states, window):
+    """Cold, warm, half warm, in any company, and where sliding layers do not see the beginning."""
+    hot = QueryDecoder.load(str(model_dir), hot_bytes=1 << 28)
+    hot.model.config.sliding_window = window
+    plain = QueryDecoder.load(str(model_dir))
+    plain.model.config.sliding_window = window
+    for round, query in enumerate(("which shard", "quite another and longer query", "which shard")):
+        prompt = hot.prompt(query)
+        assert 0 < prompt.prefix < len(prompt.ids)
+        chosen = range(0, len(states), 2 if round == 0 else 1)
+        recalled = {i: hot.recall(prompt, i) for i in chosen}
+        assert sum(e is not None for e in recalled.values()) == (0, 20, 40)[round]
+        pairs = [Pair(prompt, states[i] if (e := recalled[i]) is None else e, i) for i in chosen]
+        expected = plain.score(query, [states[i] for i in chosen])
+        for (score, margin), (other, its) in zip(hot.score_pairs(pairs), expected, strict=True):
+            assert abs(score - other) <= 1e-5
+            assert abs(margin - its) <= 1e-4
+    assert hot.recall(hot.prompt("which shard", "Find duplicates."), 0) is None
+
+
+def test_the_memory_of_passages_is_bounded(model_dir, states):
+    small = QueryDecoder.load(str(model_dir), hot_bytes=1 << 20)
+    prompt = small.prompt("query")
+    small.score_pairs([Pair(prompt, s, i) for i, s in enumerate(states)])
+    assert 0 < small.hot.nbytes <= 1 << 20
+    found = [small.recall(prompt, i) is not None for i in range(len(states))]
+    assert 0 < sum(found) < len(states)
+
+
+def test_padding_stays_below_a_twentieth(decoder):
+    rng = random.Random(0)
+    sizes = [rng.randint(1, 75) for _ in range(1000)]
+    batches = plan_batches(sizes, 4096, overhead=98, max_padding=MAX_PADDING)
+    padded = padded_size([n + 98 for n in sizes], batches)
+    assert 1 - (sum(sizes) + 98 * 1000) / padded <= 0.05
+    assert len(batches) < 60

@@ -30,7 +30,7 @@ def test_repeated_candidates_are_scored_once(reranker):
 
 
 def test_ties_are_broken_by_id(reranker, monkeypatch):
-    monkeypatch.setattr(reranker.decoder, "score", lambda q, s, **_: [(0.5, 0.0)] * len(s))
+    monkeypatch.setattr(reranker.decoder, "score_pairs", lambda pairs: [(0.5, 0.0)] * len(pairs))
     assert [r.id for r in reranker.rerank("q", ["p3", "p1", "p2"])] == ["p1", "p2", "p3"]
 
 
@@ -70,3 +70,27 @@ def test_another_max_length_is_refused(small_table):
     assert Reranker.open(str(small_table), max_length=1024)
     with pytest.raises(MismatchError, match="max_length 1024, the query side 512"):
         Reranker.open(str(small_table), max_length=512)
+
+
+def test_chunks_read_ahead_and_hot_passages_change_nothing(small_table, reranker, monkeypatch):
+    expected = {r.id: r.score for r in reranker.rerank("token state", IDS, ratio=4)}
+    monkeypatch.setattr("kalm_encoder.rerank.CHUNK", 7)
+    hot = Reranker.open(str(small_table), hot_bytes=1 << 28)
+    reads = []
+    take = hot.table.take
+    monkeypatch.setattr(hot.table, "take", lambda ids, **k: (reads.append(ids), take(ids, **k))[1])
+    for ids in (IDS[:30], IDS, IDS[::-1]):  # cold, half warm, warm
+        for result in hot.rerank("token state", ids, ratio=4):
+            assert abs(result.score - expected[result.id]) <= 1e-5
+    assert sum(map(len, reads)) == 60, "each passage is read once"
+    assert hot.rerank("token state", IDS[:1], ratio=2)[0].score != expected[IDS[0]]
+
+
+def test_given_states_are_used_instead_of_the_tables(reranker):
+    fine = reranker.table.take(["p1", "p2"], ratio=2)
+    given = {"new": fine[0], "p2": fine[0]}
+    scores = {
+        r.id: r.score for r in reranker.rerank("q", ["p1", "p2", "new"], ratio=8, passages=given)
+    }
+    assert abs(scores["new"] - scores["p1"]) <= 1e-5
+    assert scores["p2"] == pytest.approx(scores["p1"], abs=1e-5)

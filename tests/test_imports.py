@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-FORBIDDEN = {"ray", "typer", "pipeline", "jobs", "mteb", "fastapi"}
+FRAMEWORKS = {"langchain_core", "llama_index", "mteb", "sentence_transformers"}
+FORBIDDEN = {"ray", "typer", "pipeline", "jobs", "fastapi", *FRAMEWORKS}
 
 
 def modules_after(code: str) -> set[str]:
@@ -35,6 +36,11 @@ def test_reading_a_table_needs_no_torch(small_table):
         f"PassageTable.open({str(small_table)!r}).take(['p1'])"
     )
     assert not {"torch", "transformers", *FORBIDDEN} & loaded
+
+
+def test_the_cross_encoder_and_the_mteb_model_load_no_framework():
+    loaded = modules_after("import kalm_encoder.cross_encoder, pipeline.mteb_search")
+    assert not FRAMEWORKS & loaded
 
 
 def test_encoding_without_the_batch_extra_says_what_to_install():

@@ -1,0 +1,174 @@
+"""KaLMCrossEncoder: sentence-transformers' CrossEncoder calls, answered from stored states.
+
+    model = KaLMCrossEncoder("passages.lance")
+    model.rank("how are states read?", ["d1", "d2", "d3"], top_k=2)  # [{"corpus_id": 1, "score": …
+    model.predict([("how are states read?", "d1"), ("another query", "d7")])
+
+Documents are ids of the table, or with an encoder texts that are encoded when asked for. Knows
+nothing of sentence-transformers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kalm_encoder.errors import MismatchError
+from kalm_encoder.pooling import coarsen
+from kalm_encoder.rerank import Reranker
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kalm_encoder.encoder import PassageEncoder
+    from kalm_encoder.table import PassageTable
+
+
+class KaLMCrossEncoder:
+    """Scores (query, document) pairs by P(yes), each pair by itself.
+
+    Args:
+        reranker: an open Reranker, or the address of a passage table.
+        encoder: of the table's model; with one, documents are texts. Their states are float32,
+            so scores differ from stored ones by what the table's store_dtype rounds away.
+        instruction: the task; None takes the model's default.
+        ratio: any multiple of a stored ratio; None takes the finest stored.
+
+    Raises:
+        MismatchError: the encoder is not of the table's width or passage length.
+        InputError: an impossible ratio.
+    """
+
+    def __init__(
+        self,
+        reranker: Reranker | str,
+        *,
+        encoder: PassageEncoder | None = None,
+        instruction: str | None = None,
+        ratio: int | None = None,
+    ) -> None:
+        self._reranker = Reranker.open(reranker) if isinstance(reranker, str) else reranker
+        self._reranker.table.spec.source_ratio(ratio)
+        if encoder is not None:
+            check_encoder(self._reranker.table, encoder)
+        self._encoder = encoder
+        self._instruction = instruction
+        self._ratio = ratio
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool | None = None,
+        convert_to_tensor: bool | None = None,
+    ) -> list[dict[str, Any]]:
+        """Rank documents for a query.
+
+        Args:
+            query: raw text.
+            documents: ids, or texts where there is an encoder; each position gets its score.
+            top_k: keep the best k; None keeps all.
+            return_documents: whether to add each document, as it was given, as "text".
+            batch_size: ignored; batches have a budget of tokens.
+            show_progress_bar: ignored.
+            convert_to_numpy: ignored; scores are Python floats.
+            convert_to_tensor: ignored, too.
+
+        Returns:
+            {"corpus_id": position, "score": P(yes)} a document, best first; ties by margin, then
+            by position.
+        """
+        scores = self._scores([(query, document) for document in documents])
+        order = sorted(range(len(documents)), key=scores.__getitem__, reverse=True)[:top_k]
+        ranked: list[dict[str, Any]] = [{"corpus_id": i, "score": scores[i][0]} for i in order]
+        if return_documents:
+            for row in ranked:
+                row["text"] = documents[row["corpus_id"]]
+        return ranked
+
+    def predict(
+        self,
+        inputs: Sequence[Sequence[str]] | Sequence[str],
+        *,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+    ) -> Any:
+        """Score pairs.
+
+        Args:
+            inputs: n (query, document) pairs, or one; documents as in `rank`.
+            batch_size: ignored; batches have a budget of tokens.
+            show_progress_bar: ignored.
+            convert_to_numpy: False returns a list of scalar tensors.
+            convert_to_tensor: True returns one tensor, whatever `convert_to_numpy` says.
+
+        Returns:
+            (n,) float32 P(yes), in input order; a scalar for one pair.
+        """
+        single = len(inputs) > 0 and isinstance(inputs[0], str)
+        pairs: Any = [inputs] if single else inputs
+        scores = np.array([score for score, _ in self._scores(pairs)], dtype=np.float32)
+        result: Any = scores if convert_to_numpy else list(torch.from_numpy(scores))
+        if convert_to_tensor:
+            result = torch.from_numpy(scores)
+        return result[0] if single else result
+
+    def _scores(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, float]]:
+        """Return (score, margin) a pair; a query is scored once, and so is a repeated document."""
+        documents: dict[str, dict[str, None]] = {}
+        for query, document in pairs:
+            documents.setdefault(query, {})[document] = None
+        states = self._encode(list(dict.fromkeys(document for _, document in pairs)))
+        found: dict[tuple[str, str], tuple[float, float]] = {}
+        for query, wanted in documents.items():
+            if self._encoder is None:
+                results = self._reranker.rerank(
+                    query, list(wanted), instruction=self._instruction, ratio=self._ratio
+                )
+                found |= {(query, r.id): (r.score, r.margin) for r in results}
+            else:
+                scores = self._reranker.decoder.score(
+                    query, [states[d] for d in wanted], instruction=self._instruction
+                )
+                found |= {(query, d): pair for d, pair in zip(wanted, scores, strict=True)}
+        return [found[query, document] for query, document in pairs]
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, NDArray[np.floating]]:
+        """Return (m, d) states a text: made at the table's finest ratio, then coarsened to ours."""
+        if self._encoder is None:
+            return {}
+        finest = self._reranker.table.spec.ratios[0]
+        passages = self._encoder.encode(texts, ratio=finest)
+        return {
+            text: coarsen(p.states, p.num_tokens, finest, self._ratio or finest)
+            for text, p in zip(texts, passages, strict=True)
+        }
+
+
+def check_encoder(table: PassageTable, encoder: PassageEncoder) -> None:
+    """Refuse an encoder whose states are not comparable with those of a table.
+
+    Raises:
+        MismatchError: names the field and both values.
+    """
+    spec = table.spec
+    for field, stored, given in (
+        ("dim", spec.dim, encoder.model.config.hidden_size),
+        ("max_length", spec.max_length, encoder.max_length),
+    ):
+        if stored != given:
+            raise MismatchError(
+                field,
+                f"{table.uri} has {field} {stored}, the encoder {given}: load it with "
+                f"PassageEncoder.load({spec.model!r}, max_length={spec.max_length})",
+            )

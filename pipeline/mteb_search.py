@@ -1,0 +1,172 @@
+"""KaLMSearch: mteb's retrieval and reranking tasks, scored from stored states.
+
+    model = KaLMSearch("KaLM-Embedding/KaLM-Reranker-V1-Nano-R2", "states/", ratios=(4, 32))
+    mteb.evaluate(model, mteb.get_tasks(["SciFact", "AskUbuntuDupQuestions"]))
+
+The corpus of each task, subset and split is encoded by an ordinary job into a table of its own;
+evaluating again resumes, or finds it complete. It has the methods of mteb's SearchProtocol and
+imports mteb only to describe itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalm_encoder import checkpoint
+from kalm_encoder.decoder import QueryDecoder
+from kalm_encoder.errors import InputError
+from kalm_encoder.rerank import Reranker
+from kalm_encoder.table import PassageTable
+from pipeline.driver import Executor, encode_inline, run
+from pipeline.job import EncodeJob
+
+if TYPE_CHECKING:
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models import ModelMeta
+
+
+class KaLMSearch:
+    """A model for mteb.evaluate.
+
+    Args:
+        model: hub id or directory.
+        folder: local folder for corpora and tables; None takes a temporary one, gone with this
+            object.
+        ratio: to score at; None takes the finest stored.
+        instruction: the task; None takes the model's default.
+        instructions: by mteb's task name, before `instruction`. A query's own goes before both.
+        execute: `encode_inline`, or `workers.on_ray(options)`.
+        encoding: for every `EncodeJob`: revision, ratios, store_dtype, max_length, …
+    """
+
+    def __init__(
+        self,
+        model: str,
+        folder: str | Path | None = None,
+        *,
+        ratio: int | None = None,
+        instruction: str | None = None,
+        instructions: Mapping[str, str] | None = None,
+        execute: Executor = encode_inline,
+        **encoding: Any,
+    ) -> None:
+        self._job = EncodeJob(inputs=(), uri="", model=model, **encoding)
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="kalm-mteb-")
+            folder = self._temporary.name
+        self._folder = Path(folder)
+        self._ratio = ratio
+        self._instruction = instruction
+        self._instructions = dict(instructions or {})
+        self._execute = execute
+
+    def index(
+        self,
+        corpus: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        **kwargs: Any,
+    ) -> None:
+        """Write the corpus as JSONL and encode what is not encoded yet.
+
+        Raises:
+            MismatchError: the table there has another corpus or other settings.
+            KalmError: as `pipeline.driver.run`.
+        """
+        table = self.table_path(task_metadata.name, hf_subset, hf_split)
+        table.parent.mkdir(parents=True, exist_ok=True)
+        file = table.with_name("corpus.jsonl")
+        with file.open("w", encoding="utf-8") as lines:
+            for row in corpus:
+                title = row.get("title") or ""
+                passage = {"_id": row["id"], "title": title, "text": row["text"]}
+                lines.write(json.dumps(passage) + "\n")
+        run(replace(self._job, inputs=(str(file),), uri=str(table)), self._execute)
+
+    def search(
+        self,
+        queries: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        top_k: int,
+        top_ranked: Mapping[str, Sequence[str]] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, dict[str, float]]:
+        """Score candidates: `top_ranked`, or the best `top_k` of the table's full-text search.
+
+        Returns:
+            P(yes) by query id and passage id, at most top_k a query.
+
+        Raises:
+            TableError: `index` was not called, or not completed.
+            InputError: a query that is a conversation.
+        """
+        table = PassageTable.open(str(self.table_path(task_metadata.name, hf_subset, hf_split)))
+        reranker = Reranker(table, self._decoder, max_length=self._job.max_length)
+        scores: dict[str, dict[str, float]] = {}
+        for row in queries:
+            query, instruction = self._prompt(row, task_metadata.name)
+            if top_ranked is None:
+                ids = [i for i, _ in table.search(query, top_k)]
+            else:
+                ids = list(top_ranked.get(row["id"], ()))
+            results = reranker.rerank(
+                query, ids, instruction=instruction, ratio=self._ratio, top_k=top_k
+            )
+            scores[row["id"]] = {r.id: r.score for r in results}
+        return scores
+
+    @property
+    def mteb_model_meta(self) -> ModelMeta:
+        """What mteb files results under: the checkpoint, and all that changes its scores."""
+        from mteb.models import ModelMeta
+
+        files = self._checkpoint
+        settings = {
+            "ratio": self._ratio or self._job.ratios[0],
+            "store_dtype": self._job.store_dtype,
+            "max_length": self._job.max_length,
+            "instruction": self._instruction,
+            "instructions": self._instructions,
+        }
+        return ModelMeta.create_empty(
+            {
+                "name": files.name if files.revision else f"local/{files.path.name}",
+                "revision": files.revision or files.fingerprint,
+                "model_type": ["cross-encoder"],
+                "experiment_kwargs": {k: v for k, v in settings.items() if v},
+            }
+        )
+
+    def table_path(self, task: str, subset: str, split: str) -> Path:
+        """Where the table of one corpus is."""
+        parts = [re.sub(r"[^\w.-]", "_", part) for part in (task, subset, split)]
+        return self._folder.joinpath(*parts, "passages.lance")
+
+    @cached_property
+    def _checkpoint(self) -> checkpoint.Checkpoint:
+        return checkpoint.resolve(self._job.model, self._job.revision)
+
+    @cached_property
+    def _decoder(self) -> QueryDecoder:
+        return QueryDecoder.load(self._job.model, revision=self._job.revision)
+
+    def _prompt(self, row: Mapping[str, Any], task: str) -> tuple[str, str | None]:
+        """Return query and instruction; a query's own instruction is part of both, as in mteb."""
+        query = row["text"]
+        if not isinstance(query, str):
+            raise InputError(f"query {row['id']!r} of {task} is a conversation: texts only")
+        if row.get("instruction"):
+            return f"{query} {row['instruction']}", row["instruction"]
+        return query, self._instructions.get(task, self._instruction)

@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from jobs import demo, encode, manage, rerank, status, sync, truncate, verify
+from jobs import demo, encode, manage, rerank, serve, status, sync, truncate, verify
 from kalm_encoder.errors import KalmError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -35,6 +35,7 @@ for command in (
     manage.doctor,
 ):
     app.command()(command)
+app.command()(serve.serve)
 app.command()(demo.demo)
 
 

@@ -33,7 +33,6 @@ def demo(
 
     from jobs.demo_model import make_checkpoint
     from jobs.encode import encode
-    from jobs.rerank import stored_texts
     from kalm_encoder.rerank import Reranker
 
     transformers_logging.disable_progress_bar()
@@ -52,7 +51,7 @@ def demo(
     for query in QUERIES:
         ids = [i for i, _ in reranker.table.search(query, 50)]
         results = reranker.rerank(query, ids, top_k=3)
-        texts = stored_texts(reranker.table, [r.id for r in results])
+        texts = reranker.table.texts([r.id for r in results])
         print(f"\n{query}\n  best of {len(ids)} found by full-text search:")
         for result in results:
             print(f"  {result.score:.4f}  {result.id}: {texts[result.id]}")

@@ -14,7 +14,7 @@ from jobs.options import StorageOptions, parse_storage_options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from kalm_encoder.table import PassageTable
+    pass
 
 
 def rerank(
@@ -72,22 +72,14 @@ def rerank(
         return
     seconds = time.perf_counter() - began
     print(f"{query}\n{len(candidates)} candidates in {seconds * 1000:.0f} ms")
-    texts = stored_texts(reranker.table, [r.id for r in results])
+    texts = reranker.table.texts([r.id for r in results])
     for rank, result in enumerate(results, start=1):
-        print(f"{rank:3}  {result.score:.4f}  {result.id}  {texts.get(result.id, '')}")
+        print(f"{rank:3}  {result.score:.4f}  {result.id}  {beginning(texts.get(result.id, ''))}")
 
 
-def stored_texts(table: PassageTable, ids: list[str], width: int = 70) -> dict[str, str]:
-    """Return the beginnings of stored texts by id; empty where the table keeps none."""
-    from kalm_encoder.table import ids_in
-
-    if not table.spec.keep_text:
-        return {}
-    rows = table.dataset.to_table(columns=["id", "text"], filter=ids_in(ids))
-    return {
-        i: " ".join(text.split())[:width]
-        for i, text in zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True)
-    }
+def beginning(text: str, width: int = 70) -> str:
+    """Return the beginning of a text on one line."""
+    return " ".join(text[: 10 * width].split())[:width]
 
 
 def _parse_cascade(text: str | None) -> list[tuple[int, int | None]] | None:

@@ -17,12 +17,10 @@ import numpy as np
 import torch
 
 from kalm_encoder.errors import MismatchError
-from kalm_encoder.pooling import coarsen
+from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rerank import Reranker
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from kalm_encoder.encoder import PassageEncoder
     from kalm_encoder.table import PassageTable
 
@@ -128,31 +126,25 @@ class KaLMCrossEncoder:
         documents: dict[str, dict[str, None]] = {}
         for query, document in pairs:
             documents.setdefault(query, {})[document] = None
-        states = self._encode(list(dict.fromkeys(document for _, document in pairs)))
+        passages = self._encode(list(dict.fromkeys(document for _, document in pairs)))
         found: dict[tuple[str, str], tuple[float, float]] = {}
         for query, wanted in documents.items():
-            if self._encoder is None:
-                results = self._reranker.rerank(
-                    query, list(wanted), instruction=self._instruction, ratio=self._ratio
-                )
-                found |= {(query, r.id): (r.score, r.margin) for r in results}
-            else:
-                scores = self._reranker.decoder.score(
-                    query, [states[d] for d in wanted], instruction=self._instruction
-                )
-                found |= {(query, d): pair for d, pair in zip(wanted, scores, strict=True)}
+            results = self._reranker.rerank(
+                query,
+                list(wanted),
+                instruction=self._instruction,
+                ratio=self._ratio,
+                passages=passages,
+            )
+            found |= {(query, r.id): (r.score, r.margin) for r in results}
         return [found[query, document] for query, document in pairs]
 
-    def _encode(self, texts: Sequence[str]) -> dict[str, NDArray[np.floating]]:
-        """Return (m, d) states a text: made at the table's finest ratio, then coarsened to ours."""
+    def _encode(self, texts: Sequence[str]) -> dict[str, PassageStates]:
+        """Return what each text is encoded to at the table's finest ratio."""
         if self._encoder is None:
             return {}
-        finest = self._reranker.table.spec.ratios[0]
-        passages = self._encoder.encode(texts, ratio=finest)
-        return {
-            text: coarsen(p.states, p.num_tokens, finest, self._ratio or finest)
-            for text, p in zip(texts, passages, strict=True)
-        }
+        passages = self._encoder.encode(texts, ratio=self._reranker.table.spec.ratios[0])
+        return dict(zip(texts, passages, strict=True))
 
 
 def check_encoder(table: PassageTable, encoder: PassageEncoder) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -40,11 +41,32 @@ class RerankResult:
     ratio: int
 
 
+class Scorer(Protocol):
+    """What a reranker needs of a decoder; see QueryDecoder."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the states."""
+
+    def prompt(self, query: str, instruction: str | None = None) -> Prompt:
+        """Return a query as the decoder reads it."""
+
+    def recall(self, prompt: Prompt, key: Hashable) -> torch.Tensor | None:
+        """Return what is kept of a passage."""
+
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+        """Return score and margin of each pair."""
+
+
 class Reranker:
     """A passage table and the decoder that belongs to it."""
 
     def __init__(
-        self, table: PassageTable, decoder: QueryDecoder, *, max_length: int | None = None
+        self, table: PassageTable, decoder: Scorer, *, max_length: int | None = None
     ) -> None:
         check_match(table, decoder, max_length=max_length)
         self.table = table
@@ -233,9 +255,7 @@ class Reranker:
         return [pairs[i] for i in ids]
 
 
-def check_match(
-    table: PassageTable, decoder: QueryDecoder, *, max_length: int | None = None
-) -> None:
+def check_match(table: PassageTable, decoder: Scorer, *, max_length: int | None = None) -> None:
     """Refuse a table that this decoder cannot score.
 
     Raises:

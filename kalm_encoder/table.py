@@ -100,6 +100,36 @@ class PassageTable:
             raise MissingIdsError(missing, self.uri)
         return [found[i] for i in ids]
 
+    def known(self, ids: Sequence[str], *, where: str | None = None) -> set[str]:
+        """Return those ids that the table holds, and whose rows satisfy `where`.
+
+        Args:
+            ids: any strings.
+            where: SQL predicate over the table's columns, trusted.
+
+        Raises:
+            InputError: the predicate cannot be applied to this table's columns.
+        """
+        if where is None:
+            return set(self._scan(["id"], ids_in(ids))["id"].to_pylist())
+        found = self.dataset.scanner(columns=[], with_row_id=True, filter=ids_in(ids)).to_table()
+        if not len(found):
+            return set()
+        rows = f"_rowid IN ({', '.join(map(str, found['_rowid'].to_pylist()))}) AND ({where})"
+        try:
+            # Lance plans this filter only where the row id is asked for, too.
+            kept = self.dataset.scanner(columns=["id"], with_row_id=True, filter=rows).to_table()
+        except (OSError, ValueError) as error:
+            raise InputError(f"the filter {where!r} is refused: {first_line(error)}") from error
+        return set(kept["id"].to_pylist())
+
+    def texts(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return stored texts by id; empty where the table keeps none."""
+        if not self.spec.keep_text:
+            return {}
+        rows = self._scan(["id", "text"], ids_in(ids))
+        return dict(zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True))
+
     def _scan(self, columns: list[str], wanted: pc.Expression) -> pa.Table:
         try:
             return self.dataset.scanner(columns=columns, filter=wanted).to_table()

@@ -1,0 +1,80 @@
+"""`kalm serve`: rerank over HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Annotated
+
+import typer
+
+from jobs.options import StorageOptions, parse_storage_options
+from kalm_encoder.errors import InputError
+
+KEY = "KALM_API_KEY"
+
+
+def serve(
+    uri: Annotated[str, typer.Argument(help="The table; its tag live is followed.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.")] = 8080,
+    model: Annotated[str | None, typer.Option(help="Default: what the table records.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1; default the first GPU.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the decoder.")] = None,
+    with_encoder: Annotated[
+        bool, typer.Option("--with-encoder", help="Encode candidates that come as texts.")
+    ] = False,
+    hot_mb: Annotated[int, typer.Option(help="Memory for repeated passages.")] = 0,
+    filter_columns: Annotated[
+        str | None, typer.Option(help="Columns that requests may filter by, with commas.")
+    ] = None,
+    tei: Annotated[bool, typer.Option("--tei", help="/rerank in TEI's shape.")] = False,
+    threads: Annotated[int, typer.Option(help="Requests worked on at once.")] = 16,
+    max_pending: Annotated[int, typer.Option(help="Requests at once; above it 429.")] = 128,
+    max_candidates: Annotated[int, typer.Option(help="Of one request.")] = 1000,
+    max_body_mb: Annotated[int, typer.Option(help="Of one request.")] = 8,
+    timeout_s: Annotated[float, typer.Option(help="Of one request.")] = 60.0,
+    refresh_s: Annotated[float, typer.Option(help="Between looks at the tag live.")] = 10.0,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Rerank over HTTP: Cohere, Jina, vLLM and TEI shapes, candidates by id or text.
+
+    KALM_API_KEY in the environment, if set, is the bearer key requests need.
+    """
+    try:
+        from kalm_serve.app import Limits, create_app, listen
+        from kalm_serve.engine import Engine
+        from kalm_serve.live import LiveTable, Settings
+        from kalm_serve.metrics import Metrics
+    except ImportError as error:
+        raise InputError(
+            f"serving needs {error.name}: pip install 'kalm-preencode[serve]'"
+        ) from error
+
+    columns = frozenset(filter(None, (filter_columns or "").split(",")))
+    metrics = Metrics()
+    settings = Settings(
+        uri,
+        parse_storage_options(storage_option),
+        model=model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        with_encoder=with_encoder,
+        hot_bytes=hot_mb << 20,
+        filter_columns=columns,
+        max_candidates=max_candidates,
+        refresh_s=refresh_s,
+    )
+    limits = Limits(threads, max_pending, timeout_s, max_body_mb << 20, os.environ.get(KEY) or None)
+    live = LiveTable(settings, metrics.batch.observe)
+    live.check()
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # the server handles both, then raises them again
+        signal.signal(number, lambda *_: None)
+    listen(create_app(Engine(live), limits, metrics, tei=tei), host, port)

@@ -1,0 +1,1 @@
+"""The HTTP service: one process, one device, one passage table."""

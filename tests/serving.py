@@ -1,0 +1,54 @@
+"""A real `kalm serve` process for tests."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(uri, *arguments, log=None, **environment):
+    """Start the command, wait until it is ready, and end it as an operator would."""
+    port = free_port()
+    command = [sys.executable, "-m", "jobs", "serve", str(uri), "--port", str(port), *arguments]
+    with open(log or os.devnull, "w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env={**os.environ, **environment}
+        )
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        client.process = process
+        try:
+            wait_until(lambda: ready(client) or process.poll() is not None)
+            assert process.poll() is None, Path(log).read_text() if log else "it ended"
+            yield client
+        finally:
+            client.close()
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+
+def ready(client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)

@@ -1,0 +1,40 @@
+"""Requests made up from the OpenAPI schema, valid and not: nothing may break the service."""
+
+from collections import Counter
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+
+from tests.serving import serving
+
+
+@pytest.fixture(scope="module")
+def url(small_table):
+    with serving(small_table, "--filter-columns", "id,num_tokens") as client:
+        yield str(client.base_url).rstrip("/")
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_no_request_is_a_server_error(url, mode):
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {"/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"} <= {
+        o.path for o in operations
+    }
+    codes = Counter()
+    for operation in operations:
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing in it can be wrong
+
+        @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case):
+            reply = case.call()
+            case.validate_response(reply, checks=[not_a_server_error])
+            codes[reply.status_code] += 1
+
+        ask()
+    assert codes[422] > 20, codes

@@ -58,6 +58,21 @@ class Pair:
     passage: NDArray[np.floating] | torch.Tensor
     key: Hashable = None
 
+    @property
+    def held(self) -> int:
+        """Prompt tokens that need no forward: they are in what was recalled."""
+        return self.prompt.prefix if isinstance(self.passage, torch.Tensor) else 0
+
+    @property
+    def num_states(self) -> int:
+        """States of the passage, m."""
+        return int(self.passage.shape[2 if self.held else 0]) - self.held
+
+    @property
+    def size(self) -> int:
+        """Prompt tokens to compute and states, what a token budget counts."""
+        return len(self.prompt.ids) - self.held + self.num_states
+
 
 class QueryDecoder:
     """The decoder of one checkpoint on one device.
@@ -193,12 +208,10 @@ class QueryDecoder:
                     f"states[{i}] has shape {tuple(pair.passage.shape)}; this decoder takes "
                     f"(m, {self.dim})"
                 )
-            recalled = isinstance(pair.passage, torch.Tensor)
-            alike[len(pair.prompt.ids), pair.prompt.prefix, recalled].append(i)
+            alike[len(pair.prompt.ids), pair.prompt.prefix, pair.held].append(i)
         scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
-        for (length, prefix, recalled), members in alike.items():
-            held = prefix if recalled else 0
-            sizes = [_num_states(pairs[i].passage) - held for i in members]
+        for (length, _, held), members in alike.items():
+            sizes = [pairs[i].num_states for i in members]
             for batch in plan_batches(
                 sizes, self.token_budget, overhead=length - held, max_padding=MAX_PADDING
             ):
@@ -240,7 +253,7 @@ class QueryDecoder:
 
     def _memory(self, pairs: Sequence[Pair]) -> Fresh | Kept:
         """Return the passages of a batch: recalled entries, or states padded to one length."""
-        lengths = [_num_states(pair.passage) for pair in pairs]
+        lengths = [pair.held + pair.num_states for pair in pairs]
         longest = max(lengths)
         real = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
         real = real.to(self.device)
@@ -260,8 +273,3 @@ class QueryDecoder:
         if isinstance(passage, torch.Tensor):
             return True
         return passage.ndim == 2 and len(passage) > 0 and passage.shape[1] == self.dim
-
-
-def _num_states(passage: NDArray[np.floating] | torch.Tensor) -> int:
-    """Return how many keys a passage adds in every layer, kept prompt tokens included."""
-    return int(passage.shape[2 if isinstance(passage, torch.Tensor) else 0])

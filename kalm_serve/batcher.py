@@ -28,7 +28,7 @@ class _Work:
         start = len(self.scores)
         end, cost = start, 0
         for pair in self.pairs[start:]:
-            cost += len(pair.prompt.ids) + len(pair.passage)
+            cost += pair.size
             if end > start and cost > budget:
                 break
             end += 1
@@ -127,7 +127,7 @@ class BatchingDecoder:
         while self._queue and budget > 0 and isinstance(work := self._queue[0], _Work):
             pairs = work.draw(budget)
             batch.append((work, pairs))
-            budget -= sum(len(pair.prompt.ids) + len(pair.passage) for pair in pairs)
+            budget -= sum(pair.size for pair in pairs)
             if len(work.scores) + len(pairs) < len(work.pairs):
                 break  # the budget is used up
             self._queue.popleft()

@@ -61,6 +61,7 @@ class Server(ThreadingHTTPServer):
         self.rules: list[dict[str, Any]] = []
         self.requests: list[str] = []
         self.faults: Counter[str] = Counter()
+        self.bytes_sent = 0
         self.random = random.Random(0)
 
     def fault(self, line: str) -> str | None:
@@ -207,7 +208,6 @@ class Handler(BaseHTTPRequestHandler):
     def _get(self, file: Path) -> tuple[int, dict[str, str], bytes]:
         try:
             stat = file.stat()
-            data = file.read_bytes() if self.command == "GET" else b""
         except OSError:
             return self._failure(404, "NoSuchKey")
         headers = {
@@ -219,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {**headers, "Content-Length": str(stat.st_size)}, b""
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("range", ""))
         if not wanted:
-            return 200, headers, data
+            return 200, headers, file.read_bytes()
         if wanted[1]:
             first, last = int(wanted[1]), min(int(wanted[2] or stat.st_size), stat.st_size - 1)
         else:
@@ -227,7 +227,9 @@ class Handler(BaseHTTPRequestHandler):
         if first > last:
             return self._failure(416, "InvalidRange")
         headers["Content-Range"] = f"bytes {first}-{last}/{stat.st_size}"
-        return 206, headers, data[first : last + 1]
+        with file.open("rb") as opened:
+            opened.seek(first)
+            return 206, headers, opened.read(last + 1 - first)
 
     def _delete_many(self, root: Path, body: bytes) -> tuple[int, dict[str, str], bytes]:
         keys = re.findall(r"<Key>(.*?)</Key>", body.decode(), re.DOTALL)
@@ -299,7 +301,12 @@ class Handler(BaseHTTPRequestHandler):
                 server.rules = [{**defaults, **rule} for rule in json.loads(body)]
                 server.requests.clear()
                 server.faults.clear()
-            facts = {"requests": list(server.requests), "faults": dict(server.faults)}
+                server.bytes_sent = 0
+            facts = {
+                "requests": list(server.requests),
+                "faults": dict(server.faults),
+                "bytes_sent": server.bytes_sent,
+            }
         self._send(200, {}, json.dumps(facts).encode())
 
     def _kill_client(self) -> None:
@@ -327,6 +334,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+            self.server.bytes_sent += len(body)
 
 
 def _quoted(body: bytes) -> str:

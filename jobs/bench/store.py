@@ -41,9 +41,7 @@ WORDS = [
 
 
 def main() -> list[str]:
-    model = FOLDER / "tiny"
-    if not (model / "model.safetensors").exists():
-        make_checkpoint(model, (d["text"] for d in standard_library_docs()))
+    model = _tiny()
     texts = _texts()
     corpus = _write(FOLDER / "store.jsonl", texts)
     job = EncodeJob(
@@ -62,9 +60,27 @@ def main() -> list[str]:
     return [*bars, bar("checksum_share", _checksum_share(), "<=", 0.1)]
 
 
+def _tiny() -> Path:
+    model = FOLDER / "tiny"
+    if not (model / "model.safetensors").exists():
+        make_checkpoint(model, (d["text"] for d in standard_library_docs()))
+    return model
+
+
+def tiny_table() -> str:
+    """A table of 200 passages p0, p1, … by the tiny model; float32, so that scores compare."""
+    corpus = _write(FOLDER / "tiny.jsonl", _texts()[:200])
+    uri = str(FOLDER / "tiny-200.lance")
+    run(
+        EncodeJob(inputs=(str(corpus),), uri=uri, model=str(_tiny()), store_dtype="float32"),
+        encode_inline,
+    )
+    return uri
+
+
 def _texts() -> list[str]:
     rng = random.Random(0)
-    return [" ".join(rng.choices(WORDS.split(), k=rng.randint(3, 30))) for _ in range(PASSAGES)]
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 30))) for _ in range(PASSAGES)]
 
 
 def _write(path: Path, texts: list[str]) -> Path:

@@ -1,0 +1,133 @@
+"""The decoder against bare matrix products, hot passages, latency, memory and cold start."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from jobs.bench.data import bar, nano_checkpoint, passages_of, spread
+from jobs.bench.rerank import QUERY, stored
+from kalm_encoder import Reranker
+from kalm_encoder.batching import plan_batches
+from kalm_encoder.checkpoint import resolve
+from kalm_encoder.decoder import MAX_PADDING
+
+CANDIDATES, RUNS, QUERIES, PER_QUERY = 100, 3, 200, 8
+WORDS = ["read", "write", "file", "line", "memory", "loop", "thread", "socket", "date", "sort"]
+COLD = """
+import time
+began = time.perf_counter()
+import torch
+import transformers.models.t5gemma2.modeling_t5gemma2
+imported = time.perf_counter() - began
+import psutil
+if len(__import__("sys").argv) > 1:
+    from kalm_encoder import Reranker
+    r = Reranker.open(__import__("sys").argv[1])
+    r.rerank("first query", ["0"])
+    print(sum(p.nbytes for p in r.decoder.model.parameters()))
+print(psutil.Process().memory_info().rss, imported, time.perf_counter() - began)
+"""
+
+
+def main() -> list[str]:
+    model = str(nano_checkpoint())
+    texts = passages_of(resolve(model).tokenizer(), [128] * CANDIDATES)
+    plain = stored(model, "query128", texts)
+    ids = [str(i) for i in range(CANDIDATES)]
+    hot = Reranker.open(plain.table.uri, hot_bytes=2 << 30)
+    hot.rerank(QUERY, ids)
+    shares, gains = [], []
+    for _ in range(RUNS):
+        cold = _time(lambda: plain.rerank(QUERY, ids))
+        bare = _time(lambda: _bare(plain, ids))
+        warm = _time(lambda: hot.rerank("another question about " + QUERY[9:], ids))
+        shares.append(bare / cold)
+        gains.append(cold / warm)
+        print(f"rerank {cold:.2f} s, its matrix products {bare:.2f} s, hot {warm:.2f} s")
+    print(f"matrix products / rerank {spread(shares)}; hot speed-up {spread(gains)}")
+    print(f"hot passages take {hot.decoder.hot.nbytes / CANDIDATES / 2**20:.1f} MiB each")
+    bars = [
+        bar("decode_of_bare_products", statistics.median(shares), ">=", 0.85),
+        bar("hot_speedup", statistics.median(gains), ">=", 3),
+    ]
+    _latency(plain)
+    return [*bars, *_cold(plain.table.uri)]
+
+
+def _bare(reranker: Reranker, ids: list[str]) -> None:
+    """The matrix products of one rerank, and nothing else: weights, attention, in its batches."""
+    decoder, config = reranker.decoder, reranker.decoder.model.config
+    p = len(decoder.prompt(QUERY).ids)
+    sizes = [len(passage.states) for passage in reranker.table.take(ids)]
+    batches = plan_batches(sizes, decoder.token_budget, overhead=p, max_padding=MAX_PADDING)
+    layers = decoder.model.layers
+    kv, hd = config.num_key_value_heads, config.head_dim
+    groups = config.num_attention_heads // kv
+    for batch in batches:
+        b, m = len(batch), max(sizes[i] for i in batch)
+        states, prompts = (
+            torch.randn(b * m, config.hidden_size),
+            torch.randn(b * p, config.hidden_size),
+        )
+        for i, layer in enumerate(layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            rows = prompts if i > 0 else prompts[:p]
+            ends = prompts if i < len(layers) - 1 else prompts[:b]
+            queries = ends if i > 0 else rows
+            for linear in (attention.k_proj, attention.v_proj):
+                torch.mm(rows, linear.weight.T)
+                torch.mm(states, linear.weight.T)
+            torch.mm(queries, attention.q_proj.weight.T)
+            n = groups * (p if i < len(layers) - 1 else 1)
+            scores = torch.bmm(torch.randn(b * kv, n, hd), torch.randn(b * kv, hd, p + m))
+            torch.bmm(scores, torch.randn(b * kv, p + m, hd))
+            wide = torch.mm(ends, mlp.gate_proj.weight.T)
+            torch.mm(ends, mlp.up_proj.weight.T)
+            torch.mm(wide[:, : attention.o_proj.in_features], attention.o_proj.weight.T)
+            torch.mm(wide, mlp.down_proj.weight.T)
+
+
+def _latency(reranker: Reranker) -> None:
+    took = []
+    for i in range(QUERIES):
+        ids = [str((i * 7 + j) % CANDIDATES) for j in range(PER_QUERY)]
+        query = " ".join(WORDS[(i * 3 + j) % len(WORDS)] for j in range(3 + i % 9))
+        took.append(1000 * _time(lambda ids=ids, query=query: reranker.rerank(query, ids)))
+    took.sort()
+    p50, p95 = took[len(took) // 2], took[int(len(took) * 0.95)]
+    print(
+        f"{QUERIES} queries x {PER_QUERY} passages of 128 tokens: p50 {p50:.0f}, p95 {p95:.0f} ms"
+    )
+
+
+def _cold(uri: str) -> list[str]:
+    def run(*arguments: str) -> list[float]:
+        command = [sys.executable, "-c", COLD, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [float(x) for x in done.stdout.split()]
+
+    empty, imported, _ = run()
+    weights, resident, _, whole = run(uri)
+    limit = weights * 1.15 + 400 * 2**20
+    print(f"imports {imported:.1f} s and {empty / 2**20:.0f} MiB; to the first score {whole:.1f} s")
+    print(f"resident {resident / 2**20:.0f} MiB, weights {weights / 2**20:.0f} MiB")
+    return [
+        bar("resident_of_limit", resident / limit, "<=", 1),
+        f"figure cold_start_over_imports {whole / imported:.3g}",
+    ]
+
+
+@torch.inference_mode()
+def _time(work) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    print("\n".join(main()))

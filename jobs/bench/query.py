@@ -19,15 +19,17 @@ from kalm_encoder.decoder import MAX_PADDING
 CANDIDATES, RUNS, QUERIES, PER_QUERY = 100, 3, 200, 8
 WORDS = ["read", "write", "file", "line", "memory", "loop", "thread", "socket", "date", "sort"]
 COLD = """
-import time
+import sys, time
+for name in ("pandas", "scipy", "PIL"):  # not on a query host; others load them where they are
+    sys.modules[name] = None
 began = time.perf_counter()
 import torch
 import transformers.models.t5gemma2.modeling_t5gemma2
 imported = time.perf_counter() - began
 import psutil
-if len(__import__("sys").argv) > 1:
+if len(sys.argv) > 1:
     from kalm_encoder import Reranker
-    r = Reranker.open(__import__("sys").argv[1])
+    r = Reranker.open(sys.argv[1])
     r.rerank("first query", ["0"])
     print(sum(p.nbytes for p in r.decoder.model.parameters()))
 print(psutil.Process().memory_info().rss, imported, time.perf_counter() - began)

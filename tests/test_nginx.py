@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -25,6 +26,12 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed"),
 ]
+
+
+class Answer(NamedTuple):
+    began: float
+    status: int | str
+    results: list[dict[str, Any]] | None
 
 
 def free_port():
@@ -47,8 +54,8 @@ def serve(table, port):
     return subprocess.Popen(arguments, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
-def wait_until_ready(port):
-    deadline = time.monotonic() + 60
+def wait_until_ready(port, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
             return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
@@ -66,7 +73,7 @@ def answered(port):
 
 @contextmanager
 def load(port, query, num_threads=16):
-    """Ask without pause from many threads; yields (seconds, status, results) of each answer."""
+    """Ask without pause from many threads; yields the list of answers."""
     answers, stop = [], threading.Event()
     body = json.dumps({"query": query, "document_ids": IDS}).encode()
     headers = {"Content-Type": "application/json"}
@@ -82,7 +89,7 @@ def load(port, query, num_threads=16):
                 status = error.code
             except OSError as error:
                 status = repr(error)
-            answers.append((time.monotonic() - began, status, results))
+            answers.append(Answer(began, status, results))
 
     threads = [threading.Thread(target=ask) for _ in range(num_threads)]
     for thread in threads:
@@ -130,8 +137,8 @@ def test_a_restart_under_load_loses_no_request(small_table, tmp_path, number):
             while answered(ports[0]) < 16:
                 assert time.monotonic() < deadline, "the new process is not asked"
                 time.sleep(0.1)
-    assert {status for _, status, _ in answers} == {200}
+    assert {answer.status for answer in answers} == {200}
     expected = {r.id: r.score for r in Reranker.open(small_table).rerank("states of a table", IDS)}
-    for _, _, results in answers:
-        found = {r["id"]: r["relevance_score"] for r in results}
+    for answer in answers:
+        found = {r["id"]: r["relevance_score"] for r in answer.results}
         assert found == pytest.approx(expected, abs=1e-5)

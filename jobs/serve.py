@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Annotated
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.options import StorageOptions, parse_storage_options
 from kalm_encoder.errors import InputError
+
+if TYPE_CHECKING:
+    from kalm_serve.app import Limits
+    from kalm_serve.live import Settings
 
 KEY = "KALM_API_KEY"
 
@@ -38,6 +44,11 @@ def serve(
     max_body_mb: Annotated[int, typer.Option(help="Of one request.")] = 8,
     timeout_s: Annotated[float, typer.Option(help="Of one request.")] = 60.0,
     refresh_s: Annotated[float, typer.Option(help="Between looks at the tag live.")] = 10.0,
+    on_ray: Annotated[bool, typer.Option("--ray", help="Replicas on Ray Serve.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: one a device.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="With --ray: the cluster; default RAY_ADDRESS, else local.")
+    ] = None,
     storage_option: StorageOptions = None,
 ) -> None:
     """Rerank over HTTP: Cohere, Jina, vLLM and TEI shapes, candidates by id or text.
@@ -72,9 +83,40 @@ def serve(
     limits = Limits(threads, max_pending, timeout_s, max_body_mb << 20, os.environ.get(KEY) or None)
     live = LiveTable(settings, metrics.batch.observe)
     live.check()
+    if on_ray:
+        _on_ray(settings, limits, address, host, port, replicas=replicas, tei=tei)
+        return
     for number in (
         signal.SIGTERM,
         signal.SIGINT,
     ):  # the server handles both, then raises them again
         signal.signal(number, lambda *_: None)
     listen(create_app(Engine(live), limits, metrics, tei=tei), host, port)
+
+
+def _on_ray(
+    settings: Settings,
+    limits: Limits,
+    address: str | None,
+    host: str,
+    port: int,
+    *,
+    replicas: int,
+    tei: bool,
+) -> None:
+    try:
+        import ray
+
+        from kalm_serve import ray_serve
+        from pipeline.ray_cluster import RayOptions, connect
+    except ImportError as error:
+        raise InputError(
+            f"--ray needs {error.name}: pip install 'kalm-preencode[serve-ray]'"
+        ) from error
+
+    with tempfile.TemporaryDirectory() as folder:
+        connect(RayOptions(address), Path(folder), packages=("kalm_encoder", "kalm_serve"))
+    try:
+        ray_serve.listen(settings, limits, host, port, replicas=replicas, tei=tei)
+    finally:
+        ray.shutdown()

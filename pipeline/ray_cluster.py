@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ class RayOptions:
     start_timeout_s: float = 600.0
 
 
-def connect(options: RayOptions, folder: Path) -> None:
+def connect(
+    options: RayOptions, folder: Path, *, packages: Sequence[str] = ("kalm_encoder", "pipeline")
+) -> None:
     """Join the cluster asked for, or start one on this machine.
 
     Our packages travel with the job, through `folder`. Ray puts the driver's working directory
@@ -69,7 +72,7 @@ def connect(options: RayOptions, folder: Path) -> None:
             warnings.filterwarnings("ignore", message="lance is not fork-safe")
             ray.init(
                 address=address,
-                runtime_env=_runtime_env(folder),
+                runtime_env=_runtime_env(folder, packages),
                 include_dashboard=False if address == "local" else None,
                 logging_level=logging.WARNING,
                 **extra,
@@ -100,10 +103,10 @@ def worker_shape(options: RayOptions, num_shards: int) -> tuple[int, int, int]:
     return min(options.num_workers or room, num_shards), cpus, per_worker
 
 
-def _runtime_env(folder: Path) -> dict[str, Any]:
+def _runtime_env(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Copy our packages into `folder` and say how they reach the workers."""
     packages = []
-    for name in ("kalm_encoder", "pipeline"):
+    for name in names:
         source = Path(str(importlib.import_module(name).__file__)).parent
         ignored = shutil.ignore_patterns("__pycache__")
         packages.append(str(shutil.copytree(source, folder / name, ignore=ignored)))

@@ -53,6 +53,8 @@ def test_encoding_without_the_batch_extra_says_what_to_install():
     assert "pip install 'kalm-preencode[batch]'" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["pipeline.driver", "pipeline.encode_shard", "jobs.cli"])
+@pytest.mark.parametrize(
+    "module", ["pipeline.driver", "pipeline.encode_shard", "jobs.cli", "kalm_serve.app"]
+)
 def test_only_the_ray_adapter_imports_ray(module):
     assert "ray" not in modules_after(f"import {module}")

@@ -86,11 +86,9 @@ def serve(
     if on_ray:
         _on_ray(settings, limits, address, host, port, replicas=replicas, tei=tei)
         return
-    for number in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # the server handles both, then raises them again
-        signal.signal(number, lambda *_: None)
+    # The server handles both itself, and raises them again when all is answered.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
     listen(create_app(Engine(live), limits, metrics, tei=tei), host, port)
 
 

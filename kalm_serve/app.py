@@ -233,4 +233,5 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def listen(app: FastAPI, host: str, port: int) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that were accepted are answered first."""
+    logger.info("listening at http://%s:%d", host, port)
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)

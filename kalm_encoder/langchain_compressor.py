@@ -10,48 +10,24 @@ Retriever and states share only ids: the retriever may be any of LangChain's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from langchain_core.documents import BaseDocumentCompressor, Document
-from pydantic import ConfigDict, Field, PrivateAttr
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.rerank import Reranker
+from kalm_encoder.framework_fields import RerankFields
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import Callbacks
 
 
-class KaLMCompressor(BaseDocumentCompressor):
+class KaLMCompressor(RerankFields, BaseDocumentCompressor):
     """Keeps the best documents by P(yes); no text is sent to a model.
 
     A document's passage is its metadata `id_key`; where it has none, its `id`.
 
-    Attributes:
-        reranker: an open Reranker, or the address of a passage table.
-        top_n: keep the best n; None keeps all.
-        id_key: metadata key that holds the id of the passage table.
-        instruction: as in `Reranker.rerank`, like the three below.
-        ratio: of the states to score.
-        cascade: stages instead of one ratio.
-        max_ms: time budget.
+    The other fields are those of RerankFields.
     """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    reranker: Reranker | str
-    top_n: int | None = Field(default=None, ge=1)
-    id_key: str = "id"
-    instruction: str | None = None
-    ratio: int | None = None
-    cascade: Sequence[tuple[int, int | None]] | None = None
-    max_ms: float | None = None
-    _reranker: Reranker = PrivateAttr()
-
-    def model_post_init(self, context: Any) -> None:
-        """Open the table where an address was given."""
-        given = self.reranker
-        self._reranker = Reranker.open(given) if isinstance(given, str) else given
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -65,14 +41,7 @@ class KaLMCompressor(BaseDocumentCompressor):
         by_id: dict[str, list[Document]] = {}
         for position, document in enumerate(documents):
             by_id.setdefault(self._passage_id(position, document), []).append(document)
-        results = self._reranker.rerank(
-            query,
-            list(by_id),
-            instruction=self.instruction,
-            ratio=self.ratio,
-            cascade=self.cascade,
-            max_ms=self.max_ms,
-        )
+        results = self._rank(query, list(by_id))
         ranked = [(document, r.score) for r in results for document in by_id[r.id]]
         return [
             document.model_copy(

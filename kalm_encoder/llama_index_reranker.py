@@ -9,50 +9,24 @@ Retriever and states share only ids: the retriever may be any of LlamaIndex's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
-from pydantic import ConfigDict, Field, PrivateAttr
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.rerank import Reranker
+from kalm_encoder.framework_fields import RerankFields
 
 
-class KaLMNodePostprocessor(BaseNodePostprocessor):
+class KaLMNodePostprocessor(RerankFields, BaseNodePostprocessor):
     """Keeps the best nodes by P(yes); no text is sent to a model.
 
     A node's passage is its metadata `id_key`; where it has none, its `node_id`.
 
     Attributes:
-        reranker: an open Reranker, or the address of a passage table.
-        top_n: keep the best n; None keeps all.
-        id_key: metadata key that holds the id of the passage table.
         keep_retrieval_score: whether to keep the retriever's score as metadata "retrieval_score",
-            as SentenceTransformerRerank does.
-        instruction: as in `Reranker.rerank`, like the three below.
-        ratio: of the states to score.
-        cascade: stages instead of one ratio.
-        max_ms: time budget.
+            as SentenceTransformerRerank does. The other fields are those of RerankFields.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    reranker: Reranker | str
-    top_n: int | None = Field(default=None, ge=1)
-    id_key: str = "id"
     keep_retrieval_score: bool = False
-    instruction: str | None = None
-    ratio: int | None = None
-    cascade: Sequence[tuple[int, int | None]] | None = None
-    max_ms: float | None = None
-    _reranker: Reranker = PrivateAttr()
-
-    def model_post_init(self, context: Any) -> None:
-        """Open the table where an address was given."""
-        given = self.reranker
-        self._reranker = Reranker.open(given) if isinstance(given, str) else given
 
     @classmethod
     def class_name(cls) -> str:
@@ -75,14 +49,7 @@ class KaLMNodePostprocessor(BaseNodePostprocessor):
             given = node.node.metadata.get(self.id_key)
             passage_id = node.node.node_id if given is None else str(given)
             by_id.setdefault(passage_id, []).append(node)
-        results = self._reranker.rerank(
-            query_bundle.query_str,
-            list(by_id),
-            instruction=self.instruction,
-            ratio=self.ratio,
-            cascade=self.cascade,
-            max_ms=self.max_ms,
-        )
+        results = self._rank(query_bundle.query_str, list(by_id))
         ranked = [(node, r.score) for r in results for node in by_id[r.id]]
         return [self._scored(node, score) for node, score in ranked[: self.top_n]]
 

@@ -6,15 +6,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from jobs.options import StorageOptions, parse_storage_options
 from kalm_encoder.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def rerank(

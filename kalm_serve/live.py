@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
-from kalm_encoder.checkpoint import resolve
-from kalm_encoder.errors import InputError, MismatchError
+from kalm_encoder.errors import InputError
 from kalm_serve.batcher import BatchingDecoder
 
 logger = logging.getLogger(__name__)
@@ -181,10 +180,8 @@ class LiveTable:
         )
 
     def _load_encoder(self, table: PassageTable) -> PassageEncoder:
+        """Load the encoder of the checkpoint whose decoder was just compared with the table."""
         settings, (model, revision) = self.settings, self._model(table)
-        found = resolve(model, revision).fingerprint
-        if found != table.spec.fingerprint:
-            raise MismatchError("fingerprint", f"{model} is not what made the table: {found}")
         return PassageEncoder.load(
             model,
             revision=revision,

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,9 +14,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 
 from kalm_encoder import Reranker
+from tests.serving import free_port, ready, wait_until
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "nginx.conf"
 IDS = [f"p{i}" for i in range(12)]
@@ -32,12 +33,6 @@ class Answer(NamedTuple):
     began: float
     status: int | str
     results: list[dict[str, Any]] | None
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @contextmanager
@@ -55,13 +50,8 @@ def serve(table, port):
 
 
 def wait_until_ready(port, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(port)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        wait_until(lambda: ready(client), timeout_s)
 
 
 def answered(port):

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from kalm_encoder import Reranker
-from tests.test_nginx import IDS, ended, free_port, load, wait_until_ready
+from tests.serving import free_port
+from tests.test_nginx import IDS, ended, load, wait_until_ready
 
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.slow

@@ -59,7 +59,6 @@ def main() -> list[str]:
         print(f"rerank of {CANDIDATES} {cold:.2f} s, hot {warm:.2f} s")
     print(f"matrix products / rerank {spread(shares)}; hot speed-up {spread(gains)}")
     print(f"hot passages take {hot.decoder.hot.nbytes / CANDIDATES / 2**20:.1f} MiB each")
-
     bars = [
         bar("decode_of_bare_products", statistics.median(shares), ">=", 0.85),
         bar("hot_speedup", statistics.median(gains), ">=", 3),

@@ -35,7 +35,7 @@ def main() -> list[str]:
     rng = random.Random(0)
     for i in range(TAKES + 5):
         for rows, table in tables.items():
-            ids = [f"doc-{n}" for n in rng.sample(range(rows), IDS)]
+            ids = _some(rng, rows)
             began = time.perf_counter()
             table.take(ids)
             if i >= 5:  # warm
@@ -51,9 +51,7 @@ def main() -> list[str]:
             uri = "s3://bucket/take.lance"
             table = PassageTable.open(uri, storage_options=s3.options)
             for _ in range(3):
-                requests, size, ms = _on_s3(
-                    s3, lambda t=table, n=rows: t.take([f"doc-{i}" for i in _some(rng, n)])
-                )
+                requests, size, ms = _on_s3(s3, lambda t=table, n=rows: t.take(_some(rng, n)))
             print(f"S3, {rows:,} rows, warm: {requests} requests, {size / 1e6:.2f} MB, {ms:.0f} ms")
             shutil.rmtree(root / "bucket" / "take.lance")
         _cascade(s3, root)
@@ -62,8 +60,8 @@ def main() -> list[str]:
     return [bar("take_million_rows", ratio, "<=", 1.5)]
 
 
-def _some(rng: random.Random, rows: int) -> list[int]:
-    return rng.sample(range(rows), IDS)
+def _some(rng: random.Random, rows: int) -> list[str]:
+    return [f"doc-{i}" for i in rng.sample(range(rows), IDS)]
 
 
 def _table(rows: int) -> None:

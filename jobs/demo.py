@@ -33,6 +33,7 @@ def demo(
 
     from jobs.demo_model import make_checkpoint
     from jobs.encode import encode
+    from jobs.rerank import beginning
     from kalm_encoder.rerank import Reranker
 
     transformers_logging.disable_progress_bar()
@@ -54,7 +55,7 @@ def demo(
         texts = reranker.table.texts([r.id for r in results])
         print(f"\n{query}\n  best of {len(ids)} found by full-text search:")
         for result in results:
-            print(f"  {result.score:.4f}  {result.id}: {texts[result.id]}")
+            print(f"  {result.score:.4f}  {result.id}: {beginning(texts[result.id])}")
     print(
         f"\nThe weights are random, so this ranking means nothing; the path is the real one.\n"
         f"corpus {corpus}, model {model}, table {table}, {time.monotonic() - began:.0f} s in all.\n"

@@ -37,7 +37,8 @@ def explore(
     try:
         from kalm_serve.app import Limits, create_app, listen
         from kalm_serve.engine import Engine
-        from kalm_serve.explore import Explorer, open_tables
+        from kalm_serve.explore import Explorer
+        from kalm_serve.explore_tables import open_tables
         from kalm_serve.live import LiveTable, Settings
         from kalm_serve.metrics import Metrics
     except ImportError as error:

@@ -16,7 +16,8 @@ from kalm_serve.shapes import ExploreRequest, PassageRequest
 
 Run = Callable[[Callable[[], dict[str, Any]]], Awaitable[dict[str, Any]]]
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": "default-src 'self'; form-action 'none'; frame-ancestors 'none'; "
+    "base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",

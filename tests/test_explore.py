@@ -9,7 +9,8 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.fusion import fuse
 from kalm_serve.app import Limits, create_app
 from kalm_serve.engine import Engine
-from kalm_serve.explore import Explorer, cascades, open_tables, ratio_steps
+from kalm_serve.explore import Explorer
+from kalm_serve.explore_tables import cascades, open_tables, ratio_steps
 from kalm_serve.live import LiveTable, Settings
 from kalm_serve.metrics import Metrics
 from kalm_serve.shapes import ExploreRequest

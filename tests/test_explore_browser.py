@@ -1,15 +1,25 @@
 """The explore page in a real Chromium, on a real service; the model has random weights."""
 
+import contextlib
+import threading
+
 import pytest
+import uvicorn
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from kalm_serve.app import Limits, create_app
+from kalm_serve.engine import Engine
+from kalm_serve.explore import Explorer
+from kalm_serve.explore_tables import open_tables
+from kalm_serve.live import LiveTable, Settings
+from kalm_serve.metrics import Metrics
 from pipeline.truncate import truncate
 from tests.browser import chromium, console_errors, set_viewport
 from tests.conftest import SCRIPTS, encode_table, make_texts, write_corpus
-from tests.serving import serving
+from tests.serving import free_port, serving, wait_until
 
 HOSTILE = "token <img src=x onerror=\"document.title='broken'\"> & <b>bold</b> " + "w" * 300
 ARABIC = f"{SCRIPTS[4]} token"
@@ -119,14 +129,12 @@ def test_a_typed_query_shows_both_lists_movement_and_cost(page):
     assert page.one("mark").text.lower() == "token"
 
 
-def test_the_slider_by_keyboard_changes_the_ranking_and_the_last_move_wins(page):
+def test_the_slider_by_keyboard_changes_the_ranking(page):
     page.search()
     page.one("#more").click()
     fine, scores = page.ids(), page.texts("#second .score")
     page.run("document.querySelector('#ratio').focus()")
-    page.press(Keys.ARROW_RIGHT)
-    page.until(lambda: "r=4" in page.browser.current_url)
-    page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # while the first is asked
+    page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     page.until(lambda: "r=16" in page.browser.current_url)
     page.settle()
     assert page.one("#ratio").get_attribute("aria-valuetext") == "16 · made on read"
@@ -140,6 +148,36 @@ def test_the_slider_by_keyboard_changes_the_ranking_and_the_last_move_wins(page)
     page.until(lambda: "r=2&" in page.browser.current_url)
     page.settle()
     assert page.ids() == fine
+
+
+LATE = """
+const fetched = window.fetch;
+window.asked = [], window.said = [];
+window.fetch = async (path, options) => {
+  window.asked.push(JSON.parse(options.body).ratio);
+  const reply = await fetched(path, options);
+  await new Promise((done) => setTimeout(done, 700));
+  return reply;
+};
+const status = document.querySelector("#status");
+new MutationObserver(() => window.said.push(status.textContent)).observe(status, {childList: true});
+document.querySelector("#ratio").focus();
+"""
+
+
+def test_late_answers_are_dropped_and_only_the_last_move_is_asked(page):
+    page.search()
+    page.run(LATE)
+    page.press(Keys.ARROW_RIGHT)
+    page.until(lambda: page.run("return window.asked") == [4])
+    for _ in range(3):  # each after the debounce, all while ratio 4 is asked
+        url = page.browser.current_url
+        page.press(Keys.ARROW_RIGHT)
+        page.until(lambda url=url: page.browser.current_url != url)
+    page.settle()
+    assert page.run("return window.asked") == [4, 32]
+    (said,) = page.run("return window.said")
+    assert "reranked at ratio 32" in said
 
 
 def test_dtype_cascade_depth_and_fusion_are_chosen(page):
@@ -276,11 +314,30 @@ def test_what_is_refused_is_said(page):
     assert "k=1000" in page.browser.current_url
 
 
+@contextlib.contextmanager
+def in_this_process(table, key):
+    """The same application, without the start of another process; yields its address."""
+    engine = Engine(LiveTable(Settings(str(table))))
+    explorer = Explorer(engine, open_tables([str(table)]))
+    app = create_app(engine, Limits(api_key=key), Metrics(), explorer=explorer)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started and engine.live.current)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 def test_the_key_is_asked_for_and_kept_for_the_tab(tables, chromium):
-    with serving(tables[0], command="explore", KALM_API_KEY="s3cret") as client:
-        page = Page(chromium, str(client.base_url))
-        for key in ("wrong", "s3cret"):
+    with in_this_process(tables[0], "s3cret") as address:
+        page = Page(chromium, address)
+        for key, refused in (("wrong", False), ("s3cret", True)):
             page.until(lambda: page.one("#locked").is_displayed())
+            assert page.one("#refused").is_displayed() == refused
             page.one("#key").send_keys(key, Keys.ENTER)
             page.until(lambda: not page.run("return document.querySelector('#key').value"))
         page.until(lambda: page.one("#table option"))

@@ -31,7 +31,10 @@ async function call(path, body) {
     throw new Error("the service does not answer: is `kalm explore` still running?");
   });
   const answer = await reply.json();
-  if (reply.status === 401 && !$("locked").open) $("locked").showModal();
+  if (reply.status === 401 && !$("locked").open) {
+    $("refused").hidden = !key;
+    $("locked").showModal();
+  }
   if (!reply.ok) throw Object.assign(new Error(answer.message), { status: reply.status });
   return answer;
 }

@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from jobs import demo, encode, manage, rerank, serve, status, sync, truncate, verify
+from jobs import demo, encode, explore, manage, rerank, serve, status, sync, truncate, verify
 from kalm_encoder.errors import KalmError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -36,6 +36,7 @@ for command in (
 ):
     app.command()(command)
 app.command()(serve.serve)
+app.command()(explore.explore)
 app.command()(demo.demo)
 
 

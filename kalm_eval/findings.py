@@ -125,3 +125,24 @@ def _cheapest(better: Sequence[SettingResult]) -> list[str]:
         f"Of the better ones {least.name} reads least: {size(least.bytes_per_token)} a passage "
         f"token, against {size(best.bytes_per_token)} of {best.name}."
     ]
+
+
+def meanings(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return what settings are, alike ones together: (names, words)."""
+    groups: dict[tuple[str, str | None], list[SettingResult]] = {}
+    for setting in evaluation.settings:
+        groups.setdefault((setting.kind, setting.store_dtype), []).append(setting)
+    found = []
+    for (kind, dtype), settings in groups.items():
+        ratios = ", ".join(str(s.ratio) for s in settings)
+        stored = f"over {ratios} tokens, stored as {dtype}"
+        words = {
+            "first stage": f"the first stage alone: {evaluation.first_stage}",
+            "reranked": f"ordered by P(yes) alone, from states averaged {stored}",
+            "cascade": "coarse to fine: each step, written ratio:kept, scores what the one before "
+            f"it kept; the last from states averaged {stored}",
+            "fused": "the order by P(yes) and that of the first stage made one; states averaged "
+            f"{stored}",
+        }
+        found.append((", ".join(s.name for s in settings), words[kind]))
+    return found

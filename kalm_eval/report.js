@@ -18,10 +18,10 @@ function cellValue(row, column, asText) {
 }
 
 function sortBy(table, header, asText) {
-  const wasDescending = header.ariaSort === "descending";
-  const ascending = header.ariaSort ? wasDescending : asText;
+  const was = header.getAttribute("aria-sort");
+  const ascending = was ? was === "descending" : asText;
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-  header.ariaSort = ascending ? "ascending" : "descending";
+  header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
   const body = table.tBodies[0];
   const keyed = [...body.rows].map((row) => [cellValue(row, header.cellIndex, asText), row]);
   keyed.sort(([a], [b]) => {

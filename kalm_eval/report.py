@@ -1,7 +1,7 @@
 """An evaluation as one HTML file that needs nothing else: no network, no other file.
 
-The template holds the words and their order, `findings` what may be claimed, `figures` and
-`score_figures` the pictures. Texts come from corpora: the template escapes all of them, and the
+The template holds the words and their order, `findings` what may be claimed, the figure
+modules the pictures. Texts come from corpora: the template escapes all of them, and the
 page's policy lets no script run but its own, which only sorts tables. The file's size is bounded,
 however many queries there are.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,10 +21,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from kalm_eval import numerals
-from kalm_eval.figures import Point, changes, tradeoff
-from kalm_eval.findings import headline, main_setting, primary_metric, verdict
-from kalm_eval.results import Difference, Evaluation, Example, SettingResult
-from kalm_eval.score_figures import score_figure
+from kalm_eval.change_figure import change_figure
+from kalm_eval.findings import headline, main_setting, meanings, primary_metric, verdict
+from kalm_eval.results import Difference, Evaluation, SettingResult
+from kalm_eval.score_figure import score_figure
+from kalm_eval.tradeoff_figure import Point, tradeoff_figure
 
 MAX_QUERIES = 300
 """Rows of the table of queries: those with the largest change."""
@@ -96,7 +98,8 @@ def render_report(evaluation: Evaluation) -> str:
         metric=metric,
         first=evaluation.settings[0],
         main=main,
-        headline=headline(evaluation),
+        headline=[_unbroken(sentence) for sentence in headline(evaluation)],
+        meanings=meanings(evaluation),
         rows=_rows(evaluation, metric),
         tradeoffs=_tradeoffs(evaluation, metric),
         scores=[(s, score_figure(s, name=f"scores{n}")) for n, s in enumerate(evaluation.scores)],
@@ -104,7 +107,7 @@ def render_report(evaluation: Evaluation) -> str:
         changes=_change_figures(differences, main, evaluation.settings[0], metric),
         queries=_query_rows(evaluation, differences, metric),
         sides=[("helped", evaluation.helped), ("hurt", evaluation.hurt)],
-        places=_places,
+        scored={s.name: s.kind in ("reranked", "cascade") for s in evaluation.settings},
         max_examples=MAX_EXAMPLES,
         max_text=MAX_TEXT,
         css=Markup(_package_text("report.css")),
@@ -120,6 +123,11 @@ def _package_text(name: str) -> str:
 def _cut(text: str, length: int) -> str:
     """Return the beginning of a text, with a mark where something is missing."""
     return text if len(text) <= length else text[:length].rstrip() + " …"
+
+
+def _unbroken(sentence: str) -> str:
+    """Return a sentence in which no line ends inside an interval or a p."""
+    return re.sub(r"\[[^\]]*\]|p [=<] \.\d+", lambda m: m[0].replace(" ", "\u00a0"), sentence)
 
 
 def _rows(evaluation: Evaluation, metric: str) -> list[Row]:
@@ -156,7 +164,7 @@ def _tradeoffs(evaluation: Evaluation, metric: str) -> list[tuple[str, dict[str,
         points = [_point(s, cost[s.name], metric) for s in evaluation.settings if cost.get(s.name)]
         if points:
             figures = {
-                kind: tradeoff(
+                kind: tradeoff_figure(
                     points,
                     first,
                     name=f"{key}-{kind}",
@@ -192,8 +200,9 @@ def _change_figures(
     if main is None:
         return {}
     title = f"Change of {metric} from {first.name} to {main.name}, query by query"
+    values = list(differences.values())
     return {
-        kind: changes(list(differences.values()), name=f"changes-{kind}", title=title, width=width)
+        kind: change_figure(values, name=f"changes-{kind}", title=title, width=width)
         for kind, width in ((WIDE, 760), (NARROW, 350))
     }
 
@@ -212,8 +221,3 @@ def _query_rows(
         )
         for query in ordered[:MAX_QUERIES]
     ]
-
-
-def _places(example: Example) -> dict[str, int]:
-    """Return the place of each passage in the first stage's part that an example shows."""
-    return {candidate.id: candidate.rank for candidate in example.first_stage}

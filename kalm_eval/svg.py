@@ -33,21 +33,22 @@ _NAMES = {code: name for name, code in COLOURS.items()}
 @contextmanager
 def drawing(width: int, height: int) -> Iterator[Figure]:
     """Give an empty figure of so many pixels, and the settings that figures are drawn with."""
-    settings = {
-        "font.size": FONT_SIZE,
-        "text.parse_math": False,  # a $ in a setting's name is a $
-        "text.color": COLOURS["ink"],
-        "axes.edgecolor": COLOURS["rule"],
-        "axes.labelcolor": COLOURS["muted"],
-        "xtick.color": COLOURS["muted"],
-        "ytick.color": COLOURS["muted"],
-        "axes.spines.left": False,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-    }
-    with mpl.rc_context(settings):
+    with mpl.rc_context(
+        {
+            "font.size": FONT_SIZE,
+            "text.parse_math": False,  # a $ in a setting's name is a $
+            "text.color": COLOURS["ink"],
+            "axes.edgecolor": COLOURS["rule"],
+            "axes.labelcolor": COLOURS["muted"],
+            "xtick.color": COLOURS["muted"],
+            "ytick.color": COLOURS["muted"],
+            "axes.spines.left": False,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "xtick.major.size": 0,
+            "ytick.major.size": 0,
+        }
+    ):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         FigureCanvasAgg(figure)  # measures texts
         yield figure

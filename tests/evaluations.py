@@ -46,7 +46,6 @@ def synthetic_evaluation(
         changes = rng.normal(shift / 0.7, SPREAD, num_queries) * (rng.random(num_queries) < 0.7)
         values = base if name == names[0] else np.clip(base + changes, 0, 1)
         found[name] = _setting(name, ids, values, found.get(names[0]), rng)
-    examples = _examples() if num_examples else []
     defaults: dict[str, object] = {
         "collection": "docs-synthetic",
         "split": "test",
@@ -60,8 +59,8 @@ def synthetic_evaluation(
         "queries": {i: QUERIES[n % len(QUERIES)] for n, i in enumerate(ids)},
         "settings": list(found.values()),
         "scores": [_sample(s, rng) for s in found.values() if s.kind == "reranked"],
-        "helped": examples[:num_examples],
-        "hurt": [_turned(e) for e in examples[:num_examples]],
+        "helped": _examples(helped=True)[:num_examples],
+        "hurt": _examples(helped=False)[:num_examples],
         "warnings": [
             "38 % of the candidates in the first 10 places have no judgement and count as not "
             "relevant.",
@@ -137,21 +136,25 @@ PASSAGES = {
 }
 
 
-def _examples() -> list[Example]:
-    ids = list(PASSAGES)
-    return [
-        Example(
-            query_id=f"q{n + 1:04}",
-            query=query,
-            setting="r4",
-            metric="nDCG@10",
-            before=0.387 - 0.05 * n,
-            after=1.0 - 0.08 * n,
-            first_stage=_ranking(ids[n:] + ids[:n], relevant=ids[(n + 3) % 6], top=17.3),
-            reranked=_ranking(ids[n + 3 :] + ids[: n + 3], relevant=ids[(n + 3) % 6], top=0.93),
+def _examples(*, helped: bool) -> list[Example]:
+    ids, found = list(PASSAGES), []
+    for n, query in enumerate(QUERIES[:3]):
+        orders = [ids[n:] + ids[:n], ids[n + 3 :] + ids[: n + 3]]
+        change = (0.387 - 0.05 * n, 1.0 - 0.08 * n)
+        before, after = orders if helped else orders[::-1]
+        found.append(
+            Example(
+                query_id=f"q{n + 1:04}",
+                query=query,
+                setting="r4",
+                metric="nDCG@10",
+                before=change[0 if helped else 1],
+                after=change[1 if helped else 0],
+                first_stage=_ranking(before, relevant=ids[(n + 3) % 6], top=17.3),
+                reranked=_ranking(after, relevant=ids[(n + 3) % 6], top=0.93),
+            )
         )
-        for n, query in enumerate(QUERIES[:3])
-    ]
+    return found
 
 
 def _ranking(ids: list[str], *, relevant: str, top: float) -> list[Candidate]:
@@ -159,16 +162,3 @@ def _ranking(ids: list[str], *, relevant: str, top: float) -> list[Candidate]:
         Candidate(i, rank, top * 0.82 ** (rank - 1), PASSAGES[i], i == relevant)
         for rank, i in enumerate(ids[:5], start=1)
     ]
-
-
-def _turned(example: Example) -> Example:
-    return Example(
-        query_id=example.query_id,
-        query=example.query,
-        setting=example.setting,
-        metric=example.metric,
-        before=example.after,
-        after=example.before,
-        first_stage=[*example.reranked],
-        reranked=[*example.first_stage],
-    )

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: quality against cost, and the change of each query."""
+"""Figure of quality against cost: what a byte or a millisecond buys."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
-from kalm_eval.numerals import count, milliseconds, signed, value
+from kalm_eval.label_places import LabelPlaces
+from kalm_eval.numerals import count, milliseconds, value
 from kalm_eval.svg import COLOURS, drawing, inline_svg, plot_area
 
 MARKERS = {"reranked": "o", "cascade": "D", "fused": "s"}
-BARS = 400
-"""Queries drawn one by one; of more, every so many in the order of their change."""
+TICKS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+"""Multiples of powers of ten that may be marked; the densest that has room is."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Point:
     high: float
 
 
-def tradeoff(
+def tradeoff_figure(
     points: Sequence[Point],
     first: Point,
     *,
@@ -107,16 +106,17 @@ def _colour_of(points: Sequence[Point]) -> dict[tuple[str, str], str]:
 
 
 def _mark_costs(axes: Axes) -> None:
-    """Put ticks at 1, 2 and 5 times powers of ten."""
+    """Put ticks at round numbers, as many as have room."""
     low, high = axes.get_xlim()
-    ticks = [
-        step * 10.0**power
-        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for step in (1, 2, 5)
-    ]
-    axes.xaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in TICKS:
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= axes.bbox.width / 52:
+            break
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x >= 1 else f"{x:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x >= 10 else f"{x:g}"))
 
 
 def _apart(points: Sequence[Point], axes: Axes) -> list[Point]:
@@ -153,109 +153,15 @@ def _draw_series(axes: Axes, series: Sequence[Point], colour: str) -> None:
 def _label_points(
     axes: Axes, points: Sequence[Point], first: Point, colours: dict[tuple[str, str], str]
 ) -> None:
-    """Write each point's name where it covers least of what is drawn."""
-    taken = []
-    for p in points:
-        x, y = axes.transData.transform((p.cost, p.mean))
-        taken.append(Bbox.from_extents(x - 5, y - 5, x + 5, y + 5))
-        (_, below), (_, above) = axes.transData.transform([(p.cost, p.low), (p.cost, p.high)])
-        taken.append(Bbox.from_extents(x - 1, below, x + 1, above))
-    _place(
-        axes, f"{first.name} {value(first.mean)}", axes.get_xlim()[1], first.mean, "muted", taken
-    )
-    for p in sorted(points, key=lambda p: -p.mean):
-        _place(axes, p.name, p.cost, p.mean, colours[p.series], taken)
-
-
-def _place(axes: Axes, text: str, x: float, y: float, colour: str, taken: list[Bbox]) -> None:
-    """Write a text near a point, inside the axes, and add its box to those that are taken."""
-    best: tuple[float, Text, Bbox] | None = None
-    for dx, dy, across, along in (
-        (8, 0, "left", "center_baseline"),
-        (-8, 0, "right", "center_baseline"),
-        (5, 6, "left", "bottom"),
-        (5, -6, "left", "top"),
-        (-5, 6, "right", "bottom"),
-        (-5, -6, "right", "top"),
-        (5, 16, "left", "bottom"),
-        (5, -16, "left", "top"),
-        (-5, 16, "right", "bottom"),
-        (-5, -16, "right", "top"),
-    ):
-        label = axes.annotate(
-            text,
-            (x, y),
-            (dx, dy),
-            textcoords="offset pixels",
-            ha=across,
-            va=along,
-            fontsize=11,
-            color=COLOURS[colour],
-            annotation_clip=False,
-        )
-        box = label.get_window_extent()
-        cost = sum(_overlap(box, other) for other in taken) + 10 * _outside(box, axes.bbox)
-        if best is None or cost < best[0]:
-            if best:
-                best[1].remove()
-            best = cost, label, box
-        else:
-            label.remove()
-    if best:
-        taken.append(best[2])
-
-
-def _overlap(a: Bbox, b: Bbox) -> float:
-    """Return the pixels two boxes share."""
-    shared = Bbox.intersection(a, b)
-    return 0.0 if shared is None else float(shared.width * shared.height)
-
-
-def _outside(box: Bbox, axes: Bbox) -> float:
-    return box.width * box.height - _overlap(box, axes)
-
-
-def changes(differences: Sequence[float], *, name: str, title: str, width: int) -> Markup:
-    """Draw the change of each query as a bar, from the largest gain to the largest loss.
-
-    Args:
-        differences: setting minus first stage, one a query, at least one.
-        name: of the figure, unique in the page.
-        title: what is shown.
-        width: in pixels.
-    """
-    ordered = np.sort(np.asarray(differences))[::-1]
-    better, worse = int((ordered > 0).sum()), int((ordered < 0).sum())
-    shown = ordered[np.linspace(0, len(ordered) - 1, min(len(ordered), BARS)).round().astype(int)]
-    with drawing(width, 230) as figure:
-        axes = plot_area(figure, 44, 12, 8, 12)
-        axes.spines["bottom"].set_visible(False)
-        reach = max(0.05, float(np.abs(ordered).max())) * 1.1
-        axes.set_ylim(-reach, reach)
-        axes.set_xlim(-0.5, len(shown) - 0.5)
-        axes.xaxis.set_major_locator(NullLocator())
-        axes.yaxis.set_major_locator(MaxNLocator(5, symmetric=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: signed(y)))
-        places = np.arange(len(shown))
-        gap = 0.15 if len(shown) < 150 else 0.0
-        for side, colour in ((shown > 0, "green"), (shown < 0, "orange")):
-            axes.bar(places[side], shown[side], 1 - gap, color=COLOURS[colour], linewidth=0)
-        axes.axhline(0, color=COLOURS["muted"], linewidth=1)
-        axes.text(
-            0.98,
-            0.93,
-            f"{count(better)} better",
-            transform=axes.transAxes,
-            ha="right",
-            va="top",
-            color=COLOURS["green"],
-        )
-        axes.text(
-            0.02, 0.07, f"{count(worse)} worse", transform=axes.transAxes, color=COLOURS["orange"]
-        )
-        same = len(ordered) - better - worse
-        description = (
-            f"{count(better)} queries better, by {value(float(ordered[0]))} at most; {count(same)} "
-            f"the same; {count(worse)} worse, by {value(float(abs(ordered[-1])))} at most."
-        )
-        return inline_svg(figure, name, title, description)
+    """Write the names, the first stage's before all and then from the best setting down."""
+    places, edges = LabelPlaces(axes), axes.get_xlim()
+    places.cover_line(edges, [first.mean, first.mean])
+    for point in points:
+        places.cover_point(point.cost, point.mean)
+        places.cover_line([point.cost, point.cost], [point.low, point.high])
+    for series in _by_series(points):
+        if series[0].series[0] != "cascade":
+            places.cover_line([p.cost for p in series], [p.mean for p in series])
+    places.write(f"{first.name} {value(first.mean)}", edges[1], first.mean, COLOURS["muted"])
+    for point in sorted(points, key=lambda p: -p.mean):
+        places.write(point.name, point.cost, point.mean, COLOURS[colours[point.series]])

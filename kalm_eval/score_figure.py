@@ -1,4 +1,4 @@
-"""Figures of scores: how P(yes) is distributed, and whether it is a probability."""
+"""Figure of scores: how P(yes) is distributed, and whether it is a probability."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kalm_eval.numerals import count, value
 from kalm_eval.results import ScoreSample
 from kalm_eval.svg import COLOURS, drawing, inline_svg, plot_area
 
-WIDTH, HEIGHT = 340, 380
+WIDTH, HEIGHT = 340, 420
 
 
 def score_figure(sample: ScoreSample, *, name: str) -> Markup:
@@ -44,7 +44,7 @@ def score_figure(sample: ScoreSample, *, name: str) -> Markup:
 
 
 def _distribution(figure: Figure, sample: ScoreSample) -> None:
-    axes = plot_area(figure, 40, 228, 10, 24)
+    axes = plot_area(figure, 40, 240, 10, 24)
     _across(axes)
     axes.tick_params(labelbottom=False)
     axes.spines["bottom"].set_visible(False)
@@ -65,7 +65,7 @@ def _distribution(figure: Figure, sample: ScoreSample) -> None:
 
 
 def _reliability(figure: Figure, sample: ScoreSample) -> None:
-    axes = plot_area(figure, 40, 42, 10, 190)
+    axes = plot_area(figure, 40, 42, 10, 236)
     _across(axes)
     axes.set_ylim(-0.06, 1.06)
     axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
@@ -77,14 +77,19 @@ def _reliability(figure: Figure, sample: ScoreSample) -> None:
     axes.scatter(
         means,
         shares,
-        s=14 + 110 * counts / counts.max(),
+        s=22 + 110 * counts / counts.max(),
         color=COLOURS["blue"],
         edgecolor=COLOURS["paper"],
         clip_on=False,
         zorder=3,
     )
     axes.text(
-        0, 1.04, "judged relevant", transform=axes.transAxes, va="bottom", color=COLOURS["blue"]
+        0,
+        1.04,
+        "share judged relevant",
+        transform=axes.transAxes,
+        va="bottom",
+        color=COLOURS["blue"],
     )
 
 

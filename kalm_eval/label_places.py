@@ -48,12 +48,12 @@ class LabelPlaces:
             steps = max(2, int(np.hypot(*(end - start)) / 5))
             self._cover(np.linspace(start, end, steps), 1.5)
 
-    def write(self, text: str, x: float, y: float, colour: str) -> None:
-        """Write a name beside a point and cover its place."""
+    def write(self, text: str, points: Sequence[tuple[float, float]], colour: str) -> None:
+        """Write a name beside a point, or beside the best of several, and cover its place."""
         labels = [
             self._axes.annotate(
                 text,
-                (x, y),
+                point,
                 (dx, dy),
                 textcoords="offset pixels",
                 ha=across,
@@ -62,6 +62,7 @@ class LabelPlaces:
                 color=colour,
                 annotation_clip=False,
             )
+            for point in points
             for dx, dy, across, along in NEAR
         ]
         boxes = np.array([label.get_window_extent().extents for label in labels])

@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from kalm_eval import numerals
-from kalm_eval.change_figure import change_figure
+from kalm_eval.change_figure import MAX_BARS, change_figure
 from kalm_eval.findings import headline, main_setting, meanings, primary_metric, verdict
 from kalm_eval.results import Difference, Evaluation, SettingResult
 from kalm_eval.score_figure import score_figure
@@ -108,6 +108,7 @@ def render_report(evaluation: Evaluation) -> str:
         queries=_query_rows(evaluation, differences, metric),
         sides=[("helped", evaluation.helped), ("hurt", evaluation.hurt)],
         scored={s.name: s.kind in ("reranked", "cascade") for s in evaluation.settings},
+        max_bars=MAX_BARS,
         max_examples=MAX_EXAMPLES,
         max_text=MAX_TEXT,
         css=Markup(_package_text("report.css")),

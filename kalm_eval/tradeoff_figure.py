@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 import numpy as np
 from markupsafe import Markup
@@ -16,7 +17,7 @@ from kalm_eval.numerals import count, milliseconds, value
 from kalm_eval.svg import COLOURS, drawing, inline_svg, plot_area
 
 MARKERS = {"reranked": "o", "cascade": "D", "fused": "s"}
-TICKS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+TICKS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 """Multiples of powers of ten that may be marked; the densest that has room is."""
 
 
@@ -58,25 +59,18 @@ def tradeoff_figure(
         cost: what the horizontal axis shows, on a logarithmic scale.
         width: in pixels.
     """
+    colours = _series_colours(points)
     with drawing(width, 360) as figure:
         axes = plot_area(figure, 38, 44, 14, 30)
-        axes.set_xscale("log")
-        low, high = min(p.cost for p in points), max(p.cost for p in points)
-        margin = max((high / low) ** 0.12, 1.25)
-        axes.set_xlim(low / margin, high * margin)
-        _mark_costs(axes)
-        bottom, top = min(p.low for p in (*points, first)), max(p.high for p in (*points, first))
-        axes.set_ylim(bottom - 0.06 * (top - bottom) - 0.002, top + 0.06 * (top - bottom) + 0.002)
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: value(y).removesuffix("0")))
         axes.set_xlabel(cost, loc="right")
         axes.set_title(metric, loc="left", fontsize=12, color=COLOURS["muted"], x=0, pad=12)
+        _set_limits(axes, points, first)
         axes.axhspan(first.low, first.high, color=COLOURS["band"], linewidth=0)
         axes.axhline(first.mean, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
         side_by_side = _apart(points, axes)
-        for colour, series in zip(_series_colours(points), _by_series(side_by_side), strict=True):
-            _draw_series(axes, series, COLOURS[colour])
-        _label_points(axes, side_by_side, first, _colour_of(points))
+        for series in _by_series(side_by_side):
+            _draw_series(axes, series, colours[series[0].series])
+        _label_points(axes, side_by_side, first, colours)
         listed = "; ".join(
             f"{p.name} {value(p.mean)} at {milliseconds(p.cost)}"
             for p in sorted(points, key=lambda p: p.cost)
@@ -93,16 +87,26 @@ def _by_series(points: Sequence[Point]) -> list[list[Point]]:
     return [sorted(group, key=lambda p: p.cost) for group in groups.values()]
 
 
-def _series_colours(points: Sequence[Point]) -> list[str]:
+def _series_colours(points: Sequence[Point]) -> dict[tuple[str, str], str]:
     """Return the colour of each series: by kind, and by dtype among the plainly reranked."""
-    plain = iter(("blue", "violet", "rose", "muted") * len(points))
+    plain = cycle(("blue", "violet", "rose", "muted"))
     by_kind = {"fused": "green", "cascade": "orange"}
-    return [by_kind.get(series[0].series[0]) or next(plain) for series in _by_series(points)]
+    series = dict.fromkeys(point.series for point in points)
+    return {key: COLOURS[by_kind.get(key[0]) or next(plain)] for key in series}
 
 
-def _colour_of(points: Sequence[Point]) -> dict[tuple[str, str], str]:
-    series = [group[0].series for group in _by_series(points)]
-    return dict(zip(series, _series_colours(points), strict=True))
+def _set_limits(axes: Axes, points: Sequence[Point], first: Point) -> None:
+    """Make room for all intervals and, at the sides, for names; mark round numbers."""
+    axes.set_xscale("log")
+    low, high = min(p.cost for p in points), max(p.cost for p in points)
+    margin = max((high / low) ** 0.18, 1.2)
+    axes.set_xlim(low / margin, high * margin)
+    _mark_costs(axes)
+    bottom, top = min(p.low for p in (*points, first)), max(p.high for p in (*points, first))
+    margin = 0.06 * (top - bottom) + 0.002
+    axes.set_ylim(bottom - margin, top + margin)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: value(y).removesuffix("0")))
 
 
 def _mark_costs(axes: Axes) -> None:
@@ -128,9 +132,7 @@ def _apart(points: Sequence[Point], axes: Axes) -> list[Point]:
         place = math.log(point.cost)
         if moved:
             place = max(place, math.log(moved[-1].cost) + 9 * pixel)
-        moved.append(
-            Point(point.name, point.series, math.exp(place), point.mean, point.low, point.high)
-        )
+        moved.append(replace(point, cost=math.exp(place)))
     return [next(m for m in moved if m.name == p.name) for p in points]
 
 
@@ -162,6 +164,7 @@ def _label_points(
     for series in _by_series(points):
         if series[0].series[0] != "cascade":
             places.cover_line([p.cost for p in series], [p.mean for p in series])
-    places.write(f"{first.name} {value(first.mean)}", edges[1], first.mean, COLOURS["muted"])
+    ends = [(edge, first.mean) for edge in reversed(edges)]
+    places.write(f"{first.name} {value(first.mean)}", ends, COLOURS["muted"])
     for point in sorted(points, key=lambda p: -p.mean):
-        places.write(point.name, point.cost, point.mean, COLOURS[colours[point.series]])
+        places.write(point.name, [(point.cost, point.mean)], colours[point.series])

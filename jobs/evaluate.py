@@ -179,9 +179,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if evaluation.note:
         print(evaluation.note)
     width = max(len(s.name) for s in evaluation.settings)
-    print(
-        f"{'':{width}}  {'  '.join(f'{n:>8}' for n in names)}  against {evaluation.settings[0].name}"
-    )
+    first = evaluation.settings[0].name
+    print(f"{'':{width}}  {'  '.join(f'{n:>8}' for n in names)}  against {first}")
     for setting in evaluation.settings:
         means = "  ".join(f"{setting.metrics[n]:8.4f}" for n in names)
         against = ""

@@ -86,6 +86,7 @@ class Reranker:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         hot_bytes: int = 0,
+        index_bytes: int = 0,
     ) -> Reranker:
         """Open a table and load the decoder for it; the encoder is never loaded.
 
@@ -100,13 +101,16 @@ class Reranker:
             dtype: None takes bfloat16 on GPU and float32 on CPU.
             hot_bytes: memory, on the device, for passages that come back with the same
                 instruction: they are neither read again nor is the prompt's fixed part computed.
+            index_bytes: memory for where each row of the table lies; see PassageTable.load_index.
 
         Raises:
             TableError: no such table, or not complete.
             CheckpointError: the model cannot be loaded.
             MismatchError: table and model do not belong together; names the field.
         """
-        table = PassageTable.open(uri, version=version, storage_options=storage_options)
+        table = PassageTable.open(
+            uri, version=version, storage_options=storage_options, index_bytes=index_bytes
+        )
         if model is None:
             model, revision = table.spec.model, revision or table.spec.revision
         decoder = QueryDecoder.load(

@@ -81,8 +81,10 @@ def _takes_from_s3(s3: S3, root: Path, uri: str, rows: int) -> None:
     shutil.copytree(uri, place)
     for indexed in HOW:
         table = PassageTable.open("s3://bucket/take.lance", storage_options=s3.options)
-        requests, size, ms = _on_s3(s3, lambda t=table, i=indexed: t.load_index(LIMIT * i))
-        built = f", built with {requests} requests, {size / 1e6:.2f} MB" if indexed else ""
+        built = ""
+        if indexed:
+            requests, size, ms = _on_s3(s3, lambda t=table: t.load_index(LIMIT))
+            built = f"; built in {ms:.0f} ms with {requests} requests, {size / 1e6:.2f} MB"
         taken = [_on_s3(s3, lambda t=table: t.take(_some(rng, rows))) for _ in range(12)]
         requests, size, ms = (statistics.median(values) for values in zip(*taken[2:], strict=True))
         print(

@@ -37,6 +37,10 @@ def serve(
     index_mb: Annotated[
         int, typer.Option(min=0, help="Memory for where each row lies; 0: look up on disk.")
     ] = 512,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile, on a GPU CUDA graphs; not with hot-mb."),
+    ] = False,
     filter_columns: Annotated[
         str | None, typer.Option(help="Columns that requests may filter by, with commas.")
     ] = None,
@@ -80,6 +84,7 @@ def serve(
         with_encoder=with_encoder,
         hot_bytes=hot_mb << 20,
         index_bytes=index_mb << 20,
+        compile=compile,
         filter_columns=columns,
         max_candidates=max_candidates,
         refresh_s=refresh_s,

@@ -30,6 +30,7 @@ class Settings:
         with_encoder: load the encoder too, for candidates that come as texts.
         hot_bytes: memory for repeated passages.
         index_bytes: memory for where each row lies; twice that while a new version is loaded.
+        compile: run the decoder through torch.compile.
         filter_columns: columns that requests may filter by.
         max_candidates: of one request.
         refresh_s: seconds between two looks at the tag.
@@ -44,6 +45,7 @@ class Settings:
     with_encoder: bool = False
     hot_bytes: int = 0
     index_bytes: int = 512 << 20
+    compile: bool = False
     filter_columns: frozenset[str] = frozenset()
     max_candidates: int = 1000
     refresh_s: float = 10.0
@@ -152,6 +154,8 @@ class LiveTable:
             reranker = Reranker(table, decoder)
             if self.settings.with_encoder and encoder is None:
                 encoder = self._load_encoder(table)
+            if not same:
+                decoder.call(decoder.decoder.warm_up)
             if self.settings.index_bytes:
                 table.load_index(self.settings.index_bytes)
             first = table.dataset.to_table(columns=["id"], limit=8)["id"].to_pylist()
@@ -179,6 +183,7 @@ class LiveTable:
                 device=settings.device,
                 dtype=settings.dtype,
                 hot_bytes=settings.hot_bytes,
+                compile=settings.compile,
             ),
             self._observe,
         )

@@ -64,6 +64,11 @@ class Version:
         """The table at this version."""
         return self.reranker.table
 
+    @property
+    def model_name(self) -> str:
+        """Name of the model; of a directory the last part, as paths are nobody's business."""
+        return self.table.spec.model.rstrip("/").rsplit("/", 1)[-1]
+
 
 class LiveTable:
     """Holds the live version, and takes a new one over without a pause.

@@ -183,6 +183,7 @@ def test_limits(client):
     assert "at most 100" in many.json()["message"]
     large = client.post("/rerank", content=b"x" * (1 << 20) + b"y")
     assert large.status_code == 413
+    assert large.json()["error_type"] == "Overloaded"
     chunks = client.post("/rerank", content=(b"[" * 65536 for _ in range(40)))  # no Content-Length
     assert chunks.status_code == 413
 

@@ -204,7 +204,7 @@ class QueryDecoder:
         return plan_batches(sizes, self.token_budget, overhead=length, max_padding=MAX_PADDING)
 
     def warm_up(self) -> None:
-        """Compile what usual queries need, in the calling thread; without `compile` do nothing.
+        """Compile for queries of up to 64 tokens, in this thread; without `compile` do nothing.
 
         Raises:
             InputError: torch cannot compile here.
@@ -212,7 +212,7 @@ class QueryDecoder:
         if self.compiled is None:
             return
         began, shortest = time.monotonic(), len(self.prompt("").ids)
-        shapes = self.compiled.warm_up([shortest, shortest + PROMPT_STEP])
+        shapes = self.compiled.warm_up([shortest, shortest + PROMPT_STEP, shortest + 64])
         logger.info("compiled, %d shapes met, %.1f s", shapes, time.monotonic() - began)
 
     def forward(self, pairs: Sequence[Pair]) -> torch.Tensor:

@@ -114,6 +114,19 @@ def test_a_service_compiles_in_its_device_thread(compiled, two_layers, tmp_path)
     assert counters["stats"]["unique_graphs"] == 1, "the same architecture compiles once a process"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_score_as_eager_in_bfloat16(two_layers):
+    eager = QueryDecoder.load(str(two_layers), device="cuda")
+    compiled = QueryDecoder(eager.model, eager.tokenizer, fingerprint="x", compile=True)
+    compiled.warm_up()
+    rng = np.random.default_rng(0)
+    for count in (1, 5, 33, 130):
+        states = [rng.standard_normal((7 + i % 9, 64)).astype(np.float16) for i in range(count)]
+        for got, right in zip(compiled.score("q", states), eager.score("q", states), strict=True):
+            assert abs(got[0] - right[0]) <= 0.02
+
+
 def test_hot_passages_and_compile_exclude_each_other(eager):
     with pytest.raises(InputError, match="cannot be combined"):
         QueryDecoder(eager.model, eager.tokenizer, fingerprint="x", compile=True, hot_bytes=1 << 20)

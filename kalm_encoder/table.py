@@ -61,6 +61,7 @@ class PassageTable:
 
         Raises:
             TableError: no such table or version, or a job has not completed it.
+            CorruptRowError: see `load_index`.
         """
         dataset = open_dataset(uri, storage_options)
         try:
@@ -80,8 +81,8 @@ class PassageTable:
     def load_index(self, max_bytes: int) -> None:
         """Hold in memory where each row lies, so that `take` reads states alone; see row_index.py.
 
-        It reads the light columns once, about 0.5 s a million rows from a local disk. A table whose
-        index would be larger than `max_bytes` is read as before, and the log says so.
+        It reads the light columns once, 0.2 to 0.5 s a million rows from a local disk. Where the
+        index would be larger than `max_bytes`, rows are read as before, and the log says so.
 
         Raises:
             CorruptRowError: the light columns cannot be read.

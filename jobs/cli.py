@@ -7,7 +7,19 @@ from types import FrameType
 
 import typer
 
-from jobs import demo, encode, manage, rerank, serve, status, sync, truncate, verify
+from jobs import (
+    demo,
+    encode,
+    evaluate,
+    explore,
+    manage,
+    rerank,
+    serve,
+    status,
+    sync,
+    truncate,
+    verify,
+)
 from kalm_encoder.errors import KalmError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -25,6 +37,7 @@ app.command()(rerank.rerank)
 app.command()(verify.verify)
 app.command()(sync.sync)
 app.command()(truncate.truncate)
+app.command()(evaluate.evaluate)
 for command in (
     manage.rejects,
     manage.delete,
@@ -36,6 +49,7 @@ for command in (
 ):
     app.command()(command)
 app.command()(serve.serve)
+app.command()(explore.explore)
 app.command()(demo.demo)
 
 

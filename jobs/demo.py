@@ -60,7 +60,8 @@ def demo(
         f"\nThe weights are random, so this ranking means nothing; the path is the real one.\n"
         f"corpus {corpus}, model {model}, table {table}, {time.monotonic() - began:.0f} s in all.\n"
         f"Try: kalm status {table}\n"
-        f"     kalm rerank {table} --query 'parse command line arguments' --search 20"
+        f"     kalm rerank {table} --query 'parse command line arguments' --search 20\n"
+        f"     kalm explore {table} --note 'Random weights: the ranking means nothing.'"
     )
 
 

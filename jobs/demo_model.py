@@ -7,9 +7,10 @@ but ranking quality: random weights rank at random.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from kalm_train.architecture import TINY, Dimensions, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,24 +28,6 @@ SPECIAL_TOKENS = [
 ]
 
 
-@dataclass(frozen=True)
-class Dimensions:
-    """Sizes of a T5Gemma2; encoder and decoder have the same."""
-
-    hidden: int = 128
-    intermediate: int = 256
-    layers: int = 3
-    heads: int = 2
-    head_dim: int = 64
-    sliding_window: int = 64
-    vocabulary: int = 6144
-
-
-TINY = Dimensions()
-NANO = Dimensions(640, 2048, 18, 4, 256, 512, 262144)
-"""Of KaLM-Reranker-V1-Nano: 100M parameters in each half and 168M in the embedding."""
-
-
 def make_checkpoint(
     directory: Path, texts: Iterable[str], *, dimensions: Dimensions = TINY, seed: int = 0
 ) -> Path:
@@ -60,51 +43,10 @@ def make_checkpoint(
         `directory`.
     """
     import torch
-    from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
+    from transformers import T5Gemma2ForConditionalGeneration
 
     tokenizer = train_tokenizer(texts, min(dimensions.vocabulary, TINY.vocabulary))
-    layer_types = [
-        "full_attention" if (i + 1) % 6 == 0 or i == dimensions.layers - 1 else "sliding_attention"
-        for i in range(dimensions.layers)
-    ]
-    text = {
-        "vocab_size": dimensions.vocabulary,
-        "hidden_size": dimensions.hidden,
-        "intermediate_size": dimensions.intermediate,
-        "num_hidden_layers": dimensions.layers,
-        "num_attention_heads": dimensions.heads,
-        "num_key_value_heads": 1,
-        "head_dim": dimensions.head_dim,
-        "query_pre_attn_scalar": dimensions.head_dim,
-        "sliding_window": dimensions.sliding_window,
-        "layer_types": layer_types,
-    }
-    # Text reranking never sees an image: the smallest vision tower that can be built.
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1,
-        "intermediate_size": 1,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "image_size": 1,
-        "patch_size": 1,
-    }
-    begin, end, soft = (
-        tokenizer.convert_tokens_to_ids(t)
-        for t in ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
-    )
-    config = T5Gemma2Config(
-        encoder={
-            "text_config": dict(text),
-            "vision_config": vision,
-            "mm_tokens_per_image": 1,
-            "boi_token_index": begin,
-            "eoi_token_index": end,
-            "image_token_index": soft,
-        },
-        decoder=dict(text),
-        image_token_index=soft,
-    )
+    config = configuration(dimensions, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = T5Gemma2ForConditionalGeneration(config)

@@ -58,7 +58,7 @@ def rerank(
         instruction=instruction,
         ratio=ratio,
         top_k=top_k or None,
-        cascade=_parse_cascade(cascade),
+        cascade=None if cascade is None else parse_cascade(cascade),
         max_ms=max_ms,
     )
     rows: list[dict[str, Any]] = [
@@ -79,17 +79,19 @@ def beginning(text: str, width: int = 70) -> str:
     return " ".join(text[: 10 * width].split())[:width]
 
 
-def _parse_cascade(text: str | None) -> list[tuple[int, int | None]] | None:
-    """Turn `32:20,4` into [(32, 20), (4, None)]."""
-    if text is None:
-        return None
+def parse_cascade(text: str) -> list[tuple[int, int | None]]:
+    """Turn `32:20,4` into [(32, 20), (4, None)].
+
+    Raises:
+        InputError: it has another form.
+    """
     stages: list[tuple[int, int | None]] = []
     try:
         for part in text.split(","):
             ratio, colon, keep = part.partition(":")
             stages.append((int(ratio), int(keep) if colon else None))
     except ValueError:
-        raise InputError(f"--cascade {text!r} must have the form 32:20,4") from None
+        raise InputError(f"a cascade has the form 32:20,4, not {text!r}") from None
     return stages
 
 

@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
+DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
+"""A small trained checkpoint that comes with the package; see the README.md in it."""
 WEIGHTS_INDEX = "model.safetensors.index.json"
 DTYPES = {
     "bfloat16": torch.bfloat16,

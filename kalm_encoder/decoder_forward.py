@@ -212,7 +212,7 @@ def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Return the RMS norm in float32, as T5Gemma2RMSNorm, in fewer passes over memory."""
     wide = hidden.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = torch.rsqrt(length.square_() / wide.shape[-1] + norm.eps)
+    scale = torch.rsqrt(length.square() / wide.shape[-1] + norm.eps)
     return (wide * scale).mul_(1.0 + norm.weight.float()).type_as(hidden)
 
 

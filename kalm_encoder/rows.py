@@ -30,7 +30,7 @@ from kalm_encoder import __version__
 from kalm_encoder.checksums import row_checksum, states_checksum, text_hash
 from kalm_encoder.codecs import CODECS, FloatCodec, IntCodec
 from kalm_encoder.errors import InputError, TableError
-from kalm_encoder.pooling import PassageStates, coarsen
+from kalm_encoder.pooling import PassageStates, coarsen, num_groups
 from kalm_encoder.prompts import TEMPLATE
 
 if TYPE_CHECKING:
@@ -88,8 +88,23 @@ class TableSpec:
     @property
     def bytes_per_token(self) -> float:
         """The storage floor: state bytes a passage token, all stored ratios together."""
-        size = np.dtype(self.codec.dtype).itemsize * self.codec.width(self.dim)
-        return sum(size / ratio for ratio in self.ratios)
+        return sum(self.bytes_per_state / ratio for ratio in self.ratios)
+
+    @property
+    def bytes_per_state(self) -> int:
+        """Bytes of one stored state, scales included."""
+        return np.dtype(self.codec.dtype).itemsize * self.codec.width(self.dim)
+
+    def read_bytes(self, num_tokens: int, ratio: int | None) -> int:
+        """Return the state bytes that reading one passage at a ratio takes from the store.
+
+        Raises:
+            InputError: the ratio cannot be made from what is stored.
+
+        Example: 150 tokens, d = 640 in float16, stored at 4 and 32: 38 states, 48,640 bytes at
+        ratio 4 and also at 8, which is made from 4; 5 states, 6,400 bytes at 32.
+        """
+        return num_groups(num_tokens, self.source_ratio(ratio)) * self.bytes_per_state
 
     def source_ratio(self, wanted: int | None) -> int:
         """Return the coarsest stored ratio that `wanted` can be made from (None: the finest).

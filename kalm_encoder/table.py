@@ -188,6 +188,12 @@ class PassageTable:
         rows = self._scan(["id", "text"], ids_in(ids))
         return dict(zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True))
 
+    def lengths(self, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
+        """Return (num_tokens, truncated) by id, of those ids that the table holds."""
+        rows = self._scan(["id", "num_tokens", "truncated"], ids_in(ids))
+        facts = zip(rows["num_tokens"].to_pylist(), rows["truncated"].to_pylist(), strict=True)
+        return dict(zip(rows["id"].to_pylist(), facts, strict=True))
+
     def _scan(self, columns: list[str], wanted: pc.Expression | str) -> pa.Table:
         try:
             return self.dataset.scanner(columns=columns, filter=wanted).to_table()

@@ -20,6 +20,8 @@ from kalm_encoder import __version__
 from kalm_encoder.errors import KalmError
 from kalm_serve import answers
 from kalm_serve.engine import Engine
+from kalm_serve.explore import Explorer
+from kalm_serve.explore_page import Page, add_routes
 from kalm_serve.limits import BodyLimit
 from kalm_serve.metrics import Metrics
 from kalm_serve.problems import ERRORS, HANDLERS
@@ -88,7 +90,14 @@ class Service:
             future.exception()  # seen; a request that timed out no longer asks
 
 
-def create_app(engine: Engine, limits: Limits, metrics: Metrics, *, tei: bool = False) -> FastAPI:
+def create_app(
+    engine: Engine,
+    limits: Limits,
+    metrics: Metrics,
+    *,
+    tei: bool = False,
+    explorer: Explorer | None = None,
+) -> FastAPI:
     """Return the application; it loads the engine when it is started.
 
     Args:
@@ -96,6 +105,7 @@ def create_app(engine: Engine, limits: Limits, metrics: Metrics, *, tei: bool = 
         limits: the operator's.
         metrics: what /metrics shows.
         tei: give /rerank the shape of Text Embeddings Inference.
+        explorer: answers the explore page at /; None leaves the page out.
     """
     service = Service(engine, limits, metrics)
 
@@ -159,7 +169,11 @@ def create_app(engine: Engine, limits: Limits, metrics: Metrics, *, tei: bool = 
         guarded.post(path)(handler)
     for path in ("/score", "/v1/score"):
         guarded.post(path)(score)
+    if explorer is not None:
+        add_routes(guarded, explorer, service.run)
     app.include_router(guarded)
+    if explorer is not None:
+        app.mount("/", Page())
     return app
 
 

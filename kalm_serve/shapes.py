@@ -120,6 +120,24 @@ class TeiRequest(Shape):
     truncate: bool | None = None
 
 
+class ExploreRequest(Shape):
+    """POST /explore/search: a first stage over a table's text, reranked."""
+
+    query: Annotated[str, Field(min_length=1, max_length=32_768)]
+    k: Annotated[int, Field(ge=1)] = 50
+    instruction: Annotated[str | None, Field(max_length=8_192)] = None
+    ratio: Annotated[int | None, Field(ge=1, le=1 << 20)] = None
+    cascade: Annotated[list[Stage] | None, Field(max_length=8)] = None
+    table: str | None = None
+
+
+class PassageRequest(Shape):
+    """POST /explore/passage: the whole text of one passage."""
+
+    id: Id
+    table: str | None = None
+
+
 def as_document(given: str | Document) -> Document:
     """Return a plain string as a text."""
     return Document(text=given) if isinstance(given, str) else given

@@ -1,4 +1,4 @@
-"""A real `kalm serve` process for tests."""
+"""A real process of `kalm serve`, or a command like it, for tests."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(uri, *arguments, log=None, **environment):
+def serving(uri, *arguments, log=None, command="serve", **environment):
     """Start the command, wait until it is ready, and end it as an operator would."""
     port = free_port()
-    command = [sys.executable, "-m", "jobs", "serve", str(uri), "--port", str(port), *arguments]
+    line = [sys.executable, "-m", "jobs", command, str(uri), "--port", str(port), *arguments]
     with open(log or os.devnull, "w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, **environment}
+            line, stdout=file, stderr=file, env={**os.environ, **environment}
         )
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         client.process = process

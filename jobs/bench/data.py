@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 
 from jobs.demo import standard_library_docs
-from jobs.demo_model import NANO, make_checkpoint
+from jobs.demo_model import make_checkpoint
+from kalm_train.architecture import NANO
 
 FOLDER = Path("bench-data")
 

@@ -1,0 +1,194 @@
+"""`kalm evaluate`: what a model's stored states are worth on the user's own judgements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.encode import parse_ratios
+from jobs.options import executor
+from jobs.rerank import parse_cascade
+from kalm_encoder.errors import InputError
+
+if TYPE_CHECKING:
+    from kalm_eval.collection import Collection
+    from kalm_eval.results import Evaluation
+
+DEMO_RATIOS = "1,2,4,8,16,32,64"
+DEMO_NOTE = (
+    "This is the demo checkpoint: 3 million parameters trained for an hour on documentation. It "
+    "shows how ratios and dtypes behave, and says nothing of KaLM-Reranker-V1's quality."
+)
+
+
+def evaluate(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Collection: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or directory.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the hub id.")] = None,
+    split: Annotated[str, typer.Option(help="Of the judgements.")] = "test",
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Passages, without a folder: as `kalm encode` reads.")
+    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="Queries: JSONL, or TSV.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Judgements: BEIR's or TREC's.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="First stage: a TREC run; without it, full-text search.")
+    ] = None,
+    depth: Annotated[int, typer.Option(help="Candidates a query.")] = 100,
+    ratios: Annotated[str | None, typer.Option(help="Ratios to store and score.")] = None,
+    store_dtypes: Annotated[
+        str, typer.Option(help="float16, float32, int8, int4; the first is what is encoded.")
+    ] = "float16",
+    cascade: Annotated[
+        list[str] | None, typer.Option(help="Stages such as 32:20,4; may be repeated.")
+    ] = None,
+    fuse: Annotated[bool, typer.Option(help="Also add each reranking to the first stage.")] = True,
+    instruction: Annotated[str | None, typer.Option(help="The task, in words.")] = None,
+    instructions: Annotated[
+        Path | None, typer.Option(help="JSON {collection: instruction}, for this and others.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens a passage is cut to.")] = 1024,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="As ir-measures spells it; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where tables, runs and results go.")] = Path(
+        "evaluation"
+    ),
+    workers: Annotated[int | None, typer.Option(help="As in `kalm encode`.")] = 0,
+    address: Annotated[str | None, typer.Option(help="As in `kalm encode`.")] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="The shipped checkpoint on held-out documentation.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the means as JSON.")] = False,
+) -> None:
+    """Rank with every ratio, store dtype and cascade asked for, and judge each ranking."""
+    from kalm_encoder.checkpoint import DEMO_CHECKPOINT
+
+    execute = executor(workers, None, address)
+    try:
+        from kalm_eval.experiment import Request
+        from kalm_eval.experiment import evaluate as evaluate_all
+        from kalm_eval.metrics import DEFAULT
+        from kalm_eval.report import write_report
+    except ImportError as error:
+        raise InputError(
+            f"evaluation needs {error.name}: pip install 'kalm-preencode[batch,eval]'"
+        ) from error
+    if demo:
+        if folder is not None or corpus:
+            raise InputError("--demo brings its own collection: give no folder and no --corpus")
+        from kalm_train.held_out import write_collection
+
+        folder = out / "held-out-documentation"
+        write_collection(folder)
+        model = model or str(DEMO_CHECKPOINT)
+    if model is None:
+        raise InputError("give the model with --model")
+    collection = _collection(folder, split, corpus, queries, qrels)
+    if instructions is not None:
+        if instruction is not None:
+            raise InputError("give --instruction or --instructions, not both")
+        instruction = _instruction(instructions, collection.name)
+    is_demo = Path(model).resolve() == DEMO_CHECKPOINT.resolve()
+    evaluation = evaluate_all(
+        Request(
+            collection=collection,
+            model=model,
+            revision=revision,
+            folder=out,
+            ratios=parse_ratios(None, ratios or (DEMO_RATIOS if demo else "4,32")) or (),
+            store_dtypes=tuple(store_dtypes.split(",")),
+            cascades=tuple(tuple(parse_cascade(c)) for c in cascade or ()),
+            depth=50 if demo and depth == 100 else depth,
+            first_run=run,
+            fuse=fuse,
+            instruction=instruction,
+            max_length=max_length,
+            measures=tuple(measure or DEFAULT),
+            note=DEMO_NOTE if is_demo else "",
+        ),
+        execute,
+    )
+    evaluation.write(out / "evaluation.json")
+    write_per_query(evaluation, out / "per_query.tsv")
+    write_report(evaluation, out / "report.html")
+    if as_json:
+        print(json.dumps(evaluation.summary()))
+        return
+    print_evaluation(evaluation)
+    print(f"\n{out / 'report.html'} shows it, {out / 'evaluation.json'} has the rest, "
+          f"{out / 'runs'} the run files.")  # fmt: skip
+
+
+def _collection(
+    folder: Path | None,
+    split: str,
+    corpus: list[str] | None,
+    queries: Path | None,
+    qrels: Path | None,
+) -> Collection:
+    from kalm_eval.collection import read_files, read_folder
+
+    if folder is not None:
+        if corpus or queries or qrels:
+            raise InputError("give a folder, or --corpus, --queries and --qrels")
+        return read_folder(folder, split)
+    if not corpus or queries is None or qrels is None:
+        raise InputError("give a collection's folder, or --corpus, --queries and --qrels")
+    return read_files(tuple(corpus), queries, qrels, qrels.stem, split)
+
+
+def _instruction(file: Path, collection: str) -> str:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        instruction = found[collection]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} holds no instruction for {collection!r} ({error}): expected JSON "
+            f'{{"{collection}": "Given …"}}'
+        ) from error
+    if not isinstance(instruction, str):
+        raise InputError(f"{file}: the instruction of {collection!r} is no text")
+    return instruction
+
+
+def write_per_query(evaluation: Evaluation, file: Path) -> None:
+    """Write setting, query and every metric, a line each."""
+    names = list(evaluation.settings[0].metrics)
+    with file.open("w", encoding="utf-8") as lines:
+        lines.write("\t".join(["setting", "query", *names]) + "\n")
+        for setting in evaluation.settings:
+            for query, values in setting.per_query.items():
+                cells = [f"{values[name]:.4f}" for name in names]
+                lines.write("\t".join([setting.name, query, *cells]) + "\n")
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print a line a setting: metrics, the first one's interval and difference, costs."""
+    names = list(evaluation.settings[0].metrics)
+    print(
+        f"{evaluation.collection}: {len(evaluation.queries)} queries, "
+        f"{evaluation.num_passages:,} passages; {evaluation.first_stage}"
+    )
+    if evaluation.note:
+        print(evaluation.note)
+    width = max(len(s.name) for s in evaluation.settings)
+    print(
+        f"{'':{width}}  {'  '.join(f'{n:>8}' for n in names)}  against {evaluation.settings[0].name}"
+    )
+    for setting in evaluation.settings:
+        means = "  ".join(f"{setting.metrics[n]:8.4f}" for n in names)
+        against = ""
+        if setting.differences:
+            d = setting.differences[names[0]]
+            against = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] p {d.p:.4f}"
+        cost = f"{setting.bytes_per_passage:,.0f} bytes a passage" if setting.ratio else ""
+        print(f"{setting.name:{width}}  {means}  {against:38}  {cost}".rstrip())
+    for warning in evaluation.warnings:
+        print(f"warning: {warning}")

@@ -1,0 +1,76 @@
+"""Configurations of the exact KaLM-Reranker architecture in any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast, T5Gemma2Config
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a T5Gemma2; encoder and decoder have the same."""
+
+    hidden: int = 128
+    intermediate: int = 256
+    layers: int = 3
+    heads: int = 2
+    head_dim: int = 64
+    sliding_window: int = 64
+    vocabulary: int = 6144
+    full_attention_every: int = 6
+
+
+TINY = Dimensions()
+NANO = Dimensions(640, 2048, 18, 4, 256, 512, 262144)
+"""Of KaLM-Reranker-V1-Nano: 100M parameters in each half and 168M in the embedding."""
+DEMO = Dimensions(192, 256, 2, 2, 128, 512, 12288, full_attention_every=1)
+"""Of the checkpoint that ships: 2.4M parameters in the embedding, 0.9M in the layers."""
+
+
+def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) -> T5Gemma2Config:
+    """Return the configuration of a checkpoint with these sizes and this tokenizer's specials."""
+    layer_types = [
+        "full_attention"
+        if (i + 1) % dimensions.full_attention_every == 0 or i == dimensions.layers - 1
+        else "sliding_attention"
+        for i in range(dimensions.layers)
+    ]
+    text = {
+        "vocab_size": dimensions.vocabulary,
+        "hidden_size": dimensions.hidden,
+        "intermediate_size": dimensions.intermediate,
+        "num_hidden_layers": dimensions.layers,
+        "num_attention_heads": dimensions.heads,
+        "num_key_value_heads": 1,
+        "head_dim": dimensions.head_dim,
+        "query_pre_attn_scalar": dimensions.head_dim,
+        "sliding_window": dimensions.sliding_window,
+        "layer_types": layer_types,
+    }
+    # Text reranking never sees an image: the smallest vision tower that can be built.
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1,
+        "intermediate_size": 1,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 1,
+        "patch_size": 1,
+    }
+    begin, end, soft = (
+        tokenizer.convert_tokens_to_ids(t)
+        for t in ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+    )
+    return T5Gemma2Config(
+        encoder={
+            "text_config": dict(text),
+            "vision_config": vision,
+            "mm_tokens_per_image": 1,
+            "boi_token_index": begin,
+            "eoi_token_index": end,
+            "image_token_index": soft,
+        },
+        decoder=dict(text),
+        image_token_index=soft,
+    )

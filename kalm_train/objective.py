@@ -1,0 +1,94 @@
+"""The loss of the paper: yes/no cross-entropy and listwise ranking, summed over ratios.
+
+The forward is the production one (`last_hidden` over `mean_pool`ed states), so that what is trained
+is what is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, pad
+
+from kalm_encoder.decoder_forward import Fresh, last_hidden
+from kalm_encoder.pooling import mean_pool, num_groups
+
+LISTWISE, BINARY = 1.0, 0.5
+"""Weights of the two parts."""
+
+
+def pooled(
+    encoder: Any, batch: Sequence[Sequence[int]], pad_id: int, ratios: Sequence[int]
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Encode passages once and pool them at several ratios.
+
+    Returns:
+        By ratio, (b, m, d) states and their (b, m) bool mask.
+    """
+    lengths = torch.tensor([len(ids) for ids in batch])
+    longest = int(lengths.max())
+    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in batch])
+    mask = torch.arange(longest) < lengths.unsqueeze(1)
+    hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    found = {}
+    for ratio in ratios:
+        states = mean_pool(hidden, mask, ratio)
+        groups = torch.tensor([num_groups(len(row), ratio) for row in batch])
+        found[ratio] = states, torch.arange(states.shape[1]) < groups.unsqueeze(1)
+    return found
+
+
+def stacked(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return these rows of states at several ratios one below the other, padded to one length."""
+    longest = max(states.shape[1] for states, _ in parts)
+    padded = [
+        (
+            pad(states[rows], (0, 0, 0, longest - states.shape[1])),
+            pad(real[rows], (0, longest - real.shape[1])),
+        )
+        for states, real in parts
+    ]
+    return torch.cat([states for states, _ in padded]), torch.cat([real for _, real in padded])
+
+
+def margins(
+    decoder: Any,
+    answers: torch.Tensor,
+    prompt: Sequence[int],
+    states: torch.Tensor,
+    real: torch.Tensor,
+) -> torch.Tensor:
+    """Return (b,) logits of yes minus no of one prompt against b passages.
+
+    Args:
+        decoder: a T5Gemma2Decoder.
+        answers: (2, d) LM head rows of yes and no.
+        prompt: token ids.
+        states: (b, m, d) pooled states.
+        real: (b, m) bool, False for padding.
+    """
+    hidden, _ = last_hidden(decoder, torch.tensor([list(prompt)]), Fresh(states, real))
+    logits = hidden.float() @ answers.float().T
+    return logits[:, 0] - logits[:, 1]
+
+
+def loss(margin: torch.Tensor) -> torch.Tensor:
+    """Return the loss of one group whose first passage is the relevant one.
+
+    Args:
+        margin: (b,) see `margins`.
+
+    Example: margins 0, 0 give cross-entropies log 2 each: 1.0 * 0.693 + 0.5 * 0.693.
+    """
+    listwise = cross_entropy(margin.unsqueeze(0), torch.zeros(1, dtype=torch.long))
+    label = torch.zeros_like(margin)
+    label[0] = 1
+    # The one relevant passage weighs as much as all others together.
+    weight = torch.full_like(margin, 0.5 / max(len(margin) - 1, 1))
+    weight[0] = 0.5
+    binary = binary_cross_entropy_with_logits(margin, label, weight, reduction="sum")
+    return LISTWISE * listwise + BINARY * binary

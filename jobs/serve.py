@@ -34,6 +34,13 @@ def serve(
         bool, typer.Option("--with-encoder", help="Encode candidates that come as texts.")
     ] = False,
     hot_mb: Annotated[int, typer.Option(help="Memory for repeated passages.")] = 0,
+    index_mb: Annotated[
+        int, typer.Option(min=0, help="Memory for where each row lies; 0: look up on disk.")
+    ] = 512,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile, on a GPU CUDA graphs; not with hot-mb."),
+    ] = False,
     filter_columns: Annotated[
         str | None, typer.Option(help="Columns that requests may filter by, with commas.")
     ] = None,
@@ -76,6 +83,8 @@ def serve(
         dtype=dtype,
         with_encoder=with_encoder,
         hot_bytes=hot_mb << 20,
+        index_bytes=index_mb << 20,
+        compile=compile,
         filter_columns=columns,
         max_candidates=max_candidates,
         refresh_s=refresh_s,

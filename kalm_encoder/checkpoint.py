@@ -1,4 +1,4 @@
-"""Finds a checkpoint and loads one half of it. The only place that reads model files.
+"""Finds a checkpoint and loads one half of it; weights.py reads its files, nothing else does.
 
 A KaLM reranker on the hub is a whole T5Gemma2: text encoder, decoder and a vision tower of 417M
 parameters that text reranking never uses. A passage worker needs the text encoder, a query process
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, T5Gemma2Config
 from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2Decoder,
@@ -25,6 +25,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from kalm_encoder.errors import CheckpointError, InputError
+from kalm_encoder.weights import read_tensors, weight_index
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -117,7 +118,7 @@ class Checkpoint:
 
     def _fill(self, model: Any, prefix: str, device: torch.device, dtype: torch.dtype) -> Any:
         """Give a model built on the meta device its weights from the files."""
-        index = self._weight_index()
+        index = weight_index(self._weight_files(), self.name)
         state = {}
         for name in model.state_dict():
             # The embedding is stored once, under whichever module the writer met first.
@@ -130,7 +131,7 @@ class Checkpoint:
                 )
             state[name] = found
         try:
-            tensors = _read_tensors(state, device, dtype)
+            tensors = read_tensors(state, device, dtype)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"a weights file of {self.name} is damaged ({error}). Download it again."
@@ -153,24 +154,6 @@ class Checkpoint:
                 f"no .safetensors file in {self.name}: other weight formats are never loaded"
             )
         return files
-
-    def _weight_index(self) -> dict[str, tuple[Path, str]]:
-        """Map normalised weight names to (file, name in file).
-
-        Names on disk may begin with `model.` and may say `encoder.text_model.` for `encoder.`.
-        """
-        index = {}
-        for file in self._weight_files():
-            try:
-                with safe_open(file, framework="pt") as weights:
-                    for key in weights.keys():  # noqa: SIM118 - safe_open is no mapping
-                        short = key.removeprefix("model.")
-                        index[short.replace("encoder.text_model.", "encoder.", 1)] = (file, key)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file.name} of {self.name} is damaged ({error}). Download it again."
-                ) from error
-        return index
 
 
 def resolve(model_name_or_path: str, revision: str | None = None) -> Checkpoint:
@@ -237,19 +220,6 @@ def answer_token_id(tokenizer: Any, answer: str) -> int:
             "needs one. Is the tokenizer the model's own?"
         )
     return int(ids[0])
-
-
-def _read_tensors(
-    wanted: dict[str, tuple[Path, str]], device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Read {name: (file, key)} onto `device`; each tensor is a copy that owns its memory."""
-    tensors = {}
-    for file in sorted({file for file, _ in wanted.values()}):
-        with safe_open(file, framework="pt") as weights:
-            for name, (where, key) in wanted.items():
-                if where == file:
-                    tensors[name] = weights.get_tensor(key).to(device, dtype, copy=True)
-    return tensors
 
 
 def _sha256(file: Path) -> str:

@@ -7,9 +7,10 @@ computed: P(yes) needs no more. The decoder knows nothing of tables.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,61 +18,22 @@ import torch
 
 from kalm_encoder import checkpoint
 from kalm_encoder.batching import plan_batches
-from kalm_encoder.decoder_forward import Fresh, Kept, last_hidden
+from kalm_encoder.compiled_forward import PROMPT_STEP, CompiledForward
+from kalm_encoder.decoder_forward import Fresh, last_hidden
 from kalm_encoder.errors import InputError, NonFiniteError
 from kalm_encoder.hot_passages import HotPassages
+from kalm_encoder.pairs import Pair, Prompt, memory_of
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION, before_query, render_query
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+__all__ = ["Pair", "Prompt", "QueryDecoder"]
 CPU_TOKEN_BUDGET = 4096
 GPU_TOKEN_BUDGET = 131072
 MAX_PADDING = 0.05
-"""Largest share of padding among the prompt tokens and states of a batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A query as the decoder reads it.
-
-    Attributes:
-        ids: token ids.
-        prefix: how many of them every query with this instruction begins with.
-    """
-
-    ids: tuple[int, ...]
-    prefix: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One prompt against one passage.
-
-    Attributes:
-        prompt: the query.
-        passage: (m, d) states, m >= 1, or what `QueryDecoder.recall` returned.
-        key: names the passage (its table, ratio and id) so that it can be recalled; None: never.
-    """
-
-    prompt: Prompt
-    passage: NDArray[np.floating] | torch.Tensor
-    key: Hashable = None
-
-    @property
-    def held(self) -> int:
-        """Prompt tokens that need no forward: they are in what was recalled."""
-        return self.prompt.prefix if isinstance(self.passage, torch.Tensor) else 0
-
-    @property
-    def num_states(self) -> int:
-        """States of the passage, m."""
-        return int(self.passage.shape[2 if self.held else 0]) - self.held
-
-    @property
-    def size(self) -> int:
-        """Prompt tokens to compute and states, what a token budget counts."""
-        return len(self.prompt.ids) - self.held + self.num_states
+"""Largest share of padding among the prompt tokens and states of a batch that is not compiled."""
 
 
 class QueryDecoder:
@@ -83,6 +45,7 @@ class QueryDecoder:
         token_budget: prompt tokens plus states, padding included, of one forward.
         fingerprint: of the checkpoint the weights come from; a table must record the same.
         hot: the memory of repeated passages, or None.
+        compiled: the forward through torch.compile, or None.
     """
 
     def __init__(
@@ -94,6 +57,7 @@ class QueryDecoder:
         query_max_length: int = 512,
         token_budget: int | None = None,
         hot_bytes: int = 0,
+        compile: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -101,7 +65,10 @@ class QueryDecoder:
         self.query_max_length = query_max_length
         default = CPU_TOKEN_BUDGET if self.device.type == "cpu" else GPU_TOKEN_BUDGET
         self.token_budget = default if token_budget is None else token_budget
+        if compile and hot_bytes:
+            raise InputError("compile and hot_bytes cannot be combined: choose one")
         self.hot = HotPassages(hot_bytes) if hot_bytes else None
+        self.compiled = CompiledForward(model, self.token_budget) if compile else None
         answers = [checkpoint.answer_token_id(tokenizer, answer) for answer in ("yes", "no")]
         self._answers = model.embed_tokens.weight[answers].float()  # (2, d)
 
@@ -116,13 +83,17 @@ class QueryDecoder:
         query_max_length: int = 512,
         token_budget: int | None = None,
         hot_bytes: int = 0,
+        compile: bool = False,
     ) -> QueryDecoder:
         """Load the decoder of a hub id or a local directory, and nothing else of it.
+
+        With `compile` the forward goes through torch.compile: batches are padded to a few shapes,
+        and the first one waits for the compiler, or `warm_up` does.
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete, damaged or no KaLM reranker, or
                 its tokenizer splits `yes` or `no`.
-            InputError: an impossible device or dtype.
+            InputError: an impossible device or dtype, or `compile` with `hot_bytes`.
         """
         files = checkpoint.resolve(model_name_or_path, revision)
         place = checkpoint.choose_device(device)
@@ -134,6 +105,7 @@ class QueryDecoder:
             query_max_length=query_max_length,
             token_budget=token_budget,
             hot_bytes=hot_bytes,
+            compile=compile,
         )
 
     @property
@@ -212,9 +184,7 @@ class QueryDecoder:
         scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
         for (length, _, held), members in alike.items():
             sizes = [pairs[i].num_states for i in members]
-            for batch in plan_batches(
-                sizes, self.token_budget, overhead=length - held, max_padding=MAX_PADDING
-            ):
+            for batch in self._plan(sizes, length - held):
                 chosen = [members[j] for j in batch]
                 logits = self.forward([pairs[i] for i in chosen])
                 if not torch.isfinite(logits).all():
@@ -228,20 +198,41 @@ class QueryDecoder:
                     scores[i] = score
         return scores
 
+    def _plan(self, sizes: Sequence[int], length: int) -> list[list[int]]:
+        if self.compiled is not None:
+            return self.compiled.plan(sizes, length)
+        return plan_batches(sizes, self.token_budget, overhead=length, max_padding=MAX_PADDING)
+
+    def warm_up(self) -> None:
+        """Compile for queries of up to 64 tokens, in this thread; without `compile` do nothing.
+
+        Raises:
+            InputError: torch cannot compile here.
+        """
+        if self.compiled is None:
+            return
+        began, shortest = time.monotonic(), len(self.prompt("").ids)
+        shapes = self.compiled.warm_up([shortest, shortest + PROMPT_STEP, shortest + 64])
+        logger.info("compiled, %d shapes met, %.1f s", shapes, time.monotonic() - began)
+
     def forward(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """Run the decoder on b pairs whose prompts have one length, all recalled or none.
 
         Returns:
             (b, 2) float32 logits of `yes` and `no` at the last prompt position.
         """
-        memory = self._memory(pairs)
+        memory = memory_of(pairs, self.device, self.model.dtype)
         rows = [pair.prompt.ids[memory.prefix :] for pair in pairs]
         if all(row == rows[0] for row in rows):
             rows = rows[:1]
         wanted = self.hot and not memory.prefix and any(pair.key is not None for pair in pairs)
         keep = pairs[0].prompt.prefix if wanted else 0
         tokens = torch.tensor(rows, device=self.device)
-        hidden, kept = last_hidden(self.model, tokens, memory, keep=keep)
+        kept = None
+        if self.compiled is not None and isinstance(memory, Fresh):
+            hidden = self.compiled(tokens, memory)
+        else:
+            hidden, kept = last_hidden(self.model, tokens, memory, keep=keep)
         if kept is not None and self.hot is not None:
             for pair, entry in zip(pairs, kept, strict=True):
                 if pair.key is not None:
@@ -250,24 +241,6 @@ class QueryDecoder:
         logits: torch.Tensor = hidden.float() @ self._answers.T
         cap = self.model.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def _memory(self, pairs: Sequence[Pair]) -> Fresh | Kept:
-        """Return the passages of a batch: recalled entries, or states padded to one length."""
-        lengths = [pair.held + pair.num_states for pair in pairs]
-        longest = max(lengths)
-        real = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-        real = real.to(self.device)
-        entries = [pair.passage for pair in pairs if isinstance(pair.passage, torch.Tensor)]
-        if entries:
-            return Kept(entries, pairs[0].prompt.prefix, real)
-        dtype = pairs[0].passage.dtype
-        padded = np.zeros((len(pairs), longest, self.dim), dtype=dtype)  # type: ignore[arg-type]
-        for row, pair in zip(padded, pairs, strict=True):
-            row[: len(pair.passage)] = pair.passage
-        states = torch.from_numpy(padded)
-        if self.device.type == "cuda":
-            states = states.pin_memory()
-        return Fresh(states.to(self.device, non_blocking=True).to(self.model.dtype), real)
 
     def _fits(self, passage: NDArray[np.floating] | torch.Tensor) -> bool:
         if isinstance(passage, torch.Tensor):

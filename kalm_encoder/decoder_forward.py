@@ -27,7 +27,7 @@ class Fresh:
 
     Attributes:
         states: (b, m, d), right padded.
-        real: (b, m) bool, False for padding.
+        real: (b, m) bool, False for padding; (1, m) where all rows are alike.
     """
 
     states: torch.Tensor
@@ -46,7 +46,7 @@ class Kept:
     Attributes:
         entries: one (layers, 2, prefix + m_i, kv heads, head_dim) tensor a row, see `last_hidden`.
         prefix: how many prompt tokens they hold; the prompts given now begin behind them.
-        real: (b, prefix + m) bool, False for padding.
+        real: (b, prefix + m) bool, False for padding; (1, prefix + m) where all rows are alike.
     """
 
     entries: Sequence[torch.Tensor]
@@ -63,7 +63,12 @@ class Kept:
 
 
 def last_hidden(
-    model: Any, prompts: torch.Tensor, memory: Fresh | Kept, *, keep: int = 0
+    model: Any,
+    prompts: torch.Tensor,
+    memory: Fresh | Kept,
+    *,
+    keep: int = 0,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the decoder and return its final hidden state at the last prompt position.
 
@@ -72,6 +77,8 @@ def last_hidden(
         prompts: (1 or b, p) token ids of one length; one row where all passages share it.
         memory: of the b passages.
         keep: also return keys and values of the first `keep` prompt tokens and the passages.
+        positions: (p,) of the tokens given, rising to the last; below 0 they are padding. None:
+            they begin at 0, or behind what the memory holds, and none is padding.
 
     Returns:
         (b, d) after the final norm, and with `keep` a (b, layers, 2, keep + m, kv heads, head_dim)
@@ -80,7 +87,8 @@ def last_hidden(
     config = model.config
     layers = model.layers[: config.num_hidden_layers]
     hidden = model.embed_tokens(prompts)  # (1 or b, p, d)
-    positions = torch.arange(prompts.shape[1], device=prompts.device) + memory.prefix
+    if positions is None:
+        positions = torch.arange(prompts.shape[1], device=prompts.device) + memory.prefix
     rotary = {
         kind: model.rotary_emb(hidden, positions.unsqueeze(0), kind)
         for kind in set(config.layer_types)
@@ -174,14 +182,13 @@ def _masks(
 ) -> dict[str, torch.Tensor]:
     """Return additive masks (1 or b, 1, heads / kv heads, p, n + p), by kind of layer."""
     p, groups = len(positions), config.num_attention_heads // config.num_key_value_heads
-    real = memory.real[:1] if bool(memory.real.all()) else memory.real
-    real = real[:, None, None, :].expand(-1, 1, p, -1)
+    real = memory.real[:, None, None, :].expand(-1, 1, p, -1)
     before = torch.arange(memory.prefix, device=positions.device)
     columns = torch.cat([before, positions])
     distance = positions[:, None] - columns[None, :]  # (p, prefix + p)
     masks = {}
     for kind in set(config.layer_types):
-        seen = distance >= 0
+        seen = (distance >= 0) & (columns >= 0)
         if kind == "sliding_attention":
             seen = seen & (distance < config.sliding_window)
         shown = seen.expand(len(real), 1, -1, -1)

@@ -52,12 +52,13 @@ class MissingIdsError(InputError):
 
     Attributes:
         ids: all missing ids, in the order they were asked for.
+        shown: the first of them, for a message.
     """
 
     def __init__(self, ids: Sequence[str], uri: str) -> None:
-        shown = ", ".join(repr(i) for i in ids[:10]) + (", …" if len(ids) > 10 else "")
+        self.shown = ", ".join(repr(i) for i in ids[:10]) + (", …" if len(ids) > 10 else "")
         super().__init__(
-            f"{len(ids)} of the ids asked for are not in {uri}: {shown}. "
+            f"{len(ids)} of the ids asked for are not in {uri}: {self.shown}. "
             "Encode them first, or leave them out."
         )
         self.ids = list(ids)

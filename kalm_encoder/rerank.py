@@ -10,11 +10,12 @@ from typing import Protocol
 
 import torch
 
-from kalm_encoder.decoder import Pair, Prompt, QueryDecoder
-from kalm_encoder.errors import InputError, MismatchError
+from kalm_encoder.cascade import Stage, plan_stages
+from kalm_encoder.decoder import QueryDecoder
+from kalm_encoder.errors import InputError
+from kalm_encoder.match import check_match
+from kalm_encoder.pairs import Pair, Prompt
 from kalm_encoder.pooling import PassageStates, coarsen
-from kalm_encoder.prompts import TEMPLATE
-from kalm_encoder.rows import FORMAT_VERSION
 from kalm_encoder.table import PassageTable
 
 CHUNK = 128
@@ -86,6 +87,7 @@ class Reranker:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         hot_bytes: int = 0,
+        index_bytes: int = 0,
     ) -> Reranker:
         """Open a table and load the decoder for it; the encoder is never loaded.
 
@@ -100,13 +102,16 @@ class Reranker:
             dtype: None takes bfloat16 on GPU and float32 on CPU.
             hot_bytes: memory, on the device, for passages that come back with the same
                 instruction: they are neither read again nor is the prompt's fixed part computed.
+            index_bytes: memory for where each row of the table lies; see PassageTable.load_index.
 
         Raises:
             TableError: no such table, or not complete.
             CheckpointError: the model cannot be loaded.
             MismatchError: table and model do not belong together; names the field.
         """
-        table = PassageTable.open(uri, version=version, storage_options=storage_options)
+        table = PassageTable.open(
+            uri, version=version, storage_options=storage_options, index_bytes=index_bytes
+        )
         if model is None:
             model, revision = table.spec.model, revision or table.spec.revision
         decoder = QueryDecoder.load(
@@ -116,20 +121,20 @@ class Reranker:
 
     def rerank(
         self,
-        query: str,
+        query: str | Prompt,
         ids: Sequence[str],
         *,
         instruction: str | None = None,
         ratio: int | None = None,
         top_k: int | None = None,
-        cascade: Sequence[tuple[int, int | None]] | None = None,
+        cascade: Sequence[Stage] | None = None,
         max_ms: float | None = None,
         passages: Mapping[str, PassageStates] | None = None,
     ) -> list[RerankResult]:
         """Score stored passages against a query.
 
         Args:
-            query: raw text.
+            query: raw text, or what the decoder's `prompt` made of it; then its instruction counts.
             ids: candidates, in any order; a repeated one is scored once.
             instruction: the task; None takes the model's default.
             ratio: any multiple of a stored ratio; None takes the finest stored.
@@ -138,7 +143,7 @@ class Reranker:
                 [(32, 20), (4, None)] scores all at 32 and the best 20 again at 4.
             max_ms: time budget. All are scored at the coarsest stage, however long it takes; later
                 stages score the best first and stop in time. Without a `cascade` that is a coarse
-                stage (see `coarse_stage`), then `ratio`.
+                stage (see `cascade.coarse_stage`), then `ratio`.
             passages: states at the finest stored ratio by id, just encoded: used instead of the
                 table's.
 
@@ -152,13 +157,11 @@ class Reranker:
         """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k {top_k} must be at least 1")
-        if cascade is not None and ratio is not None:
-            raise InputError("give ratio or cascade, not both")
         if max_ms is not None and max_ms <= 0:
             raise InputError(f"max_ms {max_ms} must be above 0")
         deadline = None if max_ms is None else time.monotonic() + max_ms / 1000
-        stages = self._stages(ratio, cascade, deadline)
-        prompt = self.decoder.prompt(query, instruction)
+        stages = plan_stages(self.table.spec, ratio, cascade, timed=deadline is not None)
+        prompt = self.decoder.prompt(query, instruction) if isinstance(query, str) else query
         left = list(dict.fromkeys(ids))
         ranked: list[RerankResult] = []
         for number, (stage_ratio, keep) in enumerate(stages):
@@ -170,33 +173,6 @@ class Reranker:
             ranked = [*scored, *(r for r in ranked if r.id not in reached)]
             left = [result.id for result in scored][:keep]
         return ranked[:top_k]
-
-    def coarse_stage(self) -> int:
-        """Return the ratio of the first stage under a time budget: the coarsest stored or 8 x r."""
-        ratios = self.table.spec.ratios
-        return max(ratios[-1], 8 * ratios[0])
-
-    def _stages(
-        self,
-        ratio: int | None,
-        cascade: Sequence[tuple[int, int | None]] | None,
-        deadline: float | None,
-    ) -> list[tuple[int, int | None]]:
-        fine = self.table.spec.ratios[0] if ratio is None else ratio
-        if cascade is None:
-            stages: list[tuple[int, int | None]] = [(fine, None)]
-            if deadline is not None and self.coarse_stage() > fine:
-                stages.insert(0, (self.coarse_stage(), None))
-        else:
-            stages = list(cascade)
-        ratios = [stage_ratio for stage_ratio, _ in stages]
-        if not stages or ratios != sorted(set(ratios), reverse=True):
-            raise InputError(f"cascade {stages} must go from coarse to fine, such as 32:20,4")
-        if bad := [keep for _, keep in stages if keep is not None and keep < 1]:
-            raise InputError(f"a cascade stage cannot keep {bad[0]} candidates")
-        for stage_ratio in ratios:
-            self.table.spec.source_ratio(stage_ratio)
-        return stages
 
     def _score(
         self,
@@ -253,31 +229,3 @@ class Reranker:
                 states = coarsen(given[i].states, given[i].num_tokens, finest, ratio)
                 pairs[i] = Pair(prompt, states)
         return [pairs[i] for i in ids]
-
-
-def check_match(table: PassageTable, decoder: Scorer, *, max_length: int | None = None) -> None:
-    """Refuse a table that this decoder cannot score.
-
-    Raises:
-        MismatchError: names the first differing field, both values and the remedy.
-    """
-    spec = table.spec
-    again = "encode the corpus again"
-    expected = [
-        ("format_version", spec.format_version, FORMAT_VERSION, again),
-        ("template", spec.template, TEMPLATE, again),
-        ("dim", spec.dim, decoder.dim, f"load {spec.model}, or {again}"),
-        ("max_length", spec.max_length, max_length or spec.max_length, again),
-        (
-            "fingerprint",
-            spec.fingerprint,
-            decoder.fingerprint,
-            f"load the model the table was made with ({spec.model}, revision "
-            f"{spec.revision or 'local'}), or {again} with this one",
-        ),
-    ]
-    for field, stored, wanted, remedy in expected:
-        if stored != wanted:
-            raise MismatchError(
-                field, f"{table.uri} has {field} {stored!r}, the query side {wanted!r}: {remedy}"
-            )

@@ -1,4 +1,4 @@
-"""The row format, version 1, in both directions: passages to Arrow and Arrow to passages.
+"""The row format, version 1: what a table records, and passages to rows; back in row_reader.py.
 
     id            string, unenforced primary key
     text          string, raw passage (absent with keep_text=False)
@@ -29,7 +29,7 @@ import pyarrow as pa
 from kalm_encoder import __version__
 from kalm_encoder.checksums import row_checksum, states_checksum, text_hash
 from kalm_encoder.codecs import CODECS, FloatCodec, IntCodec
-from kalm_encoder.errors import CorruptRowError, InputError, TableError
+from kalm_encoder.errors import InputError, TableError
 from kalm_encoder.pooling import PassageStates, coarsen, num_groups
 from kalm_encoder.prompts import TEMPLATE
 
@@ -214,45 +214,6 @@ def build_rows(
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def read_rows(
-    spec: TableSpec, rows: pa.Table, *, stored: int, wanted: int, uri: str
-) -> dict[str, PassageStates]:
-    """Turn rows back into passages, verifying each row's checksum.
-
-    Args:
-        spec: the table's.
-        rows: columns id, num_tokens, truncated, states_r and checksum_r of `stored`.
-        stored: ratio of the states column that was read.
-        wanted: ratio to return, a multiple of `stored`.
-        uri: of the table, for messages.
-
-    Returns:
-        Passages by id; states float16 in a float16 store where `wanted == stored`, else float32.
-
-    Raises:
-        CorruptRowError: bytes that are not what was written, or an id that is there twice.
-    """
-    rows = rows.combine_chunks()
-    ids = rows["id"].to_pylist()
-    tokens = rows["num_tokens"].to_pylist()
-    truncated = rows["truncated"].to_pylist()
-    sums = rows[f"checksum_r{stored}"].to_pylist()
-    passages: dict[str, PassageStates] = {}
-    for i, states in enumerate(states_arrays(spec, rows[f"states_r{stored}"])):
-        key, n = ids[i], tokens[i]
-        if key in passages:
-            raise CorruptRowError(f"id {key!r} is in {uri} more than once; encode it again")
-        intact = sums[i] == states_checksum(key, n, truncated[i], states)
-        if not intact or len(states) != num_groups(n, stored):
-            raise CorruptRowError(
-                f"row {key!r} of {uri} does not match its checksum: the stored bytes changed "
-                "after they were written. Restore the data files, or encode it again."
-            )
-        values = spec.codec.decode(states, spec.dim)
-        passages[key] = PassageStates(coarsen(values, n, stored, wanted), n, truncated[i])
-    return passages
-
-
 def _ragged(arrays: Sequence[NDArray[Any]], type: pa.DataType) -> pa.Array:
     """Build a list<fixed_size_list> column from (m_i, d) arrays."""
     offsets = np.cumsum([0, *(len(a) for a in arrays)])
@@ -260,16 +221,3 @@ def _ragged(arrays: Sequence[NDArray[Any]], type: pa.DataType) -> pa.Array:
     values = pa.array(flat, type.value_type.value_type)
     vectors = pa.FixedSizeListArray.from_arrays(values, type=type.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), vectors, type=type)
-
-
-def states_arrays(spec: TableSpec, column: pa.ChunkedArray) -> list[NDArray[Any]]:
-    """Return each row of a states column as an (m, width) view of what is stored."""
-    arrays = []
-    width = spec.codec.width(spec.dim)
-    for chunk in column.chunks:
-        first = chunk.offsets[0].as_py() if len(chunk) else 0
-        # flatten() honours the slice of the list array; its values start at the first offset.
-        flat = chunk.flatten().flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
-        offsets = chunk.offsets.to_numpy() - first
-        arrays += [flat[offsets[i] : offsets[i + 1]] for i in range(len(chunk))]
-    return arrays

@@ -5,6 +5,8 @@ One handle is one version: what it returns does not change while a job writes. K
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 
 import lance
@@ -14,8 +16,11 @@ from lance.query import MatchQuery
 
 from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError
 from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rows import TableSpec, read_rows
+from kalm_encoder.row_index import ADDRESS, RowIndex
+from kalm_encoder.row_reader import read_rows, verified
+from kalm_encoder.rows import TableSpec
 
+logger = logging.getLogger(__name__)
 LIVE_TAG = "live"
 """The tag that names the newest complete version; a job moves it last."""
 
@@ -27,11 +32,13 @@ class PassageTable:
         uri: where it is.
         spec: what it records of the model and settings that made it.
         dataset: the Lance dataset behind it.
+        index: where its rows lie, in memory; None where that was not asked for, or is too large.
     """
 
     def __init__(self, uri: str, dataset: lance.LanceDataset) -> None:
         self.uri = uri
         self.dataset = dataset
+        self.index: RowIndex | None = None
         self.spec = TableSpec.from_metadata(dataset.schema.metadata, uri)
 
     @classmethod
@@ -41,6 +48,7 @@ class PassageTable:
         *,
         version: int | str | None = None,
         storage_options: dict[str, str] | None = None,
+        index_bytes: int = 0,
     ) -> PassageTable:
         """Open a table.
 
@@ -49,9 +57,11 @@ class PassageTable:
             version: a version number or tag; None takes the tag `live`, which only a complete
                 table has.
             storage_options: as Lance takes them, such as aws_endpoint.
+            index_bytes: memory for `load_index`; 0 does without.
 
         Raises:
             TableError: no such table or version, or a job has not completed it.
+            CorruptRowError: see `load_index`.
         """
         dataset = open_dataset(uri, storage_options)
         try:
@@ -63,7 +73,35 @@ class PassageTable:
             at = dataset.checkout_version(LIVE_TAG if version is None else version)
         except (ValueError, OSError) as error:
             raise TableError(f"{uri} has no version {version!r}: {first_line(error)}") from error
-        return cls(uri, at)
+        table = cls(uri, at)
+        if index_bytes:
+            table.load_index(index_bytes)
+        return table
+
+    def load_index(self, max_bytes: int) -> None:
+        """Hold in memory where each row lies, so that `take` reads states alone; see row_index.py.
+
+        It reads the light columns once, 0.2 to 0.5 s a million rows from a local disk. Where the
+        index would be larger than `max_bytes`, rows are read as before, and the log says so.
+
+        Raises:
+            CorruptRowError: the light columns cannot be read.
+        """
+        began, rows, ratios = time.monotonic(), len(self), self.spec.ratios
+        if (size := RowIndex.size(rows, ratios)) > max_bytes:
+            logger.warning(
+                "an index of %d rows takes %.1f MB of memory, the limit is %.1f: rows are looked "
+                "up on disk",
+                *(rows, size / 2**20, max_bytes / 2**20),
+            )
+            return
+        try:
+            batches = self.dataset.scanner(RowIndex.columns(ratios), batch_size=65536).to_batches()
+            self.index = RowIndex.build(batches, rows, ratios)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+        seconds = time.monotonic() - began
+        logger.info("%d rows indexed in memory: %.1f MB, %.1f s", rows, size / 2**20, seconds)
 
     @property
     def version(self) -> int:
@@ -90,15 +128,35 @@ class PassageTable:
             CorruptRowError: a row's bytes are not what was written.
         """
         stored = self.spec.source_ratio(ratio)
-        columns = ["id", "num_tokens", "truncated", f"states_r{stored}", f"checksum_r{stored}"]
+        wanted = ratio or stored
         unique = list(dict.fromkeys(ids))
-        if not unique:
-            return []
-        rows = self._scan(columns, ids_in(unique))
-        found = read_rows(self.spec, rows, stored=stored, wanted=ratio or stored, uri=self.uri)
+        found, left = self._take_indexed(unique, stored, wanted)
+        if left:
+            columns = ["id", "num_tokens", "truncated", f"states_r{stored}", f"checksum_r{stored}"]
+            rows = self._scan(columns, ids_in(left))
+            found |= read_rows(self.spec, rows, stored=stored, wanted=wanted, uri=self.uri)
         if missing := [i for i in unique if i not in found]:
             raise MissingIdsError(missing, self.uri)
         return [found[i] for i in ids]
+
+    def _take_indexed(
+        self, ids: Sequence[str], stored: int, wanted: int
+    ) -> tuple[dict[str, PassageStates], list[str]]:
+        """Read passages through the index in memory; return them, and the ids it cannot settle.
+
+        Those share a hash with another id, or their row is damaged: the ordinary way tells which.
+        """
+        if self.index is None:
+            return {}, list(ids)
+        single, left = self.index.find(ids)
+        if not single:
+            return {}, left
+        addresses = ", ".join(str(self.index.addresses[entry]) for entry in single.values())
+        states = self._scan([f"states_r{stored}", ADDRESS], f"{ADDRESS} IN ({addresses})")
+        rows = self.index.rows(states, single, stored)
+        read = verified(self.spec, rows, stored=stored, wanted=wanted)
+        found = {key: passage for key, passage in read if passage is not None}
+        return found, left + [i for i in single if i not in found]
 
     def known(self, ids: Sequence[str], *, where: str | None = None) -> set[str]:
         """Return those ids that the table holds, and whose rows satisfy `where`.
@@ -136,14 +194,17 @@ class PassageTable:
         facts = zip(rows["num_tokens"].to_pylist(), rows["truncated"].to_pylist(), strict=True)
         return dict(zip(rows["id"].to_pylist(), facts, strict=True))
 
-    def _scan(self, columns: list[str], wanted: pc.Expression) -> pa.Table:
+    def _scan(self, columns: list[str], wanted: pc.Expression | str) -> pa.Table:
         try:
             return self.dataset.scanner(columns=columns, filter=wanted).to_table()
         except (OSError, ValueError) as error:
-            raise CorruptRowError(
-                f"{self.uri} cannot be read: {first_line(error)}. `kalm verify {self.uri}` says "
-                "which rows are damaged"
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> CorruptRowError:
+        return CorruptRowError(
+            f"{self.uri} cannot be read: {first_line(error)}. `kalm verify {self.uri}` says which "
+            "rows are damaged"
+        )
 
     def search(self, query: str, limit: int) -> list[tuple[str, float]]:
         """Find passages by full-text search (BM25) over the stored text: a first stage.

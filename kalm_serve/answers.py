@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Any
 
-from kalm_encoder import __version__
+from kalm_encoder import PassageTable, __version__
 from kalm_serve.engine import Engine, Scored
 from kalm_serve.shapes import Document, Options, RerankRequest, ScoreRequest, TeiRequest
 
@@ -14,9 +14,10 @@ from kalm_serve.shapes import Document, Options, RerankRequest, ScoreRequest, Te
 def rerank(engine: Engine, request: RerankRequest) -> dict[str, Any]:
     """Answer in the union of the shapes of Cohere, Jina and vLLM."""
     candidates = request.candidates()
-    scored, tokens = engine.rerank(request.query, candidates, request)
-    scored = scored[: request.top_n or None]
-    texts = _texts(engine, candidates, scored) if request.return_documents else {}
+    with engine.live.lease() as version:
+        scored, tokens = engine.rerank(version, request.query, candidates, request)
+        scored = scored[: request.top_n or None]
+        texts = _texts(version.table, candidates, scored) if request.return_documents else {}
     results = []
     for one in scored:
         result: dict[str, Any] = {"index": one.index, "relevance_score": one.score}
@@ -33,23 +34,23 @@ def rerank(engine: Engine, request: RerankRequest) -> dict[str, Any]:
     }
     if request.max_tokens_per_doc is not None or request.truncate_prompt_tokens is not None:
         meta["warnings"] = [
-            f"passages are cut to {engine.table.spec.max_length} tokens when they are encoded: "
+            f"passages are cut to {version.table.spec.max_length} tokens when they are encoded: "
             "max_tokens_per_doc and truncate_prompt_tokens are ignored"
         ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {
         "id": f"rerank-{uuid.uuid4().hex}",
         "object": "list",
-        "model": request.model or engine.model_name,
+        "model": request.model or version.model_name,
         "results": results,
         "usage": usage,
         "meta": meta,
     }
 
 
-def _texts(engine: Engine, candidates: list[Document], scored: list[Scored]) -> dict[int, str]:
+def _texts(table: PassageTable, candidates: list[Document], scored: list[Scored]) -> dict[int, str]:
     """Return the texts of candidates by place: as sent, else as stored."""
-    stored = engine.table.texts([s.id for s in scored if s.id and candidates[s.index].text is None])
+    stored = table.texts([s.id for s in scored if s.id and candidates[s.index].text is None])
     found = {}
     for one in scored:
         text = candidates[one.index].text
@@ -63,7 +64,8 @@ def _texts(engine: Engine, candidates: list[Document], scored: list[Scored]) -> 
 def tei(engine: Engine, request: TeiRequest) -> list[dict[str, Any]]:
     """Answer in TEI's shape."""
     candidates = [Document(text=text) for text in request.texts]
-    scored, _ = engine.rerank(request.query, candidates, Options())
+    with engine.live.lease() as version:
+        scored, _ = engine.rerank(version, request.query, candidates, Options())
     results: list[dict[str, Any]] = []
     for one in scored:
         score = one.margin if request.raw_scores else one.score
@@ -81,15 +83,16 @@ def score(engine: Engine, request: ScoreRequest) -> dict[str, Any]:
     engine.check_count(sum(map(len, by_query.values())))
     scores: dict[int, float] = {}
     tokens = 0
-    for query, members in by_query.items():
-        scored, used = engine.rerank(query, [c for _, c in members], request)
-        tokens += used
-        scores |= {members[one.index][0]: one.score for one in scored}
+    with engine.live.lease() as version:
+        for query, members in by_query.items():
+            scored, used = engine.rerank(version, query, [c for _, c in members], request)
+            tokens += used
+            scores |= {members[one.index][0]: one.score for one in scored}
     return {
         "id": f"score-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
-        "model": request.model or engine.model_name,
+        "model": request.model or version.model_name,
         "data": [
             {"index": place, "object": "score", "score": scores[place]} for place in sorted(scores)
         ],
@@ -99,13 +102,14 @@ def score(engine: Engine, request: ScoreRequest) -> dict[str, Any]:
 
 def info(engine: Engine, max_body: int) -> dict[str, Any]:
     """Say what is served; no paths."""
-    spec = engine.table.spec
+    with engine.live.lease() as version:
+        spec, rows = version.table.spec, len(version.table)
     return {
-        "model": engine.model_name,
+        "model": version.model_name,
         "revision": spec.revision,
         "fingerprint": spec.fingerprint,
-        "table_version": engine.table.version,
-        "rows": len(engine.table),
+        "table_version": version.table.version,
+        "rows": rows,
         "ratios": list(spec.ratios),
         "store_dtype": spec.store_dtype,
         "max_length": spec.max_length,

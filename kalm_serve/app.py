@@ -1,4 +1,4 @@
-"""The HTTP face of an Engine: routes, limits, errors. No error tells more than a message."""
+"""The HTTP face of an Engine: routes and limits."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from kalm_encoder import __version__
-from kalm_encoder.errors import InputError, KalmError, MissingIdsError
+from kalm_encoder.errors import KalmError
 from kalm_serve import answers
 from kalm_serve.engine import Engine
 from kalm_serve.explore import Explorer
 from kalm_serve.explore_page import Page, add_routes
 from kalm_serve.limits import BodyLimit
 from kalm_serve.metrics import Metrics
-from kalm_serve.shapes import RerankRequest, ScoreRequest, TeiRequest, problems
+from kalm_serve.problems import ERRORS, HANDLERS
+from kalm_serve.shapes import RerankRequest, ScoreRequest, TeiRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -189,60 +187,6 @@ def _load(engine: Engine) -> None:
     except BaseException:
         logger.exception("loading failed")
         os._exit(1)
-
-
-def _problem(status: int, message: str, headers: Any = None, **more: Any) -> JSONResponse:
-    """Return an error in the union of the shapes clients know."""
-    kind = {413: "Overloaded", 422: "Validation", 429: "Overloaded"}.get(status, "Backend")
-    body = {"message": message, "detail": message, "error": message, "error_type": kind}
-    return JSONResponse(body | more, status, headers)
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return _problem(422, problems(list(error.errors())))
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    return _problem(422, str(error))
-
-
-async def _missing(_: Request, error: Exception) -> Response:
-    assert isinstance(error, MissingIdsError)
-    shown = ", ".join(repr(i) for i in error.ids[:10]) + (", …" if len(error.ids) > 10 else "")
-    message = f"{len(error.ids)} ids have no stored states: {shown}"
-    return _problem(422, message, missing_ids=error.ids)
-
-
-async def _http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, StarletteHTTPException)
-    return _problem(error.status_code, str(error.detail), error.headers)
-
-
-async def _broken(_: Request, error: Exception) -> Response:
-    logger.error("a request failed", exc_info=error)
-    return _problem(500, "the request failed; the server's log says why")
-
-
-HANDLERS: dict[Any, Any] = {
-    RequestValidationError: _invalid,
-    InputError: _refused,
-    MissingIdsError: _missing,
-    StarletteHTTPException: _http,
-    Exception: _broken,
-}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
-    for status, text in {
-        400: "not JSON",
-        401: "no valid key",
-        413: "the request is too large",
-        422: "the request cannot be answered; the message says why",
-        429: "too many requests are waiting; see Retry-After",
-        503: "not loaded yet",
-        504: "not done in time",
-    }.items()
-}
 
 
 def listen(app: FastAPI, host: str, port: int) -> None:

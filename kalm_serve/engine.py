@@ -1,4 +1,4 @@
-"""What a request asks of the live version: candidates in, scores out. Knows no HTTP."""
+"""What a request asks of the version it leases: candidates in, scores out. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -24,23 +24,21 @@ class Scored:
 
 
 class Engine:
-    """Scores requests against whatever version is live when they begin."""
+    """Scores requests within the operator's limits.
+
+    Args:
+        live: lends the version that a request begins, and ends, on.
+    """
 
     def __init__(self, live: LiveTable) -> None:
         self.live = live
         self.settings = live.settings
 
     @property
-    def table(self) -> PassageTable:
-        """The live version."""
-        if self.live.current is None:
-            raise RuntimeError("not loaded")
-        return self.live.current.table
-
-    @property
     def model_name(self) -> str:
-        """Name of the model; of a directory the last part, as paths are nobody's business."""
-        return self.table.spec.model.rstrip("/").rsplit("/", 1)[-1]
+        """Name of the live version's model."""
+        with self.live.lease() as version:
+            return version.model_name
 
     def check_count(self, count: int) -> None:
         """Refuse too many candidates.
@@ -52,11 +50,12 @@ class Engine:
             raise InputError(f"{count} candidates, at most {limit} in one request")
 
     def rerank(
-        self, query: str, candidates: Sequence[Document], options: Options
+        self, version: Version, query: str, candidates: Sequence[Document], options: Options
     ) -> tuple[list[Scored], int]:
         """Score the candidates of one query.
 
         Args:
+            version: leased.
             query: raw text.
             candidates: stored ids, or texts where the encoder is loaded; one may repeat.
             options: instruction, ratio, cascade, max_ms and filter.
@@ -72,18 +71,16 @@ class Engine:
         """
         self.check_count(len(candidates))
         keys = _keys(candidates)
-        with self.live.lease() as version:
-            allowed = self._allowed(version.table, candidates, options.filter)
-            results = version.reranker.rerank(
-                query,
-                [k for k in dict.fromkeys(keys) if allowed is None or k in allowed],
-                instruction=options.instruction,
-                ratio=options.ratio,
-                cascade=options.cascade,
-                max_ms=options.max_ms,
-                passages=_encode(version, keys, candidates),
-            )
-            tokens = len(version.decoder.prompt(query, options.instruction).ids) * len(results)
+        allowed = self._allowed(version.table, candidates, options.filter)
+        prompt = version.decoder.prompt(query, options.instruction)
+        results = version.reranker.rerank(
+            prompt,
+            [k for k in dict.fromkeys(keys) if allowed is None or k in allowed],
+            ratio=options.ratio,
+            cascade=options.cascade,
+            max_ms=options.max_ms,
+            passages=_encode(version, keys, candidates),
+        )
         places: dict[str, list[int]] = {}
         for index, key in enumerate(keys):
             places.setdefault(key, []).append(index)
@@ -92,7 +89,7 @@ class Engine:
             for r in results
             for index in places[r.id]
         ]
-        return scored, tokens
+        return scored, len(prompt.ids) * len(results)
 
     def _allowed(
         self, table: PassageTable, candidates: Sequence[Document], predicate: str | None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fastapi.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kalm_serve.problems import problem
 
 
 class BodyLimit:
@@ -22,8 +23,7 @@ class BodyLimit:
         message = f"the request is longer than {self.limit} bytes"
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
-            body = {"message": message, "detail": message, "error": message}
-            reply = JSONResponse(body, 413, {"Connection": "close"})
+            reply = problem(413, message, {"Connection": "close"})
             await reply(scope, receive, send)
             return
         received = 0

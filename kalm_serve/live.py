@@ -29,6 +29,8 @@ class Settings:
         dtype: None takes bfloat16 on GPU and float32 on CPU.
         with_encoder: load the encoder too, for candidates that come as texts.
         hot_bytes: memory for repeated passages.
+        index_bytes: memory for where each row lies; twice that while a new version is loaded.
+        compile: run the decoder through torch.compile.
         filter_columns: columns that requests may filter by.
         max_candidates: of one request.
         refresh_s: seconds between two looks at the tag.
@@ -42,6 +44,8 @@ class Settings:
     dtype: str | None = None
     with_encoder: bool = False
     hot_bytes: int = 0
+    index_bytes: int = 512 << 20
+    compile: bool = False
     filter_columns: frozenset[str] = frozenset()
     max_candidates: int = 1000
     refresh_s: float = 10.0
@@ -59,6 +63,11 @@ class Version:
     def table(self) -> PassageTable:
         """The table at this version."""
         return self.reranker.table
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model; of a directory the last part, as paths are nobody's business."""
+        return self.table.spec.model.rstrip("/").rsplit("/", 1)[-1]
 
 
 class LiveTable:
@@ -150,6 +159,10 @@ class LiveTable:
             reranker = Reranker(table, decoder)
             if self.settings.with_encoder and encoder is None:
                 encoder = self._load_encoder(table)
+            if not same:
+                decoder.call(decoder.decoder.warm_up)
+            if self.settings.index_bytes:
+                table.load_index(self.settings.index_bytes)
             first = table.dataset.to_table(columns=["id"], limit=8)["id"].to_pylist()
             reranker.rerank("warm up", first)
         except BaseException:
@@ -175,6 +188,7 @@ class LiveTable:
                 device=settings.device,
                 dtype=settings.dtype,
                 hot_bytes=settings.hot_bytes,
+                compile=settings.compile,
             ),
             self._observe,
         )

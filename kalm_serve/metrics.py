@@ -35,6 +35,7 @@ class Metrics:
         self.failed_swaps = Gauge(
             "kalm_failed_swaps", "Live versions that could not be taken over", registry=registry
         )
+        self.index_bytes = Gauge("kalm_index_bytes", "Of where rows lie", registry=registry)
         self.hot_bytes = Gauge("kalm_hot_bytes", "Of repeated passages", registry=registry)
         self.hot_lookups = Gauge(
             "kalm_hot_lookups", "Passages looked for", ["found"], registry=registry
@@ -45,7 +46,9 @@ class Metrics:
         self.pending.set(pending)
         self.failed_swaps.set(live.failed_swaps)
         if live.current is not None:
-            self.version.set(live.current.table.version)
+            table = live.current.table
+            self.version.set(table.version)
+            self.index_bytes.set(table.index.nbytes if table.index else 0)
             if (hot := live.current.decoder.decoder.hot) is not None:
                 self.hot_bytes.set(hot.nbytes)
                 self.hot_lookups.labels("yes").set(hot.hits)

@@ -12,7 +12,8 @@ from dataclasses import replace
 import lance
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.rows import build_rows, read_rows
+from kalm_encoder.row_reader import read_rows
+from kalm_encoder.rows import build_rows
 from kalm_encoder.table import PassageTable
 from pipeline.columnar_files import slice_hash
 from pipeline.driver import Outcome, Summary, load

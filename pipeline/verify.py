@@ -15,7 +15,8 @@ from kalm_encoder.decoder import QueryDecoder
 from kalm_encoder.encoder import PassageEncoder
 from kalm_encoder.errors import InputError, KalmError
 from kalm_encoder.pooling import num_groups
-from kalm_encoder.rows import TableSpec, states_arrays
+from kalm_encoder.row_reader import states_arrays
+from kalm_encoder.rows import TableSpec
 from kalm_encoder.table import PassageTable, first_line
 from pipeline.comparison import Comparison
 from pipeline.duplicates import repeated_rows

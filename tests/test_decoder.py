@@ -6,9 +6,10 @@ import torch
 
 from kalm_encoder import QueryDecoder
 from kalm_encoder.batching import padded_size, plan_batches
-from kalm_encoder.decoder import MAX_PADDING, Pair
+from kalm_encoder.decoder import MAX_PADDING
 from kalm_encoder.decoder_forward import last_hidden
 from kalm_encoder.errors import InputError, NonFiniteError
+from kalm_encoder.pairs import Pair, memory_of
 from tests.conftest import make_texts
 
 
@@ -81,14 +82,14 @@ def test_the_exact_savings_change_nothing(decoder, lengths):
     rng = np.random.default_rng(0)
     states = [rng.standard_normal((n, decoder.dim)).astype(np.float32) for n in lengths]
     pairs = [Pair(decoder.prompt("a query"), s) for s in states]
-    memory = decoder._memory(pairs)
+    memory = memory_of(pairs, decoder.device, torch.float32)
     prompt = torch.tensor([pairs[0].prompt.ids])
     with torch.inference_mode():
         ours, _ = last_hidden(decoder.model, prompt, memory)
         plain = decoder.model(
             input_ids=prompt.expand(len(states), -1),
             encoder_hidden_states=memory.states,
-            encoder_attention_mask=memory.real.long(),
+            encoder_attention_mask=memory.real.expand(len(states), -1).long(),
             use_cache=False,
         ).last_hidden_state[:, -1]
     assert (ours - plain).abs().max() <= 1e-5

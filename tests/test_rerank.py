@@ -4,7 +4,7 @@ import pytest
 
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
-from kalm_encoder.rerank import check_match
+from kalm_encoder.match import check_match
 
 IDS = [f"p{i}" for i in range(60)]
 
@@ -94,3 +94,9 @@ def test_given_states_are_used_instead_of_the_tables(reranker):
     }
     assert abs(scores["new"] - scores["p1"]) <= 1e-5
     assert scores["p2"] == pytest.approx(scores["p1"], abs=1e-5)
+
+
+def test_a_prompt_made_before_is_a_query(reranker):
+    prompt = reranker.decoder.prompt("token state", "Find duplicates.")
+    expected = reranker.rerank("token state", IDS, instruction="Find duplicates.")
+    assert reranker.rerank(prompt, IDS) == expected

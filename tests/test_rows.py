@@ -12,7 +12,8 @@ from kalm_encoder import PassageTable
 from kalm_encoder.checksums import states_checksum
 from kalm_encoder.errors import CorruptRowError, InputError, TableError
 from kalm_encoder.pooling import PassageStates, coarsen, num_groups
-from kalm_encoder.rows import TableSpec, build_rows, read_rows
+from kalm_encoder.row_reader import read_rows
+from kalm_encoder.rows import TableSpec, build_rows
 from tests.golden import write_v1
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2, 8), store_dtype="float32")

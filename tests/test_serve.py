@@ -11,6 +11,7 @@ import pytest
 
 from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageTable, Reranker
+from kalm_encoder.row_index import RowIndex
 from pipeline import maintenance
 from pipeline.driver import encode_inline
 from pipeline.job import EncodeJob
@@ -39,7 +40,7 @@ def client(small_table):
 
 @pytest.fixture(scope="module")
 def plain(small_table):
-    with serving(small_table, "--tei", KALM_API_KEY="s3cret") as client:
+    with serving(small_table, "--tei", "--index-mb", "0", KALM_API_KEY="s3cret") as client:
         client.headers["Authorization"] = "Bearer s3cret"
         yield client
 
@@ -182,6 +183,7 @@ def test_limits(client):
     assert "at most 100" in many.json()["message"]
     large = client.post("/rerank", content=b"x" * (1 << 20) + b"y")
     assert large.status_code == 413
+    assert large.json()["error_type"] == "Overloaded"
     chunks = client.post("/rerank", content=(b"[" * 65536 for _ in range(40)))  # no Content-Length
     assert chunks.status_code == 413
 
@@ -235,6 +237,7 @@ def test_tei_shape_key_and_no_encoder(plain):
         assert denied.status_code == 401
     assert httpx.get(f"{plain.base_url}/health").status_code == 200
     assert httpx.get(f"{plain.base_url}/metrics").status_code == 401
+    assert "kalm_index_bytes 0.0" in plain.get("/metrics").text
 
 
 def test_tei_answers_a_bare_list(small_table, reranker):
@@ -322,6 +325,7 @@ def test_the_live_tag_is_followed(model_dir, tmp_path):
     encode_table(model_dir, corpus, table)
     with serving(table, "--refresh-s", "0.1", log=tmp_path / "log") as client:
         before = client.get("/info").json()["table_version"]
+        assert f"kalm_index_bytes {RowIndex.size(20, (4,)):.1f}" in client.get("/metrics").text
         ask = {"query": "q", "document_ids": ["p0", "p20"]}
         assert client.post("/rerank", json=ask).status_code == 422
         write_corpus(corpus, TEXTS[:21])
@@ -340,6 +344,7 @@ def test_the_live_tag_is_followed(model_dir, tmp_path):
         thread.start()
         wait_until(lambda: client.get("/info").json()["table_version"] != before)
         assert client.post("/rerank", json=ask).status_code == 200
+        assert f"kalm_index_bytes {RowIndex.size(21, (4,)):.1f}" in client.get("/metrics").text
         maintenance.rollback(str(table), None)
         wait_until(lambda: client.post("/rerank", json=ask).status_code == 422)
         stop.set()

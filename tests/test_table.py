@@ -1,4 +1,3 @@
-import lance
 import lancedb
 import numpy as np
 import pyarrow as pa
@@ -80,7 +79,8 @@ def test_missing_tables_and_versions_are_named(small_table, tmp_path):
     assert PassageTable.open(str(small_table), version="live").version > 1
 
 
-def test_flipped_bits_in_states_are_found(model_dir, tmp_path):
+@pytest.mark.parametrize("index_bytes", [0, 1 << 20])
+def test_flipped_bits_in_states_are_found(model_dir, tmp_path, index_bytes):
     """Flip single bits all over a data file: what take returns is right, or it raises."""
     corpus = write_corpus(tmp_path / "c.jsonl", make_texts(20))
     uri = tmp_path / "t.lance"
@@ -96,7 +96,7 @@ def test_flipped_bits_in_states_are_found(model_dir, tmp_path):
         damaged[position] ^= 1 << int(rng.integers(8))
         file.write_bytes(damaged)
         try:
-            taken = PassageTable(str(uri), lance.dataset(uri, version="live")).take(ids)
+            taken = PassageTable.open(str(uri), index_bytes=index_bytes).take(ids)
         except (CorruptRowError, MissingIdsError, OSError, ValueError, pa.ArrowInvalid):
             detected += 1
             continue

@@ -1,0 +1,41 @@
+"""Does a table belong to a decoder: compares all that a table records with the query side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kalm_encoder.errors import MismatchError
+from kalm_encoder.prompts import TEMPLATE
+from kalm_encoder.rows import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from kalm_encoder.rerank import Scorer
+    from kalm_encoder.table import PassageTable
+
+
+def check_match(table: PassageTable, decoder: Scorer, *, max_length: int | None = None) -> None:
+    """Refuse a table that this decoder cannot score.
+
+    Raises:
+        MismatchError: names the first differing field, both values and the remedy.
+    """
+    spec = table.spec
+    again = "encode the corpus again"
+    expected = [
+        ("format_version", spec.format_version, FORMAT_VERSION, again),
+        ("template", spec.template, TEMPLATE, again),
+        ("dim", spec.dim, decoder.dim, f"load {spec.model}, or {again}"),
+        ("max_length", spec.max_length, max_length or spec.max_length, again),
+        (
+            "fingerprint",
+            spec.fingerprint,
+            decoder.fingerprint,
+            f"load the model the table was made with ({spec.model}, revision "
+            f"{spec.revision or 'local'}), or {again} with this one",
+        ),
+    ]
+    for field, stored, wanted, remedy in expected:
+        if stored != wanted:
+            raise MismatchError(
+                field, f"{table.uri} has {field} {stored!r}, the query side {wanted!r}: {remedy}"
+            )

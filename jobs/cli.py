@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from jobs import demo, encode, manage, rerank, serve, status, sync, truncate, verify
+from jobs import demo, encode, manage, plan, rerank, serve, status, sync, truncate, verify
 from kalm_encoder.errors import KalmError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(plan.plan)
 app.command()(encode.encode)
 app.command()(status.status)
 app.command()(rerank.rerank)

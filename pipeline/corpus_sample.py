@@ -32,7 +32,7 @@ LEAST_BLOCKS, MOST_BLOCKS = 30, 20_000
 """Of a kind of files: below, an interval means nothing, so that many are read whatever the time."""
 BLOCK_BYTES, BLOCK_ROWS = (1 << 12, 1 << 16), (16, 256)
 """The smallest and the largest block."""
-MOST_EXAMPLES = 4000
+MOST_EXAMPLES, BLOCK_EXAMPLES = 4000, 100
 TEXT, COLUMNS, ORDERED = "plain text", "Parquet and Lance", "compressed or quoted"
 
 
@@ -264,7 +264,8 @@ class _Sampler:
         counted = np.array(lengths, np.int64)
         stratum.blocks.append(Block(piece.file, start, size, lines, len(rejects), counted))
         room = most * (len(self._sample.strata) + 1) - len(self._sample.examples)
-        self._sample.examples += list(zip(passages, lengths, strict=True))[: max(0, room)]
+        some = list(zip(passages, lengths, strict=True))
+        self._sample.examples += some[: max(0, min(room, BLOCK_EXAMPLES))]
 
 
 def _cut(pieces: list[Piece], parts: int, limits: tuple[int, int]) -> list[Piece]:

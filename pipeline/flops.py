@@ -86,7 +86,8 @@ def encoder_flops(shape: Shape, lengths: NDArray[np.int64]) -> NDArray[np.float6
     seen = before * (before + 1) / 2 + (n - before) * before
     seen += after * (after + 1) / 2 + (n - 1 - after) * after
     pairs = shape.full_layers * n * n + (shape.layers - shape.full_layers) * seen
-    return 2 * n * shape.params + 4 * shape.heads * shape.head_dim * pairs
+    flops: NDArray[np.float64] = 2 * n * shape.params + 4 * shape.heads * shape.head_dim * pairs
+    return flops
 
 
 def decoder_flops(shape: Shape, prompt: int, states: float, candidates: int = 1) -> float:

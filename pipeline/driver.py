@@ -207,10 +207,11 @@ def _encode(
     allowed = int(job.max_rejected * plan.num_rows)
     rejected = progress.before - ledger.num_rows
     rejects = RejectStore(job.uri, job.storage_options)
+    recorder = RunRecorder(ledger.uri, job.storage_options)
     if not ledger.done:
         rejects.clear()  # of an earlier attempt, with other input
+        recorder.forget_earlier()
     failures: list[ShardFailure] = []
-    recorder = RunRecorder(ledger.uri, ledger.generation, job.storage_options)
     committer = _Committer(job, ledger, recorder)
     try:
         for outcome in outcomes:

@@ -2,7 +2,8 @@
 
 For people and figures only; no job reads them, and a store that refuses them costs a warning. A
 run keeps them in memory and writes those it has every so often, at a commit, and at its end: a
-killed run loses the last half minute of them. A part is written anew until it holds PART_RECORDS,
+killed run loses the last half minute of them. A run that begins a table or a generation drops
+those of earlier ones. A part is written anew until it holds PART_RECORDS,
 then the next one begins, so that what is written again stays small however long a run is.
 """
 
@@ -36,7 +37,6 @@ class ShardRecord:
 
     Attributes:
         run: UTC start and random name of the run.
-        generation: of the table, as `kalm status` prints it.
         at_s: seconds from the start of the run to the shard's arrival at the driver.
         shard: its number in the plan.
         rows: written.
@@ -49,7 +49,6 @@ class ShardRecord:
     """
 
     run: str
-    generation: int
     at_s: float
     shard: int
     rows: int
@@ -64,21 +63,25 @@ class ShardRecord:
 class RunRecorder:
     """Collects the records of one run and writes them beside its table."""
 
-    def __init__(
-        self, uri: str, generation: int, storage_options: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, uri: str, storage_options: dict[str, str] | None = None) -> None:
         self._session = LanceFileSession(uri, storage_options=storage_options)
         self.run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
-        self._generation = generation
         self._began = self._written_at = time.monotonic()
         self._lines: list[str] = []
         self._part = self._written = 0
+
+    def forget_earlier(self) -> None:
+        """Drop the records of earlier runs: nothing of what they did is in the table."""
+        try:
+            for path in self._session.list(FOLDER):
+                self._session.delete_file(path)
+        except OSError as error:
+            logger.warning("records of earlier runs are still there: %s", first_line(error))
 
     def add(self, result: ShardResult) -> None:
         """Note a shard that has just arrived."""
         record = ShardRecord(
             run=self.run,
-            generation=self._generation,
             at_s=round(time.monotonic() - self._began, 3),
             shard=result.shard.number,
             rows=result.num_rows,
@@ -116,7 +119,7 @@ class RunRecorder:
 
 
 def read_records(uri: str, storage_options: dict[str, str] | None = None) -> list[ShardRecord]:
-    """Return the records of a table's last generation, by run, then by time."""
+    """Return the records of all runs that encoded for the table, by run, then by time."""
     session = LanceFileSession(uri, storage_options=storage_options)
     records: list[ShardRecord] = []
     for path in sorted(session.list(FOLDER)):
@@ -125,13 +128,12 @@ def read_records(uri: str, storage_options: dict[str, str] | None = None) -> lis
             session.download_file(path, str(file))
             lines = file.read_text(encoding="utf-8").splitlines()
             records += [ShardRecord(**json.loads(line)) for line in lines]
-    last = max((record.generation for record in records), default=0)
-    return [record for record in records if record.generation == last]
+    return records
 
 
 @dataclass(frozen=True)
 class RunTotals:
-    """Runs of a generation taken together.
+    """Runs taken together.
 
     Attributes:
         runs: that encoded anything.

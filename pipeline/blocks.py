@@ -20,7 +20,7 @@ from pipeline.columnar_files import slice_hash
 from pipeline.sources import Fields, fsspec_options
 from pipeline.text_files import Record, Slice
 
-CHUNK = 1 << 15
+AT_ONCE, CHUNK, WARM_UP = 1 << 10, 1 << 13, 1 << 18
 Records = list[tuple[int, dict[str, Any] | str]]
 
 
@@ -115,21 +115,19 @@ class OrderedFile:
     """A text file read from its start, for what cannot be entered in the middle.
 
     Attributes:
+        warm_from: number of the first block after WARM_UP. Before it a compressor knows little and
+            packs worse, and a decompressor takes bytes that it only needs later.
         finished: whether the end was reached.
     """
 
     def __init__(self, piece: Piece, storage_options: dict[str, str] | None) -> None:
         self._piece, self._options = piece, storage_options
         self._taken = self._delivered = 0
+        self.warm_from = 0
         self.finished = False
 
-    @property
-    def bytes_a_byte(self) -> float:
-        """Bytes on the store that one decompressed byte took, so far."""
-        return self._taken / self._delivered if self._delivered else 1.0
-
-    def blocks(self) -> Iterator[tuple[int, int, int, Records]]:
-        """Yield (number, decompressed bytes, lines, records).
+    def blocks(self) -> Iterator[tuple[int, int, int, int, Records]]:
+        """Yield (number, bytes on the store, decompressed bytes, lines, records) of each block.
 
         Raises:
             InputError: the file cannot be read or decompressed.
@@ -154,15 +152,19 @@ class OrderedFile:
         except (OSError, EOFError) as error:
             raise InputError(f"cannot read {path}: {error}") from error
 
-    def _block(self, number: int, waiting: list[Record]) -> tuple[int, int, int, Records]:
+    def _block(self, number: int, waiting: list[Record]) -> tuple[int, int, int, int, Records]:
         whole = b"".join(record.raw for record in waiting)
         records = text_files.parse_all(io.BytesIO(whole), self._piece.columns, self._piece.path)
-        return number, len(whole), sum(record.num_lines for record in waiting), list(records)
+        if self._delivered < WARM_UP:
+            self.warm_from = number + 1
+        taken, self._taken = self._taken, 0
+        lines = sum(record.num_lines for record in waiting)
+        return number, taken, len(whole), lines, list(records)
 
     def _lines(self, raw: Any) -> Iterator[bytes]:
         """Yield lines, taking small pieces from the store so that what was taken is known."""
         compression = fsspec.utils.infer_compression(self._piece.path)
-        counted = io.BufferedReader(_Counted(raw, self), 512)
+        counted = _Counted(raw, self)
         opener = fsspec.compression.compr[compression] if compression else None
         stream = opener(counted, mode="rb") if opener else counted
         rest = b""
@@ -180,16 +182,18 @@ class OrderedFile:
 
 
 class _Counted(io.RawIOBase):
-    """A stream that hands out at most 4 KiB at a time and tells its reader how much it took."""
+    """A stream that hands out little at a time and tells its reader how much it took."""
 
     def __init__(self, raw: Any, reader: OrderedFile) -> None:
         self._raw, self._reader = raw, reader
 
     def readable(self) -> bool:
+        """Return True, as io.RawIOBase asks for."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._raw.read(min(len(buffer), 1 << 12))
+        """Fill a part of the buffer."""
+        data = self._raw.read(min(len(buffer), AT_ONCE))
         buffer[: len(data)] = data
         self._reader.take(len(data))
         return len(data)

@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from kalm_encoder.encoder import passage_ids
 from kalm_encoder.errors import InputError
 from pipeline import columnar_files, text_files
-from pipeline.blocks import OrderedFile, Piece, count_lines, read_piece, text_size
+from pipeline.blocks import WARM_UP, OrderedFile, Piece, count_lines, read_piece, text_size
 from pipeline.columnar_files import LanceTable
 from pipeline.shards import to_rows
 from pipeline.sources import COMPRESSIONS, FieldOptions, Fields, Passage, file_format
 
 LEAST_BLOCKS, MOST_BLOCKS = 30, 20_000
 """Of a kind of files: below, an interval means nothing, so that many are read whatever the time."""
+LEAST_BYTES = 1 << 20
+"""Decompressed, of compressed files together."""
 BLOCK_BYTES, BLOCK_ROWS = (1 << 12, 1 << 16), (16, 256)
 """The smallest and the largest block."""
 MOST_EXAMPLES, BLOCK_EXAMPLES = 4000, 100
@@ -223,24 +225,29 @@ class _Sampler:
         self, stratum: Stratum, pieces: list[Piece], deadline: float, most: int
     ) -> None:
         self._random.shuffle(pieces)
-        finished = 0
+        finished = read = 0
         for i, piece in enumerate(pieces):
             now = time.monotonic()
             until = now + max(0.0, deadline - now) / (len(pieces) - i)
-            if now > deadline and len(stratum.blocks) >= LEAST_BLOCKS:
+            if now > deadline and read >= LEAST_BYTES:
                 break
             first = len(stratum.blocks)
             file = OrderedFile(piece, self._options)
-            for start, size, lines, records in file.blocks():
-                self._add(stratum, piece, start, size, lines, records, most)
-                read = len(stratum.blocks) - first
-                if time.monotonic() > until and read >= LEAST_BLOCKS / len(pieces):
+            seen = 0
+            for start, taken, size, lines, records in file.blocks():
+                self._add(stratum, piece, start, taken, lines, records, most)
+                seen += size
+                if time.monotonic() > until and seen >= max(2 * WARM_UP, LEAST_BYTES / len(pieces)):
                     break
+            read += seen
             finished += file.finished
             new = stratum.blocks[first:]
-            whole = piece.length / (sum(b.size for b in new) or 1)
-            scale = whole if file.finished else file.bytes_a_byte
-            stratum.blocks[first:] = [replace(b, size=b.size * scale) for b in new]
+            if file.finished:
+                scale = piece.length / (sum(b.size for b in new) or 1)
+                new = [replace(b, size=b.size * scale) for b in new]
+            else:
+                new = new[file.warm_from :]
+            stratum.blocks[first:] = new
         stratum.complete = finished == len(pieces)
         if not stratum.complete:
             self._sample.notes.append(

@@ -65,7 +65,7 @@ class RunRecorder:
 
     def __init__(self, uri: str, storage_options: dict[str, str] | None = None) -> None:
         self._session = LanceFileSession(uri, storage_options=storage_options)
-        self.run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+        self.run = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}"
         self._began = self._written_at = time.monotonic()
         self._lines: list[str] = []
         self._part = self._written = 0

@@ -15,9 +15,9 @@ from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
     from kalm_encoder.checkpoint import Checkpoint
-    from pipeline.corpus_sample import Sample
     from pipeline.encoder_rate import Rate
     from pipeline.flops import Shape
+    from pipeline.sample import Sample
 
 QUERY_TOKENS = 20
 MEASURE_S = 20.0
@@ -61,10 +61,16 @@ def plan(
     from kalm_encoder.encoder import check_max_length
     from kalm_encoder.prompts import render_query
     from kalm_encoder.rows import TableSpec
-    from pipeline.corpus_sample import sample_corpus
-    from pipeline.forecast import Request, forecast
-    from pipeline.sources import FieldOptions, expand_inputs
-    from pipeline.storage_estimate import measure_rows
+
+    try:
+        from pipeline.corpus_sample import sample_corpus
+        from pipeline.forecast import Request, forecast
+        from pipeline.sources import FieldOptions, expand_inputs
+        from pipeline.storage_estimate import measure_rows
+    except ImportError as error:
+        raise InputError(
+            f"planning needs {error.name}: pip install 'kalm-preencode[batch]'"
+        ) from error
 
     _check(passages, tokens_per_s, measure, gpus, time_limit)
     options = parse_storage_options(storage_option)

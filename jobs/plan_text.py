@@ -58,7 +58,8 @@ def _time(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _sampled(facts: dict[str, Any]) -> str:
-    seen = f"{facts['sampled_passages']:,} passages of {facts['files']:,} files"
+    files = "1 file" if facts["files"] == 1 else f"{facts['files']:,} files"
+    seen = f"{facts['sampled_passages']:,} passages of {files}"
     took = f"in {facts['sample_seconds']:,.1f} s"
     if facts["exact"]:
         return f"everything: {seen} {took}; counts are exact"

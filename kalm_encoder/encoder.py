@@ -94,11 +94,9 @@ class PassageEncoder:
         Tokenising first and cutting the ids equals the reference's `truncation=True` (no special
         token is added), and tells which passages were cut.
         """
-        if not texts:
-            return []
         encoded = passage_ids(self.tokenizer, texts)
         vocabulary = self.model.config.vocab_size
-        top = max(max(ids) for ids in encoded)
+        top = max((max(ids) for ids in encoded), default=0)
         if top >= vocabulary:
             raise CheckpointError(
                 f"the tokenizer made token {top}, the model has {vocabulary}: they do not belong "
@@ -178,6 +176,8 @@ class PassageEncoder:
 
 def passage_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each rendered passage, not cut."""
+    if not texts:
+        return []  # a tokenizer fails on none
     rendered = [render_passage(text) for text in texts]
     encoded: list[list[int]] = tokenizer(
         rendered, add_special_tokens=False, return_attention_mask=False, verbose=False

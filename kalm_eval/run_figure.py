@@ -35,11 +35,11 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-body {{ margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #33383d;
+body {{ margin: 2rem auto; max-width: 46rem; padding: 0 1rem; color: #33383d;
   font: 16px/1.5 system-ui, sans-serif; }}
 h1 {{ font-size: 1.25rem; overflow-wrap: anywhere; }}
 div {{ overflow-x: auto; }}
-svg {{ display: block; width: 100%; min-width: 26rem; max-width: 46rem; height: auto; }}
+svg {{ display: block; width: 100%; min-width: 22rem; height: auto; }}
 </style>
 <h1>{title}</h1>
 <p>{summary}</p>

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kalm_encoder.batching import padded_size, plan_batches
-from pipeline.corpus_sample import Block, Sample
 from pipeline.estimate import Estimate, Part, mean, quantiles, total
+from pipeline.sample import Block, Sample
 
 SHARES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 

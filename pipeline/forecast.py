@@ -12,10 +12,10 @@ import numpy as np
 from kalm_encoder.codecs import CODECS
 from kalm_encoder.rows import TableSpec
 from pipeline.census import Census, padding, percentiles
-from pipeline.corpus_sample import Sample
 from pipeline.encoder_rate import Rate
 from pipeline.estimate import Estimate
 from pipeline.flops import Shape, decoder_flops, encoder_flops
+from pipeline.sample import Sample
 from pipeline.storage_estimate import RowCost, state_bytes
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -3,8 +3,8 @@
 For people and figures only; no job reads them, and a store that refuses them costs a warning. A
 run keeps them in memory and writes those it has every so often, at a commit, and at its end: a
 killed run loses the last half minute of them. A run that begins a table or a generation drops
-those of earlier ones. A part is written anew until it holds PART_RECORDS,
-then the next one begins, so that what is written again stays small however long a run is.
+those of earlier ones. A part is written anew until it holds PART_RECORDS, then the next one begins:
+what is written again stays small however long a run is.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lance.file import LanceFileSession
 
 from kalm_encoder.table import first_line
-from pipeline.encode_shard import ShardResult
+
+if TYPE_CHECKING:
+    from pipeline.encode_shard import ShardResult
 
 logger = logging.getLogger(__name__)
 

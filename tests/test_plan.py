@@ -184,6 +184,15 @@ def test_a_compressed_file_is_read_from_its_start_and_the_plan_says_so(
         assert found["low"] <= whole[name]["value"] <= found["high"], name
 
 
+def test_a_passage_longer_than_many_blocks_is_counted_once(model_dir, tmp_path):
+    texts = [*make_texts(50, seed=7), "long " * 20_000, *make_texts(50, seed=8)]
+    plan = planned([str(write_corpus(tmp_path / "c.jsonl", texts))], model_dir, tmp_path / "p.json")
+    assert plan["exact"]
+    assert plan["passages"]["value"] == 101
+    assert plan["lengths"]["max"] > 20_000
+    assert plan["truncated"]["value"] >= 1
+
+
 def test_csv_and_lance_inputs_are_sampled_too(model_dir, tmp_path, few_blocks):
     texts = [f'{t}\n"quoted", over two lines' for t in make_texts(300, seed=4)]
     with (tmp_path / "c.csv").open("w", newline="") as file:

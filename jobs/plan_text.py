@@ -26,7 +26,7 @@ def _summary(facts: dict[str, Any]) -> list[str]:
         ("tokens", f"{count(facts['tokens'])}, {facts['tokens']['value'] / passages:,.1f} each"),
         ("truncated", f"{_share(facts['truncated'], passages)} at max_length {spec['max_length']}"),
         ("table", f"{size(facts['bytes'])} of data ({spec['store_dtype']}, r = {ratios})"),
-        ("indexes", f"about {amount(facts['index_bytes']['value'], 'B')}"),
+        ("indexes", f"up to about {amount(facts['index_bytes']['value'], 'B')}"),
         ("peak on disk", f"{amount(_peak(facts), 'B')}: compaction rewrites, `kalm gc` frees"),
         ("padding", f"{facts['padding']:.1%} of computed tokens ({budget:,} a forward)"),
         *_time(facts),

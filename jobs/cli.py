@@ -13,10 +13,12 @@ from jobs import (
     evaluate,
     explore,
     manage,
+    plan,
     rerank,
     serve,
     status,
     sync,
+    train_demo,
     truncate,
     verify,
 )
@@ -31,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(plan.plan)
 app.command()(encode.encode)
 app.command()(status.status)
 app.command()(rerank.rerank)
@@ -51,6 +54,7 @@ for command in (
 app.command()(serve.serve)
 app.command()(explore.explore)
 app.command()(demo.demo)
+app.command()(train_demo.train_demo)
 
 
 @app.callback()

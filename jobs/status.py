@@ -3,27 +3,71 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.options import StorageOptions, parse_storage_options
+from kalm_encoder.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.plan_check import Line
 
 
 def status(
     uri: Annotated[str, typer.Argument(help="The table.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="What `kalm plan --out` saved: compare it with the table.")
+    ] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Draw the runs into this file: .html, .svg or .png. Needs [eval]."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     storage_option: StorageOptions = None,
 ) -> None:
     """Show model, ratios, rows, size against the floor, shards done and missing."""
-    facts = table_facts(uri, parse_storage_options(storage_option))
+    options = parse_storage_options(storage_option)
+    facts = table_facts(uri, options)
+    if figure:
+        _draw(figure, uri, options)
+    compared = _compare(plan, uri, facts, options) if plan else []
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps({**facts, "plan": [asdict(line) for line in compared]} if plan else facts))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
         shown = f"{value:,}" if isinstance(value, int) and value > 9999 else value
         print(f"{name:<{width}}  {shown}")
+    if compared:
+        from jobs.plan_text import comparison_text
+
+        print("\n" + comparison_text(compared))
+
+
+def _draw(figure: Path, uri: str, storage_options: dict[str, str] | None) -> None:
+    """Draw what the table's run records hold."""
+    from pipeline.run_records import read_records
+
+    try:
+        from kalm_eval.run_figure import draw_runs
+    except ImportError as error:
+        raise InputError(
+            f"a figure needs {error.name}: pip install 'kalm-preencode[batch,eval]'"
+        ) from error
+    draw_runs(read_records(uri, storage_options), uri, figure)
+
+
+def _compare(
+    plan: Path, uri: str, facts: dict[str, Any], storage_options: dict[str, str] | None
+) -> list[Line]:
+    """Set a saved plan against what the table and its run records hold."""
+    from pipeline.plan_check import compare, read_plan
+    from pipeline.run_records import read_records, totals
+
+    return compare(read_plan(plan), facts, totals(read_records(uri, storage_options)))
 
 
 def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, Any]:
@@ -55,10 +99,12 @@ def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, A
         "fingerprint": spec.fingerprint,
         "ratios": ",".join(map(str, spec.ratios)),
         "store_dtype": spec.store_dtype,
+        "keep_text": spec.keep_text,
         "dim": spec.dim,
         "max_length": spec.max_length,
         "passages": rows,
         "tokens": tokens,
+        "truncated": dataset.count_rows(filter="truncated"),
         "bytes": size,
         "bytes_per_token": round(size / tokens, 2) if tokens else 0.0,
         "floor_bytes_per_token": round(spec.bytes_per_token, 2),

@@ -156,10 +156,17 @@ class Checkpoint:
         return files
 
 
-def resolve(model_name_or_path: str, revision: str | None = None) -> Checkpoint:
+def resolve(
+    model_name_or_path: str, revision: str | None = None, *, weights: bool = True
+) -> Checkpoint:
     """Find a checkpoint: a local directory, or a hub id that is downloaded once.
 
     Weights, config and tokenizer all come from one snapshot, so a revision pins the three of them.
+
+    Args:
+        model_name_or_path: hub id or directory.
+        revision: of the hub id.
+        weights: whether to download the weights too; counting tokens needs none.
 
     Raises:
         CheckpointError: neither a directory nor a hub id that can be fetched, or a directory given
@@ -175,7 +182,8 @@ def resolve(model_name_or_path: str, revision: str | None = None) -> Checkpoint:
         if not (path / "config.json").exists():
             raise CheckpointError(f"{model_name_or_path} holds no config.json: not a checkpoint")
         return Checkpoint(path.resolve(), model_name_or_path, None)
-    patterns = ["config.json", *TOKENIZER_FILES, WEIGHTS_INDEX, "*.safetensors"]
+    patterns = ["config.json", *TOKENIZER_FILES]
+    patterns += [WEIGHTS_INDEX, "*.safetensors"] if weights else []
     try:
         snapshot = snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

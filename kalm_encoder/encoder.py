@@ -94,14 +94,9 @@ class PassageEncoder:
         Tokenising first and cutting the ids equals the reference's `truncation=True` (no special
         token is added), and tells which passages were cut.
         """
-        if not texts:
-            return []
-        rendered = [render_passage(text) for text in texts]
-        encoded = self.tokenizer(
-            rendered, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        encoded = passage_ids(self.tokenizer, texts)
         vocabulary = self.model.config.vocab_size
-        top = max(max(ids) for ids in encoded)
+        top = max((max(ids) for ids in encoded), default=0)
         if top >= vocabulary:
             raise CheckpointError(
                 f"the tokenizer made token {top}, the model has {vocabulary}: they do not belong "
@@ -177,6 +172,17 @@ class PassageEncoder:
         """Return (b, m, d) float32 on the CPU, as a numpy array."""
         hidden, mask = self.forward([t.ids for t in tokens])
         return mean_pool(hidden, mask, ratio).cpu().numpy()
+
+
+def passage_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each rendered passage, not cut."""
+    if not texts:
+        return []  # a tokenizer fails on none
+    rendered = [render_passage(text) for text in texts]
+    encoded: list[list[int]] = tokenizer(
+        rendered, add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return encoded
 
 
 def check_max_length(max_length: int, tokenizer: Any, text_config: Any) -> None:

@@ -125,12 +125,7 @@ def scan(
         InputError: it cannot be read, or an id or text column is missing or of the wrong type.
     """
     file = open_file(path, storage_options)
-    fields = options.detect(file.schema.names, path)
-    for name in fields.names:
-        kind = file.schema.field(name).type
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not text and not (name == fields.id and pa.types.is_integer(kind)):
-            raise InputError(f"column {name!r} of {path} is {kind}; it must hold strings")
+    fields = choose_fields(file, options)
     version = file.dataset.version if isinstance(file, LanceTable) else 0
     slices = []
     left = max_rows
@@ -143,6 +138,21 @@ def scan(
                 slices.append(Slice(start, rows, start + 1, rows, content, (), version))
             left = None if left is None else left - rows
     return fields, slices
+
+
+def choose_fields(file: ColumnarFile, options: FieldOptions) -> Fields:
+    """Choose the columns of a passage.
+
+    Raises:
+        InputError: an id or text column is missing or of the wrong type.
+    """
+    fields = options.detect(file.schema.names, file.path)
+    for name in fields.names:
+        kind = file.schema.field(name).type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not text and not (name == fields.id and pa.types.is_integer(kind)):
+            raise InputError(f"column {name!r} of {file.path} is {kind}; it must hold strings")
+    return fields
 
 
 def slice_hash(content: str, start: int, rows: int) -> str:

@@ -31,6 +31,7 @@ from pipeline.maintenance import Maintainer, publish
 from pipeline.preflight import check_writable
 from pipeline.progress import Progress
 from pipeline.rejects import RejectStore
+from pipeline.run_records import RunRecorder
 from pipeline.shards import Plan, Shard
 from pipeline.sources import absolute
 
@@ -182,6 +183,7 @@ class _Committer:
 
     job: EncodeJob
     ledger: Ledger
+    recorder: RunRecorder
     waiting: list[ShardResult] = field(default_factory=list)
     last: float = field(default_factory=time.monotonic)
 
@@ -194,6 +196,7 @@ class _Committer:
         if self.waiting:
             self.ledger.commit(self.waiting)
             self.waiting.clear()
+            self.recorder.write_if_due()
         self.last = time.monotonic()
 
 
@@ -204,10 +207,12 @@ def _encode(
     allowed = int(job.max_rejected * plan.num_rows)
     rejected = progress.before - ledger.num_rows
     rejects = RejectStore(job.uri, job.storage_options)
+    recorder = RunRecorder(ledger.uri, job.storage_options)
     if not ledger.done:
         rejects.clear()  # of an earlier attempt, with other input
+        recorder.forget_earlier()
     failures: list[ShardFailure] = []
-    committer = _Committer(job, ledger)
+    committer = _Committer(job, ledger, recorder)
     try:
         for outcome in outcomes:
             if isinstance(outcome, ShardFailure):
@@ -216,6 +221,7 @@ def _encode(
             elif outcome is not None:
                 rejects.write(outcome.shard, outcome.rejects)
                 committer.waiting.append(outcome)
+                recorder.add(outcome)
                 progress.add(outcome)
                 rejected += len(outcome.rejects)
                 if rejected > allowed:
@@ -231,7 +237,10 @@ def _encode(
     except (KeyboardInterrupt, KalmError):
         committer.commit()
         raise
-    committer.commit()
+    else:
+        committer.commit()
+    finally:
+        recorder.write()
     return failures
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -61,7 +63,8 @@ class ShardResult:
         num_tokens: real tokens encoded.
         padded_tokens: tokens the encoder computed, padding included.
         num_truncated: passages cut to max_length.
-        seconds: spent in read, tokenise, forward (with pooling) and write.
+        seconds: spent in read, tokenise, wait (for the device), forward (with pooling) and write.
+        worker: host and process that encoded it; "" where nobody did.
     """
 
     shard: Shard
@@ -72,6 +75,7 @@ class ShardResult:
     padded_tokens: int = 0
     num_truncated: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    worker: str = ""
 
 
 class ShardEncoder:
@@ -146,6 +150,7 @@ class ShardEncoder:
             padded_tokens=padded_size(lengths, batches),
             num_truncated=sum(t.truncated for t in tokens),
             seconds=clock.seconds,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
         )
 
     def _forward(

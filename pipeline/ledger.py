@@ -74,7 +74,7 @@ class Ledger(TableWriter):
         """
         if not uri.rstrip("/").endswith(".lance"):
             raise InputError(f"the table address {uri} must end in .lance (LanceDB needs it)")
-        _create(uri, _schema(spec, plan, 1, 0, ""), storage_options)
+        create_table(uri, _schema(spec, plan, 1, 0, ""), storage_options)
         ledger = cls(uri, plan, storage_options)
         try:
             ledger._check_same(spec)
@@ -209,7 +209,7 @@ class Ledger(TableWriter):
             )
 
 
-def _create(uri: str, schema: pa.Schema, storage_options: dict[str, str] | None) -> None:
+def create_table(uri: str, schema: pa.Schema, storage_options: dict[str, str] | None) -> None:
     """Create an empty table, unless one is there."""
     try:
         lance.write_dataset(

@@ -6,10 +6,11 @@ the bytes it was planned from, and reading it later checks them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import xxhash
 
@@ -125,19 +126,26 @@ class ShardReader:
         if self._file is None or self._path != shard.path:
             self._file = _module(shard.path).open_file(shard.path, self._storage_options)
             self._path = shard.path
-        passages: list[Passage] = []
-        rejects: list[Reject] = []
-        for line, record in self._file.read(shard.rows, shard.fields):
-            row = (
-                Reject(shard.path, line, record)
-                if isinstance(record, str)
-                else to_passage(record, shard.fields, shard.path, line)
-            )
-            if isinstance(row, Reject):
-                rejects.append(row)
-            else:
-                passages.append(row)
-        return passages, rejects
+        return to_rows(self._file.read(shard.rows, shard.fields), shard.fields, shard.path)
+
+
+def to_rows(
+    records: Iterable[tuple[int, dict[str, Any] | str]], fields: Fields, path: str
+) -> tuple[list[Passage], list[Reject]]:
+    """Sort (line, record) pairs of a file into passages and rejects, each in input order."""
+    passages: list[Passage] = []
+    rejects: list[Reject] = []
+    for line, record in records:
+        row = (
+            Reject(path, line, record)
+            if isinstance(record, str)
+            else to_passage(record, fields, path, line)
+        )
+        if isinstance(row, Reject):
+            rejects.append(row)
+        else:
+            passages.append(row)
+    return passages, rejects
 
 
 def _module(path: str) -> ModuleType:

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -60,7 +60,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class Record:
     """Bytes of one record, how many lines they are, and its cells (None: parse the bytes)."""
 
     raw: bytes
@@ -95,11 +95,7 @@ class TextFile:
                 f"{self.path} changed after it was planned (line {rows.first_line} and after): "
                 "encode it into a new table"
             )
-        line = rows.first_line
-        for record in _records(iter(io.BytesIO(raw)), rows.columns, self.path):
-            if record.raw.strip():
-                yield line, _parse(record, rows.columns)
-            line += record.num_lines
+        yield from parse_all(io.BytesIO(raw), rows.columns, self.path, rows.first_line)
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -123,21 +119,20 @@ def scan(
     Raises:
         InputError: the file cannot be read or decompressed, or has no id or text field.
     """
+    fields, columns, header = detect(path, options, storage_options)
     try:
-        with _open(path, storage_options) as stream:
-            fields, columns, header = _detect(path, stream, options)
         with _open(path, storage_options) as stream:
             start = len(header.raw) if header else 0
             stream.read(start)
             first_line = 1 + (header.num_lines if header else 0)
-            records = _records(iter(stream), columns, path)
-            return fields, list(_cut(records, start, first_line, shard_size, max_rows, columns))
+            found = records(iter(stream), columns, path)
+            return fields, list(_cut(found, start, first_line, shard_size, max_rows, columns))
     except (OSError, EOFError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
 
 
 def _cut(
-    records: Iterator[_Record],
+    found: Iterator[Record],
     start: int,
     line: int,
     shard_size: int,
@@ -147,7 +142,7 @@ def _cut(
     """Group records into slices of `shard_size`, at most `max_rows` in all."""
     length = lines = rows = total = 0
     digest = xxhash.xxh3_128()
-    for record in records:
+    for record in found:
         counts = bool(record.raw.strip())
         if counts and (rows == shard_size or total == max_rows):
             yield Slice(start, length, line, rows, digest.hexdigest(), columns)
@@ -165,20 +160,34 @@ def _cut(
         yield Slice(start, length, line, rows, digest.hexdigest(), columns)
 
 
+def detect(
+    path: str, options: FieldOptions, storage_options: dict[str, str] | None
+) -> tuple[Fields, tuple[str, ...], Record | None]:
+    """Return the fields, the columns (empty for JSONL) and the header record to skip.
+
+    Raises:
+        InputError: the file cannot be read or decompressed, or has no id or text field.
+    """
+    try:
+        with _open(path, storage_options) as stream:
+            return _detect(path, stream, options)
+    except (OSError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
 def _detect(
     path: str, stream: Any, options: FieldOptions
-) -> tuple[Fields, tuple[str, ...], _Record | None]:
-    """Return the fields, the columns (empty for JSONL) and the header record to skip."""
+) -> tuple[Fields, tuple[str, ...], Record | None]:
     if file_format(path) == "jsonl":
         names: dict[str, None] = {}
         parsed = 0
         for raw in islice((r for r in stream if r.strip()), SAMPLE_RECORDS):
-            record = _parse(_Record(raw, 1, None), ())
+            record = _parse(Record(raw, 1, None), ())
             if isinstance(record, dict):
                 names.update(dict.fromkeys(record))
                 parsed += 1
         return (options.detect(names, path) if parsed else Fields("id", "text")), (), None
-    first = next(_records(iter(stream), ("?",), path, quoted=True), None)
+    first = next(records(iter(stream), ("?",), path, quoted=True), None)
     if first is None or first.cells is None:
         return Fields("id", "text"), (), None
     cells = [cell.removeprefix("\ufeff") for cell in first.cells]
@@ -190,14 +199,13 @@ def _detect(
     return options.detect(cells, path), tuple(cells), first
 
 
-def _records(
+def records(
     lines: Iterator[bytes], columns: tuple[str, ...], path: str, *, quoted: bool | None = None
-) -> Iterator[_Record]:
+) -> Iterator[Record]:
     """Cut lines into records: a line each, or as the quoting of CSV says."""
-    plain = not columns or columns == ("0", "1")
-    if plain and not quoted:
+    if is_plain(columns) and not quoted:
         for raw in lines:
-            yield _Record(raw, 1, None)
+            yield Record(raw, 1, None)
         return
     read: list[bytes] = []
 
@@ -208,11 +216,26 @@ def _records(
 
     delimiter = "\t" if file_format(path) == "tsv" else ","
     for cells in csv.reader(feed(), delimiter=delimiter):
-        yield _Record(b"".join(read), len(read), cells)
+        yield Record(b"".join(read), len(read), cells)
         read.clear()
 
 
-def _parse(record: _Record, columns: tuple[str, ...]) -> dict[str, Any] | str:
+def parse_all(
+    lines: Iterable[bytes], columns: tuple[str, ...], path: str, line: int = 1
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (line, record) of whole records; one that cannot be parsed is its reason."""
+    for record in records(iter(lines), columns, path):
+        if record.raw.strip():
+            yield line, _parse(record, columns)
+        line += record.num_lines
+
+
+def is_plain(columns: tuple[str, ...]) -> bool:
+    """Whether each line is a record: JSONL, and TSV without a header. Else quotes decide."""
+    return not columns or columns == ("0", "1")
+
+
+def _parse(record: Record, columns: tuple[str, ...]) -> dict[str, Any] | str:
     """Return the fields of a record, or the reason it has none."""
     cells = record.cells
     if cells is None:

@@ -1,0 +1,42 @@
+"""`kalm train-demo`: the checkpoint that ships, trained again from the documentation at hand."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kalm_encoder.errors import InputError
+
+
+def train_demo(
+    to: Annotated[Path, typer.Option(help="Folder for the checkpoint and what it needs.")],
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; more than one gains little.")] = 1,
+) -> None:
+    """Train a small reranker on the documentation of this Python and its packages, on CPU."""
+    try:
+        from kalm_train.training import Recipe, Trainer, training_documents
+    except ImportError as error:
+        raise InputError(
+            f"training needs {error.name}: pip install 'kalm-preencode[train]'"
+        ) from error
+    import torch
+
+    torch.set_num_threads(threads)
+    recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
+    began = time.monotonic()
+    print("reading the documentation of this Python and its packages")
+    documents = training_documents(recipe)
+    print(f"{len(documents):,} documents in {time.monotonic() - began:.0f} s")
+    trainer = Trainer(recipe, documents, to / "work")
+    for step, loss in trainer.run():
+        print(
+            f"step {step:,} of {recipe.steps:,}: loss {loss:.3f}, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+    trainer.save(to / "model")
+    print(f"{to / 'model'} is complete: kalm evaluate --demo --model {to / 'model'}")

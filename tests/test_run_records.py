@@ -1,0 +1,201 @@
+"""Records of runs: complete, harmless, and drawn. A tiny model with random weights."""
+
+import builtins
+import json
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+import lance
+import pytest
+
+from jobs.plan import plan
+from jobs.status import _draw, status, table_facts
+from kalm_encoder.errors import InputError
+from kalm_eval.run_figure import bin_records
+from pipeline import run_records
+from pipeline.driver import encode_inline, run
+from pipeline.garbage import collect_garbage
+from pipeline.job import EncodeJob
+from pipeline.run_records import FOLDER, ShardRecord, read_records, totals
+from pipeline.verify import verify
+from tests.conftest import encode_table, make_texts, write_corpus
+from tests.s3_server import serve
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("records") / "c.jsonl", make_texts(60, seed=8))
+
+
+@pytest.fixture
+def made(model_dir, corpus, tmp_path):
+    """A table of six shards, and what its run said."""
+    table = tmp_path / "t.lance"
+    return table, encode_table(model_dir, corpus, table, shard_size=10)
+
+
+def test_the_records_add_up_to_the_table(made):
+    table, summary = made
+    records = read_records(str(table))
+    assert [r.shard for r in records] == list(range(6))
+    assert [r.at_s for r in records] == sorted(r.at_s for r in records)
+    assert {"read", "tokenise", "forward", "write"} <= set(records[0].seconds)
+    assert records[0].worker
+    facts, found = table_facts(str(table), None), totals(records)
+    assert (found.tokens, found.truncated) == (facts["tokens"], facts["truncated"])
+    assert sum(r.rows for r in records) == facts["passages"] == 60
+    assert found.padding == pytest.approx(summary.padding)
+    assert 0 < found.seconds <= summary.elapsed_s + 1
+
+
+def test_a_resumed_job_adds_its_own_run(model_dir, corpus, tmp_path):
+    uri = str(tmp_path / "t.lance")
+    job = EncodeJob(
+        inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=10, commit_every_s=0
+    )
+
+    def stopped(config, shards):
+        yield from encode_inline(config, shards[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, stopped)
+    run(job, encode_inline)
+    records = read_records(uri)
+    assert [r.shard for r in records] == list(range(6))
+    assert len({r.run for r in records}) == totals(records).runs == 2
+    run(job, encode_inline)  # nothing left to do: nothing to record
+    assert read_records(uri) == records
+
+
+def test_a_new_generation_forgets_the_runs_of_the_one_before(made, model_dir, corpus):
+    table, _ = made
+    encode_table(model_dir, corpus, table, shard_size=20, new_generation=True)
+    assert [r.shard for r in read_records(str(table))] == [0, 1, 2]
+
+
+def test_a_long_run_writes_parts_that_stay_small(model_dir, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_records, "PART_RECORDS", 4)
+    monkeypatch.setattr(run_records, "WRITE_EVERY_S", 0.0)
+    table = tmp_path / "t.lance"
+    encode_table(model_dir, corpus, table, shard_size=6, commit_every_s=0)
+    parts = sorted((table / FOLDER).iterdir())
+    assert [len(part.read_text().splitlines()) for part in parts] == [4, 4, 2]
+    assert len(read_records(str(table))) == 10
+
+
+def test_records_are_written_at_most_every_so_often(model_dir, corpus, tmp_path, monkeypatch):
+    written = []
+    real = run_records.RunRecorder.write
+    monkeypatch.setattr(
+        run_records.RunRecorder, "write", lambda self: written.append(1) or real(self)
+    )
+    encode_table(model_dir, corpus, tmp_path / "t.lance", shard_size=6, commit_every_s=0)
+    assert len(written) == 1, "ten commits within half a minute are one write, at the end"
+
+
+def test_verify_and_gc_leave_records_alone(made):
+    table, _ = made
+    before = read_records(str(table))
+    collect_garbage(str(table), None, older_than=timedelta(0))
+    assert verify(str(table)).num_problems == 0
+    assert read_records(str(table)) == before
+
+
+def test_a_store_that_refuses_the_records_costs_a_warning(
+    model_dir, corpus, tmp_path, caplog, made
+):
+    with serve(tmp_path / "s3") as s3:
+        (s3.folder / "bucket" / "c.jsonl").write_bytes(corpus.read_bytes())
+        s3.faults({"action": "error503", "match": "^PUT .*_kalm/runs", "count": 10_000})
+        uri = "s3://bucket/t.lance"
+        job = EncodeJob(
+            inputs=("s3://bucket/c.jsonl",), uri=uri, model=str(model_dir), shard_size=10,
+            storage_options=s3.options,
+        )  # fmt: skip
+        with caplog.at_level(logging.WARNING):
+            assert run(job, encode_inline).live
+        refused = sum(s3.stats()["faults"].values())
+        s3.faults()
+        assert refused and "the records of this run are not written yet" in caplog.text
+        assert read_records(uri, s3.options) == []
+        rows = lance.dataset(uri, version="live", storage_options=s3.options).to_table()
+    assert rows.equals(lance.dataset(str(made[0]), version="live").to_table())
+
+
+def test_records_live_on_an_object_store_too(model_dir, corpus, tmp_path):
+    with serve(tmp_path / "s3") as s3:
+        (s3.folder / "bucket" / "c.jsonl").write_bytes(corpus.read_bytes())
+        uri = "s3://bucket/t.lance"
+        job = EncodeJob(
+            inputs=("s3://bucket/c.jsonl",), uri=uri, model=str(model_dir), shard_size=10,
+            storage_options=s3.options,
+        )  # fmt: skip
+        run(job, encode_inline)
+        assert len(read_records(uri, s3.options)) == 6
+        puts = [r for r in s3.stats()["requests"] if "PUT" in str(r) and "_kalm/runs" in str(r)]
+        assert len(puts) == 1
+
+
+@pytest.mark.parametrize("suffix", ["html", "svg", "png"])
+def test_status_draws_the_runs(made, tmp_path, suffix, capsys):
+    table, _ = made
+    file = tmp_path / f"run.{suffix}"
+    status(str(table), figure=file)
+    raw = file.read_bytes()
+    if suffix == "png":
+        assert raw.startswith(b"\x89PNG")
+        return
+    assert b"<svg" in raw
+    if suffix == "html":
+        assert b"60 passages" in raw and b"6 shards, 1 worker, 1 run" in raw
+        assert raw.count(b"<svg") == 1 and b"<?xml" not in raw
+
+
+def test_the_figure_bins_lose_nothing_and_mark_a_resumed_run():
+    records = [
+        ShardRecord(run, float(i + 1), i, 10, 0, 100 + i, 120 + i, 0, {"forward": 2.0, "write": 1})
+        for run in ("a", "b")
+        for i in range(50)
+    ]
+    bins = bin_records(records)
+    assert bins.tokens.sum() == sum(r.tokens for r in records)
+    assert bins.padded.sum() == sum(r.padded_tokens for r in records)
+    assert {k: v.sum() for k, v in bins.seconds.items()} == {"forward": 200.0, "write": 100.0}
+    assert bins.restarts == [50.0]
+    assert bins.edges[-1] == 100.0
+
+
+def test_what_cannot_be_drawn_says_why(made, tmp_path, monkeypatch):
+    table, _ = made
+    with pytest.raises(InputError, match=r"must end in \.html, \.svg, \.png"):
+        _draw(tmp_path / "run.gif", str(table), None)
+    for part in (table / FOLDER).iterdir():
+        part.unlink()
+    with pytest.raises(InputError, match="has no run records"):
+        _draw(tmp_path / "run.svg", str(table), None)
+    real = builtins.__import__
+
+    def without_matplotlib(name, *rest):
+        if name == "kalm_eval.run_figure":
+            raise ModuleNotFoundError("no", name="matplotlib")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(InputError, match=r"needs matplotlib: pip install .*\[batch,eval\]"):
+        _draw(tmp_path / "run.svg", str(table), None)
+
+
+def test_the_plan_is_compared_by_status(made, model_dir, corpus, tmp_path, capsys):
+    table, _ = made
+    plan([str(corpus)], str(model_dir), shard_size=10, out=tmp_path / "p.json")
+    capsys.readouterr()
+    status(str(table), plan=tmp_path / "p.json", as_json=True)
+    lines = {x["name"]: x for x in json.loads(capsys.readouterr().out)["plan"]}
+    assert lines["tokens"]["planned"] == lines["tokens"]["actual"]
+    assert lines["tokens/s"]["planned"] is None
+    status(str(table), plan=tmp_path / "p.json")
+    assert "difference" in capsys.readouterr().out
+    with pytest.raises(InputError, match="cannot read the plan"):
+        status(str(table), plan=Path("none.json"))

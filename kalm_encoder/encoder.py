@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 1024
 GPU_TOKEN_BUDGET = 65536
+MAX_PADDING = 0.1
+"""Largest share of padding in a batch: a large budget alone would put long and short together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +120,14 @@ class PassageEncoder:
             raise InputError(f"ratio {ratio} must be at least 1")
         tokens = self.tokenise(texts)
         encoded: list[tuple[int, PassageStates]] = []
-        for batch in plan_batches([len(t.ids) for t in tokens], self.token_budget):
+        for batch in self.batches([len(t.ids) for t in tokens]):
             states = self.encode_batch([tokens[i] for i in batch], ratio=ratio)
             encoded.extend(zip(batch, states, strict=True))
         return [states for _, states in sorted(encoded, key=lambda pair: pair[0])]
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group passages of these lengths in tokens, as `encode` does: indices into `lengths`."""
+        return plan_batches(lengths, self.token_budget, max_padding=MAX_PADDING)
 
     def encode_batch(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[PassageStates]:
         """Encode one padded batch; when memory runs out, its halves, down to single passages.

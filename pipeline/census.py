@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kalm_encoder.batching import padded_size, plan_batches
+from kalm_encoder.encoder import MAX_PADDING
 from pipeline.estimate import Estimate, Part, mean, quantiles, total
 from pipeline.sample import Block, Sample
 
@@ -68,5 +69,6 @@ def padding(sample: Sample, max_length: int, shard_size: int, token_budget: int)
         for start in range(0, len(lengths), shard_size):
             shard = lengths[start : start + shard_size]
             real += sum(shard)
-            padded += padded_size(shard, plan_batches(shard, token_budget))
+            batches = plan_batches(shard, token_budget, max_padding=MAX_PADDING)
+            padded += padded_size(shard, batches)
     return 1 - real / padded

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kalm_encoder import checkpoint
-from kalm_encoder.batching import padded_size, plan_batches
+from kalm_encoder.batching import padded_size
 from kalm_encoder.encoder import PassageEncoder, PassageTokens
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.pooling import PassageStates
@@ -126,7 +126,7 @@ class ShardEncoder:
         clock.lap("read")
         tokens = self.encoder.tokenise([p.text for p in passages])
         lengths = [len(t.ids) for t in tokens]
-        batches = plan_batches(lengths, self.encoder.token_budget)
+        batches = self.encoder.batches(lengths)
         clock.lap("tokenise")
         states = self._device_thread.submit(self._forward, tokens, batches, clock).result()
         kept, failed = self._split_storable(shard, passages, states)

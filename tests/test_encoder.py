@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from kalm_encoder import PassageEncoder
+from kalm_encoder.batching import padded_size
+from kalm_encoder.encoder import MAX_PADDING
 from kalm_encoder.pooling import num_groups
 from tests.conftest import SCRIPTS, make_texts
 
@@ -68,3 +70,11 @@ def test_gpu_states_are_close_to_those_of_the_cpu(encoder, model_dir):
             np.linalg.norm(got.states, axis=1) * np.linalg.norm(want.states, axis=1)
         )
         assert cosine.min() > 0.99
+
+
+def test_a_large_budget_does_not_buy_padding(model_dir):
+    encoder = PassageEncoder.load(str(model_dir), token_budget=65536)
+    lengths = [int(8 + 1000 * (i / 1000) ** 4) for i in range(1000)]
+    batches = encoder.batches(lengths)
+    assert sorted(i for batch in batches for i in batch) == list(range(1000))
+    assert 1 - sum(lengths) / padded_size(lengths, batches) <= MAX_PADDING

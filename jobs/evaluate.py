@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEMO_RATIOS = "1,2,4,8,16,32,64"
 DEMO_NOTE = (
-    "This is the demo checkpoint: 3 million parameters trained for an hour on documentation. It "
+    "This is the demo checkpoint: 3.5 million parameters trained for an hour on documentation. It "
     "shows how ratios and dtypes behave, and says nothing of KaLM-Reranker-V1's quality."
 )
 

@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from kalm_encoder.errors import InputError
-
 
 def train_demo(
     to: Annotated[Path, typer.Option(help="Folder for the checkpoint and what it needs.")],
@@ -18,13 +16,9 @@ def train_demo(
     threads: Annotated[int, typer.Option(help="CPU threads; more than one gains little.")] = 1,
 ) -> None:
     """Train a small reranker on the documentation of this Python and its packages, on CPU."""
-    try:
-        from kalm_train.training import Recipe, Trainer, training_documents
-    except ImportError as error:
-        raise InputError(
-            f"training needs {error.name}: pip install 'kalm-preencode[train]'"
-        ) from error
     import torch
+
+    from kalm_train.training import Recipe, Trainer, training_documents
 
     torch.set_num_threads(threads)
     recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)

@@ -25,7 +25,7 @@ TINY = Dimensions()
 NANO = Dimensions(640, 2048, 18, 4, 256, 512, 262144)
 """Of KaLM-Reranker-V1-Nano: 100M parameters in each half and 168M in the embedding."""
 DEMO = Dimensions(192, 256, 2, 2, 128, 512, 12288, full_attention_every=1)
-"""Of the checkpoint that ships: 2.4M parameters in the embedding, 0.9M in the layers."""
+"""Of the checkpoint that ships: 2.4M parameters in the embedding, 1.2M in the layers."""
 
 
 def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) -> T5Gemma2Config:

@@ -54,6 +54,7 @@ def word_vectors(
         torch.from_numpy(np.stack([rows, columns])),
         torch.from_numpy(pmi.astype(np.float32)),
         (vocabulary, vocabulary),
+        check_invariants=True,
     ).coalesce()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

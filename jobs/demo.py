@@ -33,7 +33,7 @@ def demo(
     from transformers.utils import logging as transformers_logging
 
     from jobs.encode import encode
-    from kalm_encoder.checkpoint import DEMO_CHECKPOINT
+    from kalm_encoder.checkpoint import DEMO_CHECKPOINT, DEMO_NAME
     from kalm_encoder.rerank import Reranker
 
     transformers_logging.disable_progress_bar()
@@ -45,7 +45,7 @@ def demo(
         corpus.with_suffix(".part").write_text("".join(lines), encoding="utf-8")
         corpus.with_suffix(".part").rename(corpus)
         print(f"{len(lines):,} docstrings in {corpus}")
-    encode([str(corpus)], to=str(table), model=str(DEMO_CHECKPOINT), ratios="4,32", workers=workers)
+    encode([str(corpus)], to=str(table), model=DEMO_NAME, ratios="4,32", workers=workers)
     reranker = Reranker.open(str(table))
     for question in QUESTIONS:
         _answer(reranker, question)
@@ -79,12 +79,12 @@ def _answer(reranker: Reranker, question: str) -> None:
 def quality(checkpoint: Path) -> str:
     """Return one sentence on how well a checkpoint ranks, as measured when it was trained."""
     measured = json.loads((checkpoint / "held_out.json").read_text(encoding="utf-8"))
-    metrics = measured["ndcg@10"]
+    metrics = {name: f"{value:.3f}" for name, value in measured["ndcg@10"].items()}
     return (
         "The rankings are those of a demo checkpoint: 3.5 million parameters, trained for an hour, "
         "no KaLM.\nOn modules it never saw, nDCG@10 is "
-        f"{metrics['bm25']:.3f} for full-text search and {metrics['r4+bm25']:.3f} for both together "
-        f"(r = 4; r = 32 {metrics['r32+bm25']:.3f})."
+        f"{metrics['bm25']} for full-text search and {metrics['r4+bm25']} for both together "
+        f"(r = 4; r = 32: {metrics['r32+bm25']})."
     )
 
 

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from kalm_eval.results import Evaluation
 
 DEMO_RATIOS = "1,2,4,8,16,32,64"
-DEMO_NOTE = (
-    "This is the demo checkpoint: 3.5 million parameters trained for an hour on documentation. It "
-    "shows how ratios and dtypes behave, and says nothing of KaLM-Reranker-V1's quality."
-)
 
 
 def evaluate(
@@ -68,7 +64,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the means as JSON.")] = False,
 ) -> None:
     """Rank with every ratio, store dtype and cascade asked for, and judge each ranking."""
-    from kalm_encoder.checkpoint import DEMO_CHECKPOINT
+    from kalm_encoder.checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_NOTE, resolve
 
     execute = executor(workers, None, address)
     try:
@@ -87,7 +83,7 @@ def evaluate(
 
         folder = out / "held-out-documentation"
         write_collection(folder)
-        model = model or str(DEMO_CHECKPOINT)
+        model = model or DEMO_NAME
     if model is None:
         raise InputError("give the model with --model")
     collection = _collection(folder, split, corpus, queries, qrels)
@@ -95,7 +91,7 @@ def evaluate(
         if instruction is not None:
             raise InputError("give --instruction or --instructions, not both")
         instruction = _instruction(instructions, collection.name)
-    is_demo = Path(model).resolve() == DEMO_CHECKPOINT.resolve()
+    is_demo = resolve(model, revision).path == DEMO_CHECKPOINT
     evaluation = evaluate_all(
         Request(
             collection=collection,

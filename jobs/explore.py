@@ -34,6 +34,8 @@ def explore(
     Further tables are other store dtypes or ratios of the first, as `kalm truncate` makes; one
     decoder serves all. KALM_API_KEY in the environment, if set, is the key the page asks for.
     """
+    from kalm_encoder.checkpoint import DEMO_NAME, DEMO_NOTE
+
     try:
         from kalm_serve.app import Limits, create_app, listen
         from kalm_serve.engine import Engine
@@ -48,6 +50,8 @@ def explore(
 
     storage_options = parse_storage_options(storage_option)
     tables = open_tables(uris, storage_options)
+    if note is None and next(iter(tables.values())).spec.model == DEMO_NAME:
+        note = DEMO_NOTE
     metrics = Metrics()
     settings = Settings(
         uris[0],

@@ -24,6 +24,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2TextEncoder,
 )
 
+from kalm_encoder import __version__
 from kalm_encoder.errors import CheckpointError, InputError
 from kalm_encoder.weights import read_tensors, weight_index
 
@@ -36,6 +37,12 @@ TOKENIZER_FILES = (
 )
 DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 """A small trained checkpoint that comes with the package; see the README.md in it."""
+DEMO_NAME = "kalm-demo"
+"""What it is called where a model is asked for."""
+DEMO_NOTE = (
+    "This is the demo checkpoint: 3.5 million parameters trained for an hour on documentation. It "
+    "shows how ratios and dtypes behave, and says nothing of KaLM-Reranker-V1's quality."
+)
 WEIGHTS_INDEX = "model.safetensors.index.json"
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -51,7 +58,8 @@ class Checkpoint:
     Attributes:
         path: directory that holds config, tokenizer and weights.
         name: what the user called it: a hub id or the directory.
-        revision: the hub commit the files come from; None for a local directory.
+        revision: the hub commit the files come from, for `kalm-demo` the version of this package;
+            None for a local directory.
     """
 
     path: Path
@@ -159,7 +167,7 @@ class Checkpoint:
 def resolve(
     model_name_or_path: str, revision: str | None = None, *, weights: bool = True
 ) -> Checkpoint:
-    """Find a checkpoint: a local directory, or a hub id that is downloaded once.
+    """Find a checkpoint: a local directory, `kalm-demo`, or a hub id that is downloaded once.
 
     Weights, config and tokenizer all come from one snapshot, so a revision pins the three of them.
 
@@ -182,6 +190,8 @@ def resolve(
         if not (path / "config.json").exists():
             raise CheckpointError(f"{model_name_or_path} holds no config.json: not a checkpoint")
         return Checkpoint(path.resolve(), model_name_or_path, None)
+    if model_name_or_path == DEMO_NAME:
+        return Checkpoint(DEMO_CHECKPOINT, DEMO_NAME, __version__)
     patterns = ["config.json", *TOKENIZER_FILES]
     patterns += [WEIGHTS_INDEX, "*.safetensors"] if weights else []
     try:

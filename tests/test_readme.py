@@ -22,7 +22,7 @@ def test_the_python_snippet_runs(model_dir, tmp_path, monkeypatch, capsys):
 
 
 def test_the_layout_names_every_module():
-    for package in ("kalm_encoder", "pipeline"):
+    for package in ("kalm_encoder", "kalm_eval", "kalm_serve", "kalm_train", "pipeline"):
         for file in (ROOT / package).glob("[a-z]*.py"):
             assert file.name in README, file
 

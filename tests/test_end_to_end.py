@@ -242,9 +242,14 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(model_dir, tmp_path, argume
 
 
 @pytest.mark.slow
-def test_the_demo_runs_offline_and_says_what_it_is(tmp_path):
+def test_the_demo_ranks_offline_and_says_what_it_is(tmp_path):
     done = kalm("demo", "--folder", tmp_path / "demo", "--workers", 0, check=0)
-    assert "The weights are random, so this ranking means nothing" in done.stdout
+    assert "a demo checkpoint: 3.5 million parameters" in done.stdout
+    best = [answer.splitlines()[2] for answer in done.stdout.split("\n\n")[1:4]]
+    for line, name in zip(
+        best, ("list.sort", "datetime.date.isoweekday", "shutil.copystat"), strict=True
+    ):
+        assert name in line
     facts = json.loads(kalm("status", tmp_path / "demo/passages.lance", "--json").stdout)
     assert facts["state"] == "complete"
     assert facts["passages"] > 1000

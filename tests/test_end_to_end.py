@@ -15,7 +15,7 @@ from kalm_encoder import PassageTable
 from tests.commands import kalm
 from tests.conftest import make_texts, write_corpus
 
-PASSAGES = 3000
+PASSAGES, SHARD_SIZE = 1200, 40
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def corpus(tmp_path_factory):
 
 
 def encode_arguments(corpus, table, model_dir, *more):
-    return ["encode", corpus, "--to", table, "--model", model_dir, "--shard-size", 100, *more]
+    options = ["--model", model_dir, "--shard-size", SHARD_SIZE, *more]
+    return ["encode", corpus, "--to", table, *options]
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +82,13 @@ def test_a_killed_driver_is_resumed_to_the_same_table(corpus, model_dir, tmp_pat
     orphans = workers_of(process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert done < PASSAGES // 100, "killed too late to prove anything"
+    assert done < PASSAGES // SHARD_SIZE, "killed too late to prove anything"
     assert kalm("rerank", table, "--query", "q", "--ids", "p1").returncode == 2  # not complete
     _, alive = psutil.wait_procs(orphans, timeout=30)
     assert orphans and not alive, "workers outlive their driver"
     again = kalm(*arguments, check=0)
     encoded = int(again.stdout.split("encoded ")[1].split()[0])
-    assert 0 < encoded < PASSAGES // 100
+    assert 0 < encoded < PASSAGES // SHARD_SIZE
     assert_equal_to(table, unbroken)
     assert "already complete" in kalm(*arguments, check=0).stdout
 

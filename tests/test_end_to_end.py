@@ -15,7 +15,9 @@ from kalm_encoder import PassageTable
 from tests.commands import kalm
 from tests.conftest import make_texts, write_corpus
 
-PASSAGES, SHARD_SIZE = 1200, 40
+PASSAGES, SHARD_SIZE = 2400, 80
+ON_RAY = ("--cpus-per-worker", 1, "--commit-every", 0)
+"""A worker a CPU: two threads of one worker wait for each other where a CPU is busy."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def encode_arguments(corpus, table, model_dir, *more):
 def unbroken(corpus, model_dir, tmp_path_factory):
     """The table of a run that nothing disturbed, as Arrow."""
     table = tmp_path_factory.mktemp("unbroken") / "t.lance"
-    kalm(*encode_arguments(corpus, table, model_dir), check=0)
+    kalm(*encode_arguments(corpus, table, model_dir, *ON_RAY), check=0)
     rows = lance.dataset(str(table)).to_table()
     assert rows.num_rows == PASSAGES
     return rows
@@ -76,7 +78,7 @@ def assert_equal_to(table, unbroken):
 
 def test_a_killed_driver_is_resumed_to_the_same_table(corpus, model_dir, tmp_path, unbroken):
     table = tmp_path / "t.lance"
-    arguments = encode_arguments(corpus, table, model_dir, "--commit-every", 0)
+    arguments = encode_arguments(corpus, table, model_dir, *ON_RAY)
     process = start(arguments)
     done = wait_for_shards(table, 3, process)
     orphans = workers_of(process)
@@ -95,7 +97,7 @@ def test_a_killed_driver_is_resumed_to_the_same_table(corpus, model_dir, tmp_pat
 
 def test_a_killed_worker_costs_nothing(corpus, model_dir, tmp_path, unbroken):
     table = tmp_path / "t.lance"
-    process = start(encode_arguments(corpus, table, model_dir, "--commit-every", 0))
+    process = start(encode_arguments(corpus, table, model_dir, *ON_RAY))
     wait_for_shards(table, 3, process)
     victim, *_ = workers_of(process)
     victim.send_signal(signal.SIGKILL)

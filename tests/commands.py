@@ -5,6 +5,7 @@ arguments, environment, signals and exit code, but not the four seconds an inter
 load them. Where the start itself is what a test looks at, and for Ray, start an interpreter.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -29,6 +30,7 @@ class Command:
             target=_run, args=(self.args, cwd or os.getcwd(), env or dict(os.environ), out, err)
         )
         self._process.start()
+        atexit.register(self.kill)  # one that a failed test left stopped would be waited for
         self.pid = self._process.pid
 
     @property

@@ -18,8 +18,8 @@ setup:  ## make a virtual environment and install everything
 demo:  ## encode the standard library's documentation and rerank from it, offline
 	$(BIN)/kalm demo
 
-test:  ## run all tests
-	$(BIN)/pytest
+test:  ## run all tests, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults:  ## hundreds of faults against real jobs (about 20 minutes); exit 1 if a row is wrong
 	$(BIN)/python -m tests.faults

@@ -4,12 +4,12 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
+
+from tests.commands import Command
 
 
 def free_port() -> int:
@@ -22,22 +22,18 @@ def free_port() -> int:
 def serving(uri, *arguments, log=None, command="serve", **environment):
     """Start the command, wait until it is ready, and end it as an operator would."""
     port = free_port()
-    line = [sys.executable, "-m", "jobs", command, str(uri), "--port", str(port), *arguments]
-    with open(log or os.devnull, "w") as file:
-        process = subprocess.Popen(
-            line, stdout=file, stderr=file, env={**os.environ, **environment}
-        )
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        client.process = process
-        try:
-            wait_until(lambda: ready(client) or process.poll() is not None)
-            assert process.poll() is None, Path(log).read_text() if log else "it ended"
-            yield client
-        finally:
-            client.close()
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            process.wait(30)
+    environment = {**os.environ, **environment}
+    process = Command(command, uri, "--port", port, *arguments, env=environment, log=log)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    client.process = process
+    try:
+        wait_until(lambda: ready(client) or process.poll() is not None)
+        assert process.poll() is None, Path(log).read_text() if log else "it ended"
+        yield client
+    finally:
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
 
 
 def ready(client) -> bool:

@@ -1,11 +1,9 @@
 """recipes/nginx.conf, really run: a process is restarted under load and no request is lost."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -18,6 +16,7 @@ import httpx
 import pytest
 
 from kalm_encoder import Reranker
+from tests.commands import Command
 from tests.serving import free_port, ready, wait_until
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "nginx.conf"
@@ -45,8 +44,7 @@ def ended(process):
 
 
 def serve(table, port):
-    arguments = [sys.executable, "-m", "jobs", "serve", str(table), "--port", str(port)]
-    return subprocess.Popen(arguments, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return Command("serve", table, "--port", port)
 
 
 def wait_until_ready(port, timeout_s=60):

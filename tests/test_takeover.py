@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import lance
@@ -15,6 +13,7 @@ from pipeline.job import EncodeJob
 from pipeline.maintenance import Maintainer
 from pipeline.sync import sync
 from pipeline.verify import verify
+from tests.commands import Command
 from tests.conftest import make_texts, write_corpus
 
 ROWS = 1500
@@ -26,11 +25,10 @@ def corpus(tmp_path_factory):
 
 
 def start(corpus, table, model_dir):
-    command = [
-        sys.executable, "-m", "jobs", "encode", str(corpus), "--to", str(table), "--model",
-        str(model_dir), "--shard-size", "25", "--workers", "0", "--commit-every", "0",
-    ]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Command(
+        "encode", corpus, "--to", table, "--model", model_dir, "--shard-size", 25,
+        "--workers", 0, "--commit-every", 0,
+    )  # fmt: skip
 
 
 def assert_right(table):

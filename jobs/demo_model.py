@@ -1,7 +1,7 @@
 """Makes a small checkpoint of the exact KaLM-Reranker architecture, with seeded random weights.
 
-It loads through the same code as the published models and is enough to show and test everything
-but ranking quality: random weights rank at random.
+It loads through the same code as the published models and is enough to test and measure everything
+but ranking quality: random weights rank at random. For that there is the trained `kalm-demo`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,6 @@ from kalm_train.architecture import TINY, Dimensions, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-SPECIAL_TOKENS = [
-    "<pad>",
-    "<eos>",
-    "<bos>",
-    "<unk>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<start_of_image>",
-    "<end_of_image>",
-    "<image_soft_token>",
-]
 
 
 def make_checkpoint(
@@ -62,34 +50,19 @@ def make_checkpoint(
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-fallback BPE tokenizer in which `yes`, `no` and all specials are one token."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Train a byte-fallback BPE tokenizer that keeps white space, as the published one does.
+
+    `yes`, `no` and all special tokens are one token each.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    from kalm_train.tokenizer import finished
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 2,
-        special_tokens=SPECIAL_TOKENS + byte_tokens,
-        max_token_length=16,
-        show_progress=False,
-    )
     # BPE without a pre-tokenizer would learn pieces across words: train on words.
     words = (("▁" + word) for text in texts for word in text.split())
-    tokenizer.train_from_iterator(words, trainer)
-    missing = [a for a in ("yes", "no") if tokenizer.token_to_id(a) is None]
-    tokenizer.add_tokens([AddedToken(a, single_word=True, normalized=False) for a in missing])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        extra_special_tokens=[t for t in SPECIAL_TOKENS if t.startswith(("<start", "<end", "<im"))],
-    )
+    return finished(tokenizer, words, size)

@@ -35,6 +35,17 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.WordPiece(prefix="##", cleanup=False)]
     )
+    return finished(tokenizer, texts, size)
+
+
+def finished(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Train a BPE tokenizer and give it the special tokens, `yes` and `no`.
+
+    Args:
+        tokenizer: a BPE model with byte fallback, its normalizer and decoder set.
+        texts: what it is trained on.
+        size: of the vocabulary, at most.
+    """
     trainer = BpeTrainer(
         vocab_size=size - 2,
         special_tokens=[*SPECIAL_TOKENS, *(f"<0x{i:02X}>" for i in range(256))],

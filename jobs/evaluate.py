@@ -36,7 +36,9 @@ def evaluate(
     run: Annotated[
         Path | None, typer.Option(help="First stage: a TREC run; without it, full-text search.")
     ] = None,
-    depth: Annotated[int, typer.Option(help="Candidates a query.")] = 100,
+    depth: Annotated[
+        int | None, typer.Option(help="Candidates a query; default 100, of the demo 50.")
+    ] = None,
     ratios: Annotated[str | None, typer.Option(help="Ratios to store and score.")] = None,
     store_dtypes: Annotated[
         str, typer.Option(help="float16, float32, int8, int4; the first is what is encoded.")
@@ -101,7 +103,7 @@ def evaluate(
             ratios=parse_ratios(None, ratios or (DEMO_RATIOS if demo else "4,32")) or (),
             store_dtypes=tuple(store_dtypes.split(",")),
             cascades=tuple(tuple(parse_cascade(c)) for c in cascade or ()),
-            depth=50 if demo and depth == 100 else depth,
+            depth=depth or (50 if demo else 100),
             first_run=run,
             fuse=fuse,
             instruction=instruction,

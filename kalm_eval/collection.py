@@ -54,7 +54,8 @@ def read_folder(folder: Path, split: str = "test") -> Collection:
             f"{folder} has no judgements qrels/{split}.tsv; splits there: "
             f"{', '.join(found) or 'none'}"
         )
-    return read_files((str(corpus[0]),), folder / "queries.jsonl", judgements, folder.name, split)
+    name = folder.resolve().name
+    return read_files((str(corpus[0]),), folder / "queries.jsonl", judgements, name, split)
 
 
 def read_files(

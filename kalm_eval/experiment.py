@@ -148,8 +148,7 @@ def evaluate(request: Request, execute: Executor) -> Evaluation:
             if request.fuse and not suffix and len(stages) == 1:
                 rankings.append(_fused(ranking, first, name))
     folder = request.folder / "runs"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     values = {}
     for ranking in rankings:
         file = folder / f"{ranking.name.replace(':', '-')}.trec"

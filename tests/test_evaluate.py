@@ -145,7 +145,10 @@ def test_evaluating_again_encodes_nothing_and_a_changed_corpus_only_what_changed
         collection=read_folder(corpus), model=str(model_dir), folder=tmp_path / "out",
         ratios=(4,), store_dtypes=("float16", "int4"),
     )  # fmt: skip
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out/runs/mine.trec").write_text("a file of the user's")
     first = evaluate(request, counting)
+    assert (tmp_path / "out/runs/mine.trec").exists()
     again = evaluate(request, counting)
     assert encoded == [40] and again.summary() == first.summary()
     write_corpus(corpus / "corpus.jsonl", [*texts[:38], "library catalogue library", texts[39]])

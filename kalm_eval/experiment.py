@@ -7,6 +7,7 @@ own, through `Reranker`.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -124,16 +125,8 @@ def evaluate(request: Request, execute: Executor) -> Evaluation:
     table = tables[request.store_dtypes[0]]
     first, name, label = _first_stage(request, table)
     known = _lengths(table, first)
-    warnings = list(request.collection.warnings)
-    if missing := {i for scores in first.values() for i in scores if i not in known}:
-        shown = ", ".join(sorted(missing)[:5])
-        warnings.append(
-            f"{len(missing)} candidates are not in the corpus and were left out: {shown}"
-        )
-    first = {q: {i: s for i, s in scores.items() if i in known} for q, scores in first.items()}
-    if empty := [q for q, scores in first.items() if not scores]:
-        warnings.append(f"{len(empty)} queries have no candidates and count as 0")
-    if len(empty) == len(first):
+    first, gaps = _stored(first, known)
+    if not any(first.values()):
         raise InputError(f"{label} found no stored passage for any query")
     candidates = {q: list(scores) for q, scores in first.items()}
     rankings = [Ranking(name, "first stage", {q: list(s.items()) for q, s in first.items()})]
@@ -147,15 +140,7 @@ def evaluate(request: Request, execute: Executor) -> Evaluation:
             rankings.append(ranking)
             if request.fuse and not suffix and len(stages) == 1:
                 rankings.append(_fused(ranking, first, name))
-    folder = request.folder / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {}
-    for ranking in rankings:
-        file = folder / f"{ranking.name.replace(':', '-')}.trec"
-        write_run(file, ranking.ranked, ranking.name)
-        values[ranking.name] = metrics.per_query(
-            request.collection.judgements, file, request.measures
-        )
+    values = _judge(request, rankings)
     return evaluation_of(
         request.collection,
         table,
@@ -164,7 +149,7 @@ def evaluate(request: Request, execute: Executor) -> Evaluation:
         first_stage=label,
         instruction=request.instruction or DEFAULT_INSTRUCTION,
         note=request.note,
-        warnings=warnings,
+        warnings=[*request.collection.warnings, *gaps],
     )
 
 
@@ -202,6 +187,7 @@ def _first_stage(request: Request, table: PassageTable) -> tuple[Run, str, str]:
     """Return candidates with scores, best first; the setting's name; and what made them."""
     if request.first_run is not None:
         run_file, tag = read_run(request.first_run)
+        tag = f"first-{tag}" if re.match(r"r\d", tag) else tag  # a setting of ours has that name
         queries = request.collection.queries
         cut = {q: dict(list(run_file.get(q, {}).items())[: request.depth]) for q in queries}
         return cut, tag, f"{tag} ({request.first_run.name}), top {request.depth}"
@@ -209,6 +195,32 @@ def _first_stage(request: Request, table: PassageTable) -> tuple[Run, str, str]:
         q: dict(table.search(text, request.depth)) for q, text in request.collection.queries.items()
     }
     return found, "bm25", f"BM25 (Lance full-text search), top {request.depth}"
+
+
+def _stored(first: Run, known: Mapping[str, int]) -> tuple[Run, list[str]]:
+    """Return the candidates that are stored, and what there is to tell of the others."""
+    gaps = []
+    if missing := {i for scores in first.values() for i in scores if i not in known}:
+        shown = ", ".join(sorted(missing)[:5])
+        gaps.append(f"{len(missing)} candidates are not in the corpus and were left out: {shown}")
+    kept = {q: {i: s for i, s in scores.items() if i in known} for q, scores in first.items()}
+    if empty := sum(not scores for scores in kept.values()):
+        gaps.append(f"{empty} queries have no candidates and count as 0")
+    return kept, gaps
+
+
+def _judge(request: Request, rankings: Sequence[Ranking]) -> dict[str, dict[str, dict[str, float]]]:
+    """Write a run file a ranking and return its metrics, by setting, query and name."""
+    folder = request.folder / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {}
+    for ranking in rankings:
+        file = folder / f"{re.sub(r'[^a-zA-Z0-9._+,-]', '-', ranking.name)}.trec"
+        write_run(file, ranking.ranked, ranking.name)
+        values[ranking.name] = metrics.per_query(
+            request.collection.judgements, file, request.measures
+        )
+    return values
 
 
 def _lengths(table: PassageTable, first: Run) -> dict[str, int]:

@@ -138,7 +138,7 @@ class Trainer:
     def _loss(self, group: list[tuple[Question, list[str]]], pick: random.Random) -> torch.Tensor:
         """Return the loss of some questions, each against its own and some others' passages."""
         passages = [p for question, hard in group for p in (question.passage, *hard)]
-        tokens = self._passage_tokens(passages, pick)
+        tokens = self._passage_tokens(passages)
         ratios = (pick.choice(FINE), pick.choice(COARSE))
         encoder, decoder = self.model.model.encoder.text_model, self.model.model.decoder
         states = objective.pooled(encoder, tokens, self.tokenizer.pad_token_id, ratios)
@@ -158,7 +158,7 @@ class Trainer:
                 total = total + objective.loss(part)
         return total / (len(group) * len(ratios))
 
-    def _passage_tokens(self, passages: list[str], pick: random.Random) -> list[list[int]]:
+    def _passage_tokens(self, passages: list[str]) -> list[list[int]]:
         rendered = [render_passage(text) for text in passages]
         encoded = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return [ids[: self.recipe.max_tokens] for ids in encoded]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import pytrec_eval
@@ -177,6 +178,17 @@ def test_a_run_and_trec_judgements_work_too_and_gaps_are_told(folder, model_dir,
         assert gap in told
     evaluation.write(tmp_path / "evaluation.json")
     assert Evaluation.read(tmp_path / "evaluation.json") == evaluation
+
+
+def test_a_ranking_of_ours_may_be_the_first_stage_of_another(evaluated, tmp_path):
+    request, _ = evaluated
+    again = replace(
+        request, folder=tmp_path, first_run=request.folder / "runs/r8.trec", ratios=(2,),
+        store_dtypes=("float16",), cascades=(),
+    )  # fmt: skip
+    names = [s.name for s in evaluate(again, encode_inline).settings]
+    assert names == ["first-r8", "r2", "r2+first-r8"]
+    assert (tmp_path / "runs/r2+first-r8.trec").exists()
 
 
 def test_languages_without_spaces_work(model_dir, tmp_path):

@@ -103,7 +103,7 @@ def evaluate(
             ratios=parse_ratios(None, ratios or (DEMO_RATIOS if demo else "4,32")) or (),
             store_dtypes=tuple(store_dtypes.split(",")),
             cascades=tuple(tuple(parse_cascade(c)) for c in cascade or ()),
-            depth=depth or (50 if demo else 100),
+            depth=(50 if demo else 100) if depth is None else depth,
             first_run=run,
             fuse=fuse,
             instruction=instruction,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,6 +37,16 @@ def parse_storage_options(pairs: list[str] | None) -> dict[str, str] | None:
             raise InputError(f"--storage-option {key!r} must have the form key=value")
         options[key] = value
     return options
+
+
+def check_folder(file: Path | None) -> None:
+    """Refuse a file that cannot be written later, because its folder is not there.
+
+    Raises:
+        InputError: names the folder.
+    """
+    if file is not None and not file.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {file.absolute().parent} for {file.name}: make it")
 
 
 def executor(workers: int | None, cpus_per_worker: int | None, address: str | None) -> Executor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.encode import parse_ratios
-from jobs.options import StorageOptions, parse_storage_options
+from jobs.options import StorageOptions, check_folder, parse_storage_options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def plan(
     storage_option: StorageOptions = None,
 ) -> None:
     """Sample a corpus and say what encoding it will take: tokens, bytes, hours."""
+    check_folder(out)
     from jobs.plan_text import plan_text
     from kalm_encoder import checkpoint
     from kalm_encoder.encoder import check_max_length

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.options import StorageOptions, parse_storage_options
+from jobs.options import StorageOptions, check_folder, parse_storage_options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def status(
     storage_option: StorageOptions = None,
 ) -> None:
     """Show model, ratios, rows, size against the floor, shards done and missing."""
+    check_folder(figure)
     options = parse_storage_options(storage_option)
     facts = table_facts(uri, options)
     if figure:

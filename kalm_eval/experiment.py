@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import xxhash
+
 from kalm_encoder import checkpoint
 from kalm_encoder.decoder import QueryDecoder
 from kalm_encoder.errors import InputError, TableError
@@ -29,6 +31,7 @@ from kalm_eval.results import Evaluation
 from kalm_eval.runs import Run, read_run, write_run
 from pipeline.driver import Executor, run
 from pipeline.job import EncodeJob
+from pipeline.sources import absolute
 from pipeline.sync import sync
 from pipeline.truncate import truncate
 
@@ -74,6 +77,10 @@ class Request:
     max_length: int = 1024
     measures: tuple[str, ...] = metrics.DEFAULT
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise InputError(f"depth {self.depth} must be at least 1")
 
 
 @dataclass
@@ -126,8 +133,12 @@ def evaluate(request: Request, execute: Executor) -> Evaluation:
     first, name, label = _first_stage(request, table)
     known = _lengths(table, first)
     first, gaps = _stored(first, known)
+    gaps += _unreachable(request.collection, table)
     if not any(first.values()):
-        raise InputError(f"{label} found no stored passage for any query")
+        raise InputError(
+            f"{label} found no stored passage for any query. Full-text search splits at spaces: "
+            "where the language has none, give the candidates of another first stage with --run"
+        )
     candidates = {q: list(scores) for q, scores in first.items()}
     rankings = [Ranking(name, "first stage", {q: list(s.items()) for q, s in first.items()})]
     decoder = QueryDecoder.load(request.model, revision=request.revision)
@@ -159,19 +170,23 @@ def _tables(request: Request, execute: Executor) -> dict[str, PassageTable]:
     asked = {ratio for stages in request.cascades for ratio, _ in stages} | set(request.ratios)
     ratios = tuple(sorted(asked))
     first, *others = request.store_dtypes
-    shape = f"{files.fingerprint[:8]}-r{'-'.join(map(str, ratios))}-l{request.max_length}"
+    name = re.sub(r"[^a-zA-Z0-9_-]", "-", request.collection.name)
+    files_read = "\n".join(map(absolute, request.collection.corpus))
+    place = xxhash.xxh3_64_hexdigest(files_read.encode())
+    model = f"{files.fingerprint[:8]}-r{'-'.join(map(str, ratios))}-l{request.max_length}"
+    shape = f"{name}-{place[:6]}-{model}"  # another collection has tables of its own
     base = request.folder / "states" / f"{shape}-{first}.lance"
     job = EncodeJob(
         inputs=request.collection.corpus, uri=str(base), model=request.model,
         revision=request.revision, ratios=ratios, store_dtype=first,
-        max_length=request.max_length, on_duplicate="first",
+        max_length=request.max_length,
     )  # fmt: skip
     try:
         PassageTable.open(job.uri)
     except TableError:
         run(job, execute)
     else:
-        sync(job, execute, delete_missing=True, on_duplicate="first")
+        sync(job, execute, delete_missing=True)
     tables = {first: PassageTable.open(job.uri)}
     for dtype in others:
         uri = base.with_name(f"{shape}-{dtype}-of-{tables[first].version}.lance")
@@ -207,6 +222,20 @@ def _stored(first: Run, known: Mapping[str, int]) -> tuple[Run, list[str]]:
     if empty := sum(not scores for scores in kept.values()):
         gaps.append(f"{empty} queries have no candidates and count as 0")
     return kept, gaps
+
+
+def _unreachable(collection: Collection, table: PassageTable) -> list[str]:
+    """Tell of relevant passages that the corpus does not hold: no ranking can find them."""
+    relevant = sorted(
+        {i for judged in collection.judgements.values() for i, r in judged.items() if r > 0}
+    )
+    held: set[str] = set()
+    for start in range(0, len(relevant), IDS_AT_ONCE):
+        held |= table.known(relevant[start : start + IDS_AT_ONCE])
+    if not (gone := [i for i in relevant if i not in held]):
+        return []
+    shown = ", ".join(gone[:5])
+    return [f"{len(gone)} of {len(relevant)} relevant passages are not in the corpus: {shown}"]
 
 
 def _judge(request: Request, rankings: Sequence[Ranking]) -> dict[str, dict[str, dict[str, float]]]:

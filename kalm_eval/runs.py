@@ -7,6 +7,7 @@ order, whoever reads it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,14 +58,19 @@ def read_run(file: Path) -> tuple[Run, str]:
         try:
             query, _, passage, _, score, name = line.split()
             value = float(score)
+            if not math.isfinite(value):
+                raise ValueError(score)
         except ValueError:
             raise InputError(
-                f"{file} line {number}: expected qid Q0 docid rank score tag, found {line[:60]!r}"
+                f"{file} line {number}: expected qid Q0 docid rank score tag, the score finite, "
+                f"found {line[:60]!r}"
             ) from None
         tag = tag or name
         scores = run.setdefault(query, {})
         if passage in scores:
             raise InputError(f"{file} line {number}: {passage} is there twice for query {query}")
         scores[passage] = value
+    if not run:
+        raise InputError(f"{file} ranks nothing: it has no line")
     ordered = {q: dict(sorted(s.items(), key=lambda p: (-p[1], p[0]))) for q, s in run.items()}
     return ordered, tag

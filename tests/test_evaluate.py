@@ -191,6 +191,30 @@ def test_a_ranking_of_ours_may_be_the_first_stage_of_another(evaluated, tmp_path
     assert (tmp_path / "runs/r2+first-r8.trec").exists()
 
 
+def test_what_would_spoil_figures_silently_is_told_or_refused(folder, model_dir, tmp_path):
+    request = Request(
+        collection=read_folder(folder), model=str(model_dir), folder=tmp_path / "out", ratios=(4,)
+    )
+    evaluate(request, encode_inline)
+    judged = {**JUDGED, "q1": {"nowhere": 1, "p1": 1}}
+    other = make_folder(tmp_path / "other", make_texts(9, seed=4), judged=judged)
+    told = evaluate(replace(request, collection=read_folder(other)), encode_inline).warnings
+    assert "1 of 4 relevant passages are not in the corpus: nowhere" in told
+    again = evaluate(request, lambda *_: pytest.fail("the first collection is encoded again"))
+    assert again.num_passages == 40
+    write_corpus(other / "corpus.jsonl", ["one", "two"])
+    with (other / "corpus.jsonl").open("a") as lines:
+        lines.write('{"_id": "p0", "text": "another one"}\n')
+    with pytest.raises(InputError, match="p0"):
+        evaluate(replace(request, collection=read_folder(other)), encode_inline)
+    with pytest.raises(InputError, match="depth 0"):
+        replace(request, depth=0)
+    for content, message in (("q Q0 d 1 nan t\n", "line 1.*finite"), ("\n", "ranks nothing")):
+        (tmp_path / "run").write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_run(tmp_path / "run")
+
+
 def test_languages_without_spaces_work(model_dir, tmp_path):
     queries = {"zh": "检索增强生成把段落编码一次", "ar": "الفقرات على القرص", "th": "ระบบจัดเก็บ"}
     judged = {"zh": {"p1": 1}, "ar": {"p4": 1}, "th": {"p5": 1}}

@@ -15,6 +15,7 @@ import pytest
 from backports import zstd
 
 from jobs import plan as plan_command
+from jobs.options import check_folder
 from jobs.status import table_facts
 from kalm_encoder.errors import InputError, MismatchError
 from pipeline import corpus_sample
@@ -243,3 +244,10 @@ def test_a_plan_with_other_settings_is_not_compared(corpus, model_dir, made, tmp
     (tmp_path / "no.json").write_text("[]")
     with pytest.raises(InputError, match="is no plan"):
         read_plan(tmp_path / "no.json")
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_the_work(tmp_path):
+    check_folder(None)
+    check_folder(tmp_path / "plan.json")
+    with pytest.raises(InputError, match=r"there is no folder .*missing for plan\.json"):
+        check_folder(tmp_path / "missing" / "plan.json")

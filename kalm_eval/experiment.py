@@ -18,6 +18,7 @@ from pathlib import Path
 import xxhash
 
 from kalm_encoder import checkpoint
+from kalm_encoder.cascade import Stage
 from kalm_encoder.decoder import QueryDecoder
 from kalm_encoder.errors import InputError, TableError
 from kalm_encoder.fusion import fuse
@@ -37,7 +38,7 @@ from pipeline.truncate import truncate
 
 logger = logging.getLogger(__name__)
 
-Stages = tuple[tuple[int, int | None], ...]
+Stages = tuple[Stage, ...]
 """A cascade, as `Reranker.rerank` takes it."""
 IDS_AT_ONCE = 10_000
 

@@ -16,7 +16,7 @@ from pipeline.encoder_rate import Rate
 from pipeline.estimate import Estimate
 from pipeline.flops import Shape, decoder_flops, encoder_flops
 from pipeline.sample import Sample
-from pipeline.storage_estimate import RowCost, state_bytes
+from pipeline.storage_estimate import RowCost
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -146,7 +146,7 @@ def forecast(sample: Sample, request: Request, row_cost: RowCost) -> Forecast:
     light = count.times(row_cost.data)
     data = light
     for ratio in spec.ratios:
-        data = data.plus(states[ratio].times(state_bytes(spec)))
+        data = data.plus(states[ratio].times(spec.bytes_per_state))
     cuts = [_cut_at(census, length) for length in sorted({*MAX_LENGTHS, spec.max_length})]
     chosen = next(cut for cut in cuts if cut.max_length == spec.max_length)
     return Forecast(
@@ -185,7 +185,7 @@ def _cut_at(census: Census, length: int) -> Cut:
 
 def _storage(request: Request, states: dict[int, Estimate], light: Estimate) -> list[Storage]:
     return [
-        Storage(name, dtype, ratio, number.times(state_bytes(other)).plus(light))
+        Storage(name, dtype, ratio, number.times(other.bytes_per_state).plus(light))
         for name, shape in request.shapes.items()
         for dtype in CODECS
         for other in [replace(request.spec, dim=shape.hidden, store_dtype=dtype)]
@@ -207,7 +207,7 @@ def _work(
     for name, shape in request.shapes.items():
         slower = flops[name].value / flops[request.model].value
         hours = _hours(tokens.times(slower), request.rate, request.gpus) if request.rate else None
-        size = CANDIDATES * state_bytes(replace(request.spec, dim=shape.hidden))
+        size = CANDIDATES * replace(request.spec, dim=shape.hidden).bytes_per_state
         query = {
             ratio: decoder_flops(shape, request.prompt_tokens, number, CANDIDATES)
             for ratio, number in mean_states.items()

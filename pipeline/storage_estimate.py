@@ -41,11 +41,6 @@ class RowCost:
     rows: int
 
 
-def state_bytes(spec: TableSpec) -> int:
-    """Return the bytes of one stored vector, whatever its ratio."""
-    return int(np.dtype(spec.codec.dtype).itemsize * spec.codec.width(spec.dim))
-
-
 def measure_rows(
     spec: TableSpec, examples: Sequence[tuple[Passage, int]], shard_size: int, seed: int
 ) -> RowCost:
@@ -66,7 +61,7 @@ def measure_rows(
             n = min(tokens, spec.max_length)
             if used and states > SAMPLE_BYTES:
                 break
-            size = sum(num_groups(n, r) for r in spec.ratios) * state_bytes(spec)
+            size = sum(num_groups(n, r) for r in spec.ratios) * spec.bytes_per_state
             states, used = states + size, used + 1
             shape = (num_groups(n, spec.ratios[0]), spec.dim)
             made = rng.standard_normal(shape, np.float32)

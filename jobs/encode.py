@@ -28,10 +28,16 @@ def encode(
     no_text: Annotated[bool, typer.Option("--no-text", help="Do not store the raw text.")] = False,
     workers: Annotated[
         int | None,
-        typer.Option(help="Ray workers; 0 encodes in this process. Default: one a GPU, else CPUs."),
+        typer.Option(
+            help="Ray workers; 0 encodes in this process. Default: all there is room for."
+        ),
     ] = None,
     cpus_per_worker: Annotated[
-        int | None, typer.Option(help="Threads of a CPU worker; default up to 4.")
+        int | None, typer.Option(help="CPUs a worker; default up to 4.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(help="GPUs a worker, such as 0.5; 0 uses CPUs. Default 1 if any."),
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
@@ -60,7 +66,7 @@ def encode(
     storage_option: StorageOptions = None,
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
-    execute = executor(workers, cpus_per_worker, address)
+    execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
     from pipeline.driver import run
     from pipeline.job import EncodeJob
     from pipeline.sources import FieldOptions

@@ -49,7 +49,13 @@ def check_folder(file: Path | None) -> None:
         raise InputError(f"there is no folder {file.absolute().parent} for {file.name}: make it")
 
 
-def executor(workers: int | None, cpus_per_worker: int | None, address: str | None) -> Executor:
+def executor(
+    workers: int | None,
+    cpus_per_worker: int | None,
+    address: str | None,
+    *,
+    gpus_per_worker: float | None = None,
+) -> Executor:
     """Return what encodes shards: Ray workers, or this process where `workers` is 0.
 
     Raises:
@@ -65,4 +71,4 @@ def executor(workers: int | None, cpus_per_worker: int | None, address: str | No
         raise InputError(
             f"encoding needs {error.name}: pip install 'kalm-preencode[batch]'"
         ) from error
-    return on_ray(RayOptions(address, workers, cpus_per_worker))
+    return on_ray(RayOptions(address, workers, cpus_per_worker, gpus_per_worker))

@@ -25,6 +25,10 @@ def sync(
     ] = "error",
     workers: Annotated[int | None, typer.Option(help="Ray workers; 0 encodes here.")] = None,
     cpus_per_worker: Annotated[int | None, typer.Option(help="Threads of a CPU worker.")] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(help="GPUs a worker, such as 0.5; 0 uses CPUs. Default 1 if any."),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster.")] = None,
     shard_size: Annotated[int, typer.Option(help="Rows a shard.")] = 1000,
     id_field: Annotated[str | None, typer.Option(help="Field that holds the id.")] = None,
@@ -34,7 +38,7 @@ def sync(
     storage_option: StorageOptions = None,
 ) -> None:
     """Encode new and changed passages, by id and text; readers switch when all is done."""
-    execute = executor(workers, cpus_per_worker, address)
+    execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
     from kalm_encoder.rows import TableSpec
     from kalm_encoder.table import open_dataset
     from pipeline import sync as syncing

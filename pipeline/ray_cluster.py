@@ -19,6 +19,9 @@ import ray
 from kalm_encoder.errors import InputError
 
 CONNECT_TIMEOUT_S = 10.0
+MOST_CPUS = 4
+"""A worker asks for no more unless told to: beyond it more workers do better than more threads. Beside
+a GPU they read, tokenise and write; one CPU alone would leave the GPU waiting."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class RayOptions:
 
     Attributes:
         address: of a cluster; None takes RAY_ADDRESS, else starts a cluster on this machine.
-        num_workers: None takes one a GPU, or where there is none as many as the CPUs hold.
-        cpus_per_worker: threads of a CPU worker; None takes up to 4.
+        num_workers: None takes as many as there is room for, at any time: nodes may join and leave.
+        cpus_per_worker: threads of a CPU worker; None takes up to 4. Beside a GPU, those that read,
+            tokenise and write; None takes a GPU's share of its node's, up to 4.
+        gpus_per_worker: may be a fraction; None takes 1 where there is any GPU, 0 uses CPUs alone.
         shard_timeout_s: a worker that takes longer for one shard is replaced.
         start_timeout_s: how long no worker at all may become ready.
     """
@@ -36,6 +41,7 @@ class RayOptions:
     address: str | None = None
     num_workers: int | None = None
     cpus_per_worker: int | None = None
+    gpus_per_worker: float | None = None
     shard_timeout_s: float = 3600.0
     start_timeout_s: float = 600.0
 
@@ -81,26 +87,71 @@ def connect(
         raise InputError(f"cannot join Ray at {address!r}: {error}") from error
 
 
-def worker_shape(options: RayOptions, num_shards: int) -> tuple[int, int, int]:
-    """Return (workers, CPUs each, GPUs each).
+Nodes = dict[str, dict[str, float]]
+"""Resources of each node that is alive, by its id."""
+
+
+@dataclass(frozen=True)
+class WorkerShape:
+    """What one worker asks of its node."""
+
+    cpus: int
+    gpus: float
+
+    def room(self, nodes: Nodes) -> int:
+        """Return how many workers these nodes hold, were nothing else on them."""
+        return sum(self._room_on(resources) for resources in nodes.values())
+
+    def _room_on(self, resources: dict[str, float]) -> int:
+        by_cpu = int(resources.get("CPU", 0) // self.cpus)
+        return min(by_cpu, gpu_places(resources, self.gpus)) if self.gpus else by_cpu
+
+
+def gpu_places(resources: dict[str, float], gpus: float) -> int:
+    """Return how many workers of `gpus` GPUs a node holds; a share is of one GPU, never of two."""
+    present = int(resources.get("GPU", 0))
+    return present * int(1 / gpus + 1e-6) if gpus < 1 else int(present // gpus)
+
+
+def alive_nodes() -> Nodes:
+    """Ask the cluster which nodes it has; under a millisecond for a few nodes."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def worker_shape(options: RayOptions, nodes: Nodes) -> WorkerShape:
+    """Choose what a worker asks for.
 
     Raises:
-        InputError: no node of the cluster can hold one worker.
+        InputError: no node of the cluster can hold one worker, or no worker can be asked for so.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    most_cpus = int(max(node.get("CPU", 0) for node in nodes))
-    if gpus:
-        cpus, per_worker, room = options.cpus_per_worker or 1, 1, gpus
-    else:
-        cpus, per_worker = options.cpus_per_worker or max(1, min(4, most_cpus)), 0
-        room = int(sum(node.get("CPU", 0) // cpus for node in nodes))
-    if cpus > most_cpus or room == 0:
+    num_gpus = int(sum(node.get("GPU", 0) for node in nodes.values()))
+    gpus = options.gpus_per_worker
+    gpus = min(1.0, num_gpus) if gpus is None else gpus
+    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        raise InputError(f"--gpus-per-worker {gpus:g}: give a share of one GPU or a whole number")
+    cpus = options.cpus_per_worker
+    cpus = _default_cpus(nodes, gpus) if cpus is None else cpus
+    if cpus < 1:
+        raise InputError(f"--cpus-per-worker {cpus} must be at least 1")
+    shape = WorkerShape(cpus, gpus)
+    if not shape.room(nodes):
+        has = ", ".join(f"{n.get('CPU', 0):g} and {n.get('GPU', 0):g}" for n in nodes.values())
         raise InputError(
-            f"no node can hold a worker of {cpus} CPUs and {per_worker} GPUs; the largest has "
-            f"{most_cpus} CPUs. Lower --cpus-per-worker"
+            f"no node can hold a worker of {cpus} CPUs and {gpus:g} GPUs; CPUs and GPUs of the "
+            f"nodes: {has}. Lower --cpus-per-worker or --gpus-per-worker"
         )
-    return min(options.num_workers or room, num_shards), cpus, per_worker
+    return shape
+
+
+def _default_cpus(nodes: Nodes, gpus: float) -> int:
+    """Return the CPUs of the smallest fair share of a node, or of the largest node without GPUs."""
+    cpus = [node.get("CPU", 0) for node in nodes.values()]
+    if gpus:
+        places = [gpu_places(node, gpus) for node in nodes.values()]
+        share = min((c // n for c, n in zip(cpus, places, strict=True) if n), default=0)
+    else:
+        share = max(cpus, default=0)
+    return int(max(1, min(MOST_CPUS, share)))
 
 
 def _runtime_env(folder: Path, names: Sequence[str]) -> dict[str, Any]:

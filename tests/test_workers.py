@@ -25,7 +25,8 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 def make_shards(count):
     return [
-        Shard(i, "file", Fields("id", "text"), Slice(0, 1, 1, 1, f"{i:032x}")) for i in range(count)
+        Shard(i, "file.jsonl", Fields("id", "text"), Slice(0, 1, 1, 1, f"{i:032x}"))
+        for i in range(count)
     ]
 
 

@@ -20,8 +20,8 @@ from kalm_encoder.errors import InputError
 
 CONNECT_TIMEOUT_S = 10.0
 MOST_CPUS = 4
-"""A worker asks for no more unless told to: beyond it more workers do better than more threads. Beside
-a GPU they read, tokenise and write; one CPU alone would leave the GPU waiting."""
+"""A worker asks for no more unless told to: beyond it more workers do better than more threads.
+Beside a GPU they read, tokenise and write; one CPU alone would leave the GPU waiting."""
 
 
 @dataclass(frozen=True)

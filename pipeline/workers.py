@@ -1,6 +1,6 @@
 """The Ray side: worker actors, and the executor that runs shards on them.
 
-With ray_cluster, ray_pool and ray_metrics the only module that knows Ray.
+With ray_cluster, ray_pool, ray_crew and ray_metrics the only module that knows Ray.
 """
 
 from __future__ import annotations

@@ -1,0 +1,103 @@
+"""A node joins, a node leaves: a cluster of raylets on this machine, and a stand-in that sleeps.
+
+What is measured is the loop that hands out shards; sleeping workers do not compete for the cores.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+
+from jobs.bench.data import bar
+from kalm_encoder.rows import TableSpec
+from pipeline import workers
+from pipeline.encode_shard import ShardResult, WorkerConfig
+from pipeline.ray_crew import IN_FLIGHT
+from pipeline.shards import Shard
+from pipeline.sources import Fields
+from pipeline.text_files import Slice
+from pipeline.workers import RayOptions, Worker, on_ray
+
+WORKERS_PER_NODE, SHARD_S, SHARDS = 2, 0.2, 600
+SPEC = TableSpec(model="none", revision=None, fingerprint="", dim=1, max_length=1, ratios=(1,))
+
+
+class Sleeping(Worker):
+    """Takes SHARD_S for a shard on its device, one at a time; notes each run as a file."""
+
+    def load(self, config: WorkerConfig) -> None:
+        import threading
+
+        self._device = threading.Lock()
+        self._folder = Path(config.uri)
+
+    def encode(self, shard: Shard) -> ShardResult:
+        (self._folder / f"{shard.number}-{os.getpid()}").touch()
+        with self._device:
+            time.sleep(SHARD_S)
+        return ShardResult(shard, None, 1, worker=f"{self.node()}:{os.getpid()}")
+
+
+def main() -> list[str]:
+    # The workers get our packages, not this one.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    workers.Worker = Sleeping
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        before, after, twice = _join_and_leave(cluster)
+    finally:
+        cluster.shutdown()
+        workers.Worker = Worker
+    print(
+        f"shards/s with one node of {WORKERS_PER_NODE} workers {before:.2f}, with two {after:.2f}"
+    )
+    print(f"shards that ran twice when one left: {twice} of {SHARDS}")
+    most = IN_FLIGHT * WORKERS_PER_NODE
+    return [
+        bar("elastic_join", after / before, ">=", 1.5),
+        bar("elastic_leave_extra", twice, "<=", most),
+    ]
+
+
+def _join_and_leave(cluster: Cluster) -> tuple[float, float, int]:
+    """Return shards/s on one node, on two, and how many shards ran twice as one left."""
+    cluster.add_node(num_cpus=WORKERS_PER_NODE)
+    shards = [
+        Shard(i, "f.jsonl", Fields("id", "text"), Slice(0, 1, 1, 1, f"{i:032x}"))
+        for i in range(SHARDS)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        options = RayOptions(address=cluster.address, cpus_per_worker=1)
+        with closing(on_ray(options)(WorkerConfig(folder, SPEC), shards)) as outcomes:
+            before = _rate(outcomes, WORKERS_PER_NODE)
+            joined = cluster.add_node(num_cpus=WORKERS_PER_NODE)
+            after = _rate(outcomes, 2 * WORKERS_PER_NODE)
+            cluster.remove_node(joined)
+            for _ in outcomes:
+                pass
+        return before, after, len(list(Path(folder).iterdir())) - SHARDS
+
+
+def _rate(outcomes, num_workers: int, shards: int = 100) -> float:
+    """Return shards/s over so many shards, once so many workers have given one."""
+    seen: set[str] = set()
+    while len(seen) < num_workers:
+        if outcome := next(outcomes):
+            seen.add(outcome.worker)
+    began, count = time.monotonic(), 0
+    while count < shards:
+        count += next(outcomes) is not None
+    return count / (time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    print("\n".join(main()))

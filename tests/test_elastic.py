@@ -1,0 +1,190 @@
+"""A cluster of several raylets on this machine: nodes join and leave, GPUs are shared, pages read.
+
+The stand-in encoder leaves a file for each start of a worker and each run of a shard.
+"""
+
+import os
+import re
+import secrets
+import sys
+import time
+import urllib.request
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import ray
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+
+from kalm_encoder.errors import InputError
+from pipeline import workers
+from pipeline.encode_shard import ShardResult, WorkerConfig
+from pipeline.ray_crew import IN_FLIGHT
+from pipeline.shards import Shard
+from pipeline.sources import Fields, Reject
+from pipeline.text_files import Slice
+from pipeline.workers import RayOptions, Worker, on_ray
+from tests.test_ledger import SPEC
+
+# The workers get our packages, not this one.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+POLL_S = 0.02
+
+
+class Noting(Worker):
+    """Notes what it does; encodes nothing before as many workers run as the shard's lines say."""
+
+    def load(self, config):
+        self._folder = Path(config.uri)
+        (self._folder / f"worker-{os.getpid()}").touch()
+
+    def encode(self, shard):
+        node = self.node()
+        (self._folder / f"run-{shard.number}-{node}").touch()
+        while len(list(self._folder.glob("worker-*"))) < shard.rows.first_line:
+            time.sleep(POLL_S)
+        time.sleep(0.05)
+        return ShardResult(
+            shard,
+            None,
+            num_rows=10,
+            rejects=(Reject(shard.path, 1, "bad"),) if shard.number == 0 else (),
+            num_tokens=100,
+            padded_tokens=110,
+            num_truncated=1,
+            seconds={"read": 0.25, "forward": 0.5},
+            worker=f"{node}:{os.getpid()}:{ray.get_gpu_ids()}",
+        )
+
+
+def make_shards(count, *, workers_first=1):
+    return [
+        Shard(i, "f.jsonl", Fields("id", "text"), Slice(0, 9, workers_first, 1, f"{i:032x}"))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    # As `connect` does for a cluster of its own: Ray would write one into the home folder.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    head = {"num_cpus": 0, "_system_config": {"metrics_report_interval_ms": 500}}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def start(cluster, monkeypatch, tmp_path):
+    """Return the function that starts a run of stand-ins; nodes are gone after the test."""
+    monkeypatch.setattr(workers, "Worker", Noting)
+    monkeypatch.setattr("pipeline.ray_crew.LOOK_EVERY_S", 0.2)
+
+    def run(shards, **options):
+        execute = on_ray(RayOptions(address=cluster.address, **options))
+        return closing(execute(WorkerConfig(str(tmp_path), SPEC), shards))
+
+    yield run
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+
+
+def node_of(result):
+    return result.worker.split(":")[0]
+
+
+def test_a_node_that_joins_gets_shards(cluster, start):
+    first = cluster.add_node(num_cpus=1)
+    with start(make_shards(100_000)) as outcomes:
+        assert node_of(next(filter(None, outcomes))) == first.node_id
+        second = cluster.add_node(num_cpus=1)
+        assert any(node_of(o) == second.node_id for o in outcomes if o)
+
+
+def test_a_node_that_leaves_costs_its_own_shards_alone(cluster, start, tmp_path, caplog):
+    stays, leaves = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    done = Counter()
+    with start(make_shards(60, workers_first=2)) as outcomes:
+        for outcome in filter(None, outcomes):
+            done[outcome.shard.number] += 1
+            if len(done) == 10:
+                cluster.remove_node(leaves)
+    assert done == Counter(range(60))
+    runs = Counter(path.name.split("-")[1] for path in tmp_path.glob("run-*"))
+    twice = [number for number, count in runs.items() if count > 1]
+    assert 1 <= len(twice) <= IN_FLIGHT
+    assert all((tmp_path / f"run-{number}-{leaves.node_id}").exists() for number in twice)
+    assert all((tmp_path / f"run-{number}-{stays.node_id}").exists() for number in twice)
+    assert "a worker died" not in caplog.text  # preemption is no worker's fault
+    assert "failed (attempt" not in caplog.text
+
+
+def test_workers_asked_for_start_when_there_is_room(cluster, start, tmp_path):
+    cluster.add_node(num_cpus=1)
+    with start(make_shards(20, workers_first=2), num_workers=2) as outcomes:
+        assert next(outcomes) is None  # one worker waits for another
+        cluster.add_node(num_cpus=1)
+        assert len({o.worker for o in outcomes if o}) == 2
+
+
+def test_two_workers_share_a_gpu(cluster, start):
+    cluster.add_node(num_cpus=2, num_gpus=1)
+    with start(make_shards(20, workers_first=2), gpus_per_worker=0.5) as outcomes:
+        places = {o.worker for o in outcomes if o}
+    assert len(places) == 2
+    assert {place.split(":")[2] for place in places} == {"[0]"}
+
+
+def test_more_gpus_than_a_node_has_fail_at_once(cluster, start):
+    cluster.add_node(num_cpus=1, num_gpus=1)
+    with pytest.raises(InputError, match="no node can hold a worker of 1 CPUs and 2 GPUs"):
+        with start(make_shards(1), gpus_per_worker=2) as outcomes:
+            next(outcomes)
+
+
+def test_the_metrics_page_of_a_node_tells_what_the_run_did(cluster, start, tmp_path):
+    cluster.add_node(num_cpus=1)
+    with start(make_shards(7)) as outcomes:
+        done = []
+        for outcome in filter(None, outcomes):
+            done.append(outcome)
+            if len(done) == 7:
+                break
+        want = {
+            "shards": 7,
+            "passages": 70,
+            "rejected": 1,
+            "truncated": 7,
+            "tokens": 700,
+            "padded_tokens": 770,
+            'seconds{stage="read"}': 1.75,
+            'seconds{stage="forward"}': 3.5,
+            "workers": 1,
+        }
+        deadline = time.monotonic() + 60
+        while (seen := read_metrics(str(tmp_path))) != want and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert seen == want
+
+
+def read_metrics(table):
+    """Add up the numbers of one table over all workers, as the pages of the nodes have them."""
+    totals = Counter()
+    for node in ray.nodes():
+        if node["Alive"]:
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            try:
+                page = urllib.request.urlopen(url, timeout=5).read().decode()
+            except OSError:
+                continue
+            print(page) if os.environ.get("SHOW") else None
+            for name, tags, value in re.findall(
+                r"^ray_kalm_encode_(\w+)\{(.*)\} (\S+)$", page, re.MULTILINE
+            ):
+                if f'table="{table}"' in tags:
+                    stage = re.search(r'stage="\w+"', tags)
+                    key = name.removesuffix("_total") + (f"{{{stage[0]}}}" if stage else "")
+                    totals[key] += float(value)
+    return dict(totals)

@@ -1,0 +1,103 @@
+"""In which order shards go to workers, and whose failures count."""
+
+import pytest
+
+from kalm_encoder.errors import InputError
+from pipeline.ray_cluster import RayOptions, WorkerShape, worker_shape
+from pipeline.shard_queue import ShardQueue, short_last
+from pipeline.shards import Shard
+from pipeline.sources import Fields
+from pipeline.text_files import Slice
+
+
+def shard(number, length=100, path="a.jsonl"):
+    rows = Slice(0, length, 1, 1, f"{number:032x}")
+    return Shard(number, path, Fields("id", "text"), rows)
+
+
+def numbers(shards):
+    return [s.number for s in shards]
+
+
+def test_the_shortest_go_last_and_the_others_stay_in_plan_order():
+    lengths = [100, 40, 90, 100, 7, 100]
+    first, last = short_last([shard(i, n) for i, n in enumerate(lengths)], 3)
+    assert numbers(first) == [0, 3, 5]
+    assert numbers(last) == [2, 1, 4]
+
+
+def test_equal_shards_stay_in_plan_order():
+    first, last = short_last([shard(i) for i in range(5)], 2)
+    assert numbers([*first, *last]) == [0, 1, 2, 3, 4]
+
+
+def test_shards_of_compressed_files_are_not_taken_out_of_their_file():
+    shards = [shard(0), shard(1, 1, "b.jsonl.gz"), shard(2, 50), shard(3)]
+    first, last = short_last(shards, 1)
+    assert numbers(first) == [0, 1, 3]
+    assert numbers(last) == [2]
+
+
+def test_rows_and_bytes_are_compared_with_their_own_kind():
+    texts = [shard(i, 9000) for i in range(3)]
+    rows = [shard(3, 1000, "c.parquet"), shard(4, 1000, "c.parquet"), shard(5, 10, "c.parquet")]
+    _, last = short_last([*texts, *rows], 1)
+    assert numbers(last) == [5]
+
+
+def test_a_worker_stays_in_its_file_and_then_helps_where_most_is_left():
+    shards = [shard(i, path="a.jsonl.gz") for i in range(2)]
+    shards += [shard(i, path="b.jsonl.gz") for i in range(2, 6)]
+    queue = ShardQueue(shards, [shard(6)])
+    one, two = queue.take(""), queue.take("")
+    assert (one.number, two.number) == (0, 2)
+    assert [queue.take("a.jsonl.gz").number for _ in range(2)] == [1, 3]
+    assert [queue.take("b.jsonl.gz").number for _ in range(3)] == [4, 5, 6]
+    assert len(queue) == 0
+
+
+def test_a_shard_that_raises_is_given_up_with_its_last_reason():
+    queue = ShardQueue([shard(0), shard(1)])
+    assert queue.failed(queue.take(""), "first") == []
+    assert queue.take("a.jsonl").number == 1  # others go before it
+    assert queue.failed(queue.take("a.jsonl"), "second") == []
+    (failure,) = queue.failed(queue.take("a.jsonl"), "third")
+    assert (failure.shard.number, failure.attempts, failure.reason) == (0, 3, "third")
+
+
+def test_a_shard_whose_node_went_away_is_never_given_up():
+    queue = ShardQueue([shard(0)])
+    for _ in range(10):  # the worker is seen to die first, its node a moment later
+        lost = queue.take("")
+        assert queue.suspect(lost, "node", "lost connection") == []
+        assert queue.num_suspects == 1
+        queue.pardon({"node"})
+        assert queue.num_suspects == 1
+        queue.pardon({"another"})
+        assert (queue.num_suspects, len(queue)) == (0, 1)
+
+
+def test_workers_share_a_gpu_but_never_lie_across_two():
+    nodes = {"n": {"CPU": 16.0, "GPU": 2.0}, "head": {"CPU": 8.0}}
+    assert WorkerShape(1, 0.5).room(nodes) == 4
+    assert WorkerShape(1, 0.4).room(nodes) == 4
+    assert WorkerShape(1, 2).room(nodes) == 1
+    assert WorkerShape(4, 0).room(nodes) == 6
+
+
+def test_a_gpu_worker_takes_its_share_of_the_cpus():
+    shape = worker_shape(RayOptions(), {"n": {"CPU": 6.0, "GPU": 2.0}, "head": {"CPU": 64.0}})
+    assert shape == WorkerShape(3, 1.0)
+    shape = worker_shape(RayOptions(gpus_per_worker=0.5), {"n": {"CPU": 96.0, "GPU": 8.0}})
+    assert shape == WorkerShape(4, 0.5)
+    assert worker_shape(RayOptions(), {"n": {"CPU": 2.0}}) == WorkerShape(2, 0)
+
+
+def test_requests_that_cannot_be_met_are_named():
+    nodes = {"n": {"CPU": 4.0, "GPU": 1.0}}
+    with pytest.raises(InputError, match=r"worker of 1 CPUs and 2 GPUs.* nodes: 4 and 1"):
+        worker_shape(RayOptions(gpus_per_worker=2), nodes)
+    with pytest.raises(InputError, match=r"--gpus-per-worker 1\.5"):
+        worker_shape(RayOptions(gpus_per_worker=1.5), nodes)
+    with pytest.raises(InputError, match="--cpus-per-worker 0"):
+        worker_shape(RayOptions(cpus_per_worker=0), nodes)

@@ -200,6 +200,10 @@ class Crew:
                 del self._starting[future]
                 self._drop(member)
 
+    def close(self) -> None:
+        """Leave no workers on the metrics page that are not there."""
+        self._metrics.set_workers(0)
+
     def _drop(self, member: Member) -> None:
         ray.kill(member.actor)
         self.members.remove(member)

@@ -1,7 +1,8 @@
 """Counters of a run for Prometheus, on the metrics page that Ray keeps on each node.
 
 The driver counts, as results arrive, so that a shard that ran twice counts once. Ray adds `ray_`
-before each name, and `_total` after that of a counter.
+before each name, and `_total` after that of a counter. One run a process: after a second
+`ray.init` Ray 2.60 reports what is counted from then on more than once.
 """
 
 from __future__ import annotations

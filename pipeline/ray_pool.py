@@ -83,6 +83,10 @@ class Pool:
         self._dispatch()
         return outcomes
 
+    def close(self) -> None:
+        """Note that the run is over; Ray ends the workers with the driver's connection."""
+        self._crew.close()
+
     def _num_unfinished(self) -> int:
         return len(self._queue) + self._queue.num_suspects + len(self._tasks)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -60,8 +61,8 @@ def _encode_on_ray(
     with tempfile.TemporaryDirectory() as folder:
         connect(options, Path(folder))
     try:
-        pool = Pool(Worker, options, config, shards)
-        while pool.busy():
-            yield from pool.turn() or [None]
+        with closing(Pool(Worker, options, config, shards)) as pool:
+            while pool.busy():
+                yield from pool.turn() or [None]
     finally:
         ray.shutdown()

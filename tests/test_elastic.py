@@ -13,6 +13,7 @@ import urllib.request
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import ray
@@ -22,7 +23,8 @@ from ray.cluster_utils import Cluster
 from kalm_encoder.errors import InputError
 from pipeline import workers
 from pipeline.encode_shard import ShardResult, WorkerConfig
-from pipeline.ray_crew import IN_FLIGHT
+from pipeline.ray_cluster import connect
+from pipeline.ray_crew import IN_FLIGHT, Crew
 from pipeline.run_records import read_records
 from pipeline.shards import Shard
 from pipeline.sources import Fields
@@ -120,6 +122,23 @@ def test_workers_asked_for_start_when_there_is_room(cluster, start, tmp_path):
         assert next(outcomes) is None  # one worker waits for another
         cluster.add_node(num_cpus=1)
         assert len({o.worker for o in outcomes if o}) == 2
+
+
+def test_workers_without_a_place_are_given_up_when_no_longer_wanted(cluster, start, tmp_path):
+    cluster.add_node(num_cpus=1)
+    options = RayOptions(address=cluster.address, num_workers=3)
+    connect(options, tmp_path)
+    try:
+        answers = SimpleQueue()
+        crew = Crew(Noting, options, WorkerConfig(str(tmp_path), SPEC), answers)
+        crew.follow(3)
+        assert len(crew.members) == 3
+        while not any(member.node for member in crew.members):
+            crew.started(answers.get(timeout=120))
+        crew.follow(1)
+        assert [bool(member.node) for member in crew.members] == [True]
+    finally:
+        ray.shutdown()
 
 
 def test_two_workers_share_a_gpu(cluster, start):

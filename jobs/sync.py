@@ -24,7 +24,7 @@ def sync(
         str, typer.Option(help="Passages of one id: error, first or last counts.")
     ] = "error",
     workers: Annotated[int | None, typer.Option(help="Ray workers; 0 encodes here.")] = None,
-    cpus_per_worker: Annotated[int | None, typer.Option(help="Threads of a CPU worker.")] = None,
+    cpus_per_worker: Annotated[int | None, typer.Option(help="CPUs a worker.")] = None,
     gpus_per_worker: Annotated[
         float | None,
         typer.Option(help="GPUs a worker, such as 0.5; 0 uses CPUs. Default 1 if any."),

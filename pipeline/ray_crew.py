@@ -77,6 +77,7 @@ class Crew:
         self._options, self._answers = options, answers
         self.nodes = alive_nodes()
         self._shape = worker_shape(options, self.nodes)
+        self._room = self._shape.room(self.nodes)
         self._config = config if self._shape.gpus else replace(config, threads=self._shape.cpus)
         self._actor = ray.remote(worker).options(
             num_cpus=self._shape.cpus,
@@ -96,7 +97,7 @@ class Crew:
     @property
     def size(self) -> int:
         """How many workers are wanted, were there shards for all."""
-        return self._options.num_workers or self._shape.room(self.nodes)
+        return self._options.num_workers or self._room
 
     @property
     def num_ready(self) -> int:
@@ -125,15 +126,15 @@ class Crew:
         self._deaths.clear()
         self._metrics.add(result)
 
-    def started(self, future: Future[Any]) -> bool:
-        """Go on with a worker that starts; False where the call is none of a start.
+    def started(self, future: Future[Any]) -> None:
+        """Go on with a worker that starts; a call of one that is gone is nothing.
 
         Raises:
             KalmError: it cannot start, or workers keep dying.
         """
         member = self._starting.pop(future, None)
         if member is None:
-            return False
+            return
         error = future.exception()
         if isinstance(error, RayTaskError):
             cause = error.cause if isinstance(error.cause, Exception) else error
@@ -149,7 +150,6 @@ class Crew:
         else:
             member.node = future.result()
             self._starting[call(self._answers, member.actor.load, self._config)] = member
-        return True
 
     def remove(self, member: Member, reason: str) -> None:
         """Forget a dead worker, and find out whether its node is gone too.
@@ -213,8 +213,8 @@ class Crew:
     def _refresh(self) -> None:
         nodes = alive_nodes()
         if nodes.keys() != self.nodes.keys():
-            self.nodes = nodes
-            logger.info("%d nodes, with room for %d workers", len(nodes), self._shape.room(nodes))
+            self.nodes, self._room = nodes, self._shape.room(nodes)
+            logger.info("%d nodes, with room for %d workers", len(nodes), self._room)
 
 
 def reason_of(error: BaseException) -> str:

@@ -4,8 +4,8 @@ Ray retries nothing here. The loop counts attempts itself (ShardQueue), so that 
 shard that fails. Only shards and fragment metadata travel. A worker that goes costs at most the
 shards it had.
 
-No step grows with the number of shards, and those of every shard not with that of workers: answers
-arrive in a queue, and ready workers are kept by how much they have to do.
+What a shard costs here grows neither with the number of shards nor of workers: answers arrive in a
+queue, and ready workers are kept by how much they have to do.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Pool:
             if future in self._tasks:
                 outcomes += self._finished(future)
             else:
-                self._crew.started(future)  # or a shard of a worker that is gone
+                self._crew.started(future)
         outcomes += self._replace_overdue()
         self._queue.pardon(self._crew.nodes)
         self._dispatch()

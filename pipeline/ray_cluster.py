@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,8 @@ def worker_shape(options: RayOptions, nodes: Nodes) -> WorkerShape:
     Raises:
         InputError: no node of the cluster can hold one worker, or no worker can be asked for so.
     """
+    if options.num_workers is not None and options.num_workers < 1:
+        raise InputError(f"--workers {options.num_workers} must be at least 1 on Ray")
     num_gpus = int(sum(node.get("GPU", 0) for node in nodes.values()))
     gpus = options.gpus_per_worker
     gpus = min(1.0, num_gpus) if gpus is None else gpus
@@ -135,10 +138,11 @@ def worker_shape(options: RayOptions, nodes: Nodes) -> WorkerShape:
         raise InputError(f"--cpus-per-worker {cpus} must be at least 1")
     shape = WorkerShape(cpus, gpus)
     if not shape.room(nodes):
-        has = ", ".join(f"{n.get('CPU', 0):g} and {n.get('GPU', 0):g}" for n in nodes.values())
+        kinds = Counter((n.get("CPU", 0), n.get("GPU", 0)) for n in nodes.values())
+        has = ", ".join(f"{count} of {c:g} CPUs and {g:g} GPUs" for (c, g), count in kinds.items())
         raise InputError(
-            f"no node can hold a worker of {cpus} CPUs and {gpus:g} GPUs; CPUs and GPUs of the "
-            f"nodes: {has}. Lower --cpus-per-worker or --gpus-per-worker"
+            f"no node can hold a worker of {cpus} CPUs and {gpus:g} GPUs; the nodes are {has}. "
+            "Lower --cpus-per-worker or --gpus-per-worker"
         )
     return shape
 

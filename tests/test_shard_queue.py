@@ -95,9 +95,11 @@ def test_a_gpu_worker_takes_its_share_of_the_cpus():
 
 def test_requests_that_cannot_be_met_are_named():
     nodes = {"n": {"CPU": 4.0, "GPU": 1.0}}
-    with pytest.raises(InputError, match=r"worker of 1 CPUs and 2 GPUs.* nodes: 4 and 1"):
+    with pytest.raises(InputError, match="1 CPUs and 2 GPUs; the nodes are 1 of 4 CPUs and 1"):
         worker_shape(RayOptions(gpus_per_worker=2), nodes)
     with pytest.raises(InputError, match=r"--gpus-per-worker 1\.5"):
         worker_shape(RayOptions(gpus_per_worker=1.5), nodes)
+    with pytest.raises(InputError, match="--workers -1"):
+        worker_shape(RayOptions(num_workers=-1), nodes)
     with pytest.raises(InputError, match="--cpus-per-worker 0"):
         worker_shape(RayOptions(cpus_per_worker=0), nodes)

@@ -13,14 +13,12 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from kalm_encoder.errors import KalmError
-from pipeline.encode_shard import ShardResult, WorkerConfig
+from pipeline.encode_shard import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.ray_cluster import RayOptions, alive_nodes, worker_shape
 from pipeline.ray_metrics import RunMetrics
 
 logger = logging.getLogger(__name__)
 
-IN_FLIGHT = 3
-"""Shards a worker has at once: one is read and tokenised, one is on the device, one is written."""
 LOOK_EVERY_S = 2.0
 
 Answers = queue.SimpleQueue[Future[Any]]

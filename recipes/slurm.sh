@@ -21,43 +21,34 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-host=$(hostname)                               # this script runs on the first node
-port=$((20000 + SLURM_JOB_ID % 10000))         # jobs may share a node, /tmp too
+head=$(hostname):$((20000 + SLURM_JOB_ID % 10000))    # this script runs on the first node
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
 
-wait_for_ray() {                               # $1: host, $2: port, $3: gives up when it has ended
-  until (exec 3<> "/dev/tcp/$1/$2") 2> /dev/null; do
-    kill -0 "$3"
-    sleep 1
-  done
+start_node() {                                        # jobs may share a node
+  exec ray start "--num-cpus=$SLURM_CPUS_PER_TASK" --block "$@" \
+    "--temp-dir=/tmp/ray-$SLURM_JOB_ID-$SLURMD_NODENAME"
 }
+export -f start_node
 
-start_node() {                                 # on each node
-  if [ "$SLURM_NODEID" = 0 ]; then
-    where=(--head "--port=$2" --include-dashboard=false)
-  else
-    wait_for_ray "$1" "$2" $$
-    where=("--address=$1:$2")
-  fi
-  exec ray start "${where[@]}" "--num-cpus=$SLURM_CPUS_PER_TASK" --block \
-    "--temp-dir=/tmp/ray-$SLURM_JOB_ID-$SLURM_NODEID"
-}
-export -f wait_for_ray start_node
-
-srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-  bash -euo pipefail -c 'start_node "$@"' _ "$host" "$port" &
+start_node --head "--port=${head#*:}" --include-dashboard=false &
 ray=$!
-trap 'trap "" USR1 TERM; kill "$ray" || true; wait "$ray" || true' EXIT
-wait_for_ray "$host" "$port" "$ray"
+trap 'trap "" USR1 TERM; kill "$ray" 2> /dev/null || true; wait "$ray" || true' EXIT
+until ray health-check --address "$head" &> /dev/null; do kill -0 "$ray"; done
+
+others=$((SLURM_JOB_NUM_NODES - 1))
+if [ "$others" -gt 0 ]; then
+  srun "--nodes=$others" "--ntasks=$others" --ntasks-per-node=1 "--exclude=$SLURMD_NODENAME" \
+    "--cpus-per-task=$SLURM_CPUS_PER_TASK" bash -c 'start_node "$@"' _ "--address=$head" &
+fi
 
 # One worker a GPU, without GPUs one a node: asked for by number, as nodes may still be on their way.
 # A --workers among the arguments comes later and wins.
 workers=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-1}))
-kalm encode --address "$host:$port" --workers "$workers" "$@" &
+kalm encode --address "$head" --workers "$workers" "$@" &
 kalm=$!
 
 stop() { kill -TERM "$kalm" && wait "$kalm" || true; }
 trap 'stop; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
 trap 'stop; exit 143' TERM
-wait "$kalm"
+wait "$kalm"                                          # then Slurm ends Ray on the other nodes

@@ -14,7 +14,7 @@ from tests.raylets import raylets
 from tests.serving import wait_until
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "ray-job.sh"
-SHARDS, SHARD_SIZE = 120, 40
+SHARDS, SHARD_SIZE = 80, 40
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,9 @@ def encoding_nodes(cluster, process, log):
     assert process.poll() is None, log.read_text()
     time.sleep(1)
     tasks = cluster.listed("tasks")
-    return {t["node_id"] for t in tasks if t["name"].endswith(".encode") and t["state"] == "FINISHED"}
+    return {
+        t["node_id"] for t in tasks if t["name"].endswith(".encode") and t["state"] == "FINISHED"
+    }
 
 
 def workers_of(table):

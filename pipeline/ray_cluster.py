@@ -7,7 +7,9 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -73,6 +75,7 @@ def connect(
         except OSError as error:
             raise InputError(f"no Ray cluster answers at {address}: {error}") from error
     extra = {"object_store_memory": 100_000_000} if address == "local" else {}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():
             # Ray forks and at once executes its daemons: Lance's threads are not used in between.
@@ -86,6 +89,9 @@ def connect(
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot join Ray at {address!r}: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts a handler of its own in its place, with which SIGTERM aborts the process.
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 Nodes = dict[str, dict[str, float]]

@@ -49,14 +49,20 @@ def measure(model: str, corpus: Path, rounds: int, table: Path) -> dict[str, lis
     """Run every peer in each round; the ceiling once more at the end."""
     rows = corpus.read_text().count("\n")
     shards = ("--shard-size", -(-rows // SHARDS))
-    runs: dict[str, list[Run]] = {CEILING: [run_peer(CEILING, model, corpus)]}
+    runs: dict[str, list[Run]] = {}
+
+    def note(peer: str, run: Run) -> None:
+        runs.setdefault(peer, []).append(run)
+        print(f"  {peer}: {run.tokens_per_s:,.0f} tokens/s", flush=True)
+
+    note(CEILING, run_peer(CEILING, model, corpus))
     for _ in range(rounds):
-        runs.setdefault(OURS, []).append(run_ours(model, corpus, table, *shards))
+        note(OURS, run_ours(model, corpus, table, *shards))
         inline = FOLDER / "encode-inline.lance"
-        runs.setdefault(INLINE, []).append(run_ours(model, corpus, inline, *shards, "--workers", 0))
-        runs[CEILING].append(run_peer(CEILING, model, corpus))
+        note(INLINE, run_ours(model, corpus, inline, *shards, "--workers", 0))
+        note(CEILING, run_peer(CEILING, model, corpus))
         for peer in ORDERS:
-            runs.setdefault(peer, []).append(run_peer(peer, model, corpus))
+            note(peer, run_peer(peer, model, corpus))
     return runs
 
 

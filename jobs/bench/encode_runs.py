@@ -101,4 +101,4 @@ def read_run(table: Path) -> tuple[list[dict], list[dict]]:
         for line in file.read_text().splitlines()
     ]
     commits = [line for line in lines if line.get("kind") == "commit"]
-    return [line for line in lines if line not in commits], commits
+    return [line for line in lines if line.get("kind") != "commit"], commits

@@ -148,7 +148,11 @@ def kernel_seconds(work: Callable[[], object]) -> float:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    ranges = [e.time_range for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    ranges = [
+        event.time_range
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     return covered([(r.start, r.end) for r in ranges]) / 1e6
 
 

@@ -10,7 +10,6 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextEncoder
 from jobs.bench import gpu, peers
 from jobs.bench.data import DISTRIBUTIONS, passages_of, write_corpus
 from jobs.bench.encode_runs import read_run, run_ours, run_peer
-from kalm_encoder.batching import padded_size
 from kalm_encoder.checkpoint import DEMO_NAME, resolve
 from kalm_encoder.encoder import passage_ids
 from kalm_train.architecture import LARGE, NANO, SMALL, TINY, configuration
@@ -59,7 +58,7 @@ def test_counts_of_peers_are_those_of_their_batches(encoder, model_dir):
         counts = peers.run_plain(str(model_dir), texts, order)
         batches = peers.fixed_rows(order(texts))
         assert counts["tokens"] == sum(lengths)
-        assert counts["computed"] == padded_size(lengths, batches)
+        assert counts["computed"] == peers.padded_size(lengths, batches)
     assert peers.run_ceiling(str(model_dir), texts)["tokens"] == sum(lengths)
 
 
@@ -67,7 +66,7 @@ def test_counts_of_peers_are_those_of_their_batches(encoder, model_dir):
 def test_ray_data_encodes_the_corpus_in_its_order(model_dir, corpus, encoder):
     texts = make_texts(70)
     lengths = [len(t.ids) for t in encoder.tokenise(texts)]
-    computed = padded_size(lengths, peers.fixed_rows(range(70)))
+    computed = peers.padded_size(lengths, peers.fixed_rows(range(70)))
     run = run_peer("ray_data", str(model_dir), corpus)
     assert run.padding == pytest.approx(1 - sum(lengths) / computed)
     assert run.tokens_per_s > 0

@@ -20,8 +20,7 @@ from pathlib import Path
 from jobs.bench import data
 from jobs.bench.data import DISTRIBUTIONS, FOLDER, bar, spread
 from jobs.bench.encode_runs import Run, run_ours, run_peer, run_process
-from jobs.bench.peers import ORDERS, RATIO, ROWS, fixed_rows
-from kalm_encoder.batching import padded_size
+from jobs.bench.peers import ORDERS, RATIO, ROWS, fixed_rows, padded_size
 from kalm_encoder.checkpoint import resolve
 from kalm_encoder.pooling import num_groups
 

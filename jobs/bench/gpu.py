@@ -27,13 +27,13 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 from jobs.bench.data import bar, ms_marco_lengths
 from jobs.bench.peers import RATIO, plain_states
 from kalm_encoder import PassageEncoder, checkpoint
-from kalm_encoder.encoder import PassageTokens
+from kalm_encoder.started import PassageTokens
 from kalm_train.architecture import LARGE, NANO, SMALL, TINY, Dimensions, configuration
 from pipeline.flops import Shape
 
 SIZES = {"Nano": NANO, "Small": SMALL, "Large": LARGE}
 GOALS = {"Nano": 0.35, "Large": 0.5}
-VARIANTS: dict[str, dict[str, Any]] = {"eager": {}}
+VARIANTS: dict[str, dict[str, Any]] = {"eager": {}, "compiled": {"compile": True}}
 """Options of PassageEncoder to compare."""
 BUDGETS = 4
 """Token budgets that the passages of one pass fill."""
@@ -94,8 +94,9 @@ def measure(encoder: PassageEncoder, lengths: Sequence[int], seconds: float) -> 
     batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
 
     def ours(some: Sequence[list[PassageTokens]]) -> None:
-        for batch in some:
-            encoder.encode_batch(batch, ratio=RATIO)
+        started = [s for batch in some for s in encoder.start(batch, ratio=RATIO)]
+        for one in started:
+            one.result()
 
     def padded() -> None:
         for batch in batches:
@@ -187,8 +188,8 @@ def main(arguments: Sequence[str] = ()) -> list[str]:
         model = random_encoder(dimensions, tokenizer, device, dtype)
         token_rate = rate / (2 * Shape.of(model.config).params)
         shares = []
-        for variant, options in VARIANTS.items():
-            encoder = PassageEncoder(model, tokenizer, **options)
+        for variant in ["eager"] if chosen.toy else VARIANTS:
+            encoder = PassageEncoder(model, tokenizer, **VARIANTS[variant])
             for kind, lengths in passage_lengths(encoder.token_budget).items():
                 figures = measure(encoder, lengths, 0 if chosen.toy else chosen.seconds)
                 share = figures.tokens_per_s / token_rate

@@ -32,5 +32,5 @@ lint:  ## style, and the layering of the packages
 type:  ## strict types of kalm_encoder and pipeline
 	$(BIN)/mypy
 
-bench:  ## speed and memory with Nano dimensions and random weights (about 15 minutes)
+bench:  ## speed and memory with Nano dimensions and random weights, against peers (about 30 minutes)
 	$(BIN)/python -m jobs.bench.run

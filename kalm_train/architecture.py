@@ -19,21 +19,29 @@ class Dimensions:
     sliding_window: int = 64
     vocabulary: int = 6144
     full_attention_every: int = 6
+    kv_heads: int = 1
 
 
 TINY = Dimensions()
 NANO = Dimensions(640, 2048, 18, 4, 256, 512, 262144)
 """Of KaLM-Reranker-V1-Nano: 100M parameters in each half and 168M in the embedding."""
+SMALL = Dimensions(1152, 6912, 26, 4, 256, 512, 262144)
+"""Of KaLM-Reranker-V1-Small: 698M parameters in each half and 302M in the embedding."""
+LARGE = Dimensions(2560, 10240, 34, 8, 256, 1024, 262144, kv_heads=4)
+"""Of KaLM-Reranker-V1-Large: 3,209M parameters in each half and 671M in the embedding. The window
+is that of the Gemma 3 model it was made from."""
 DEMO = Dimensions(192, 256, 2, 2, 128, 512, 12288, full_attention_every=1)
 """Of the checkpoint that ships: 2.4M parameters in the embedding, 1.2M in the layers."""
 
 
 def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) -> T5Gemma2Config:
-    """Return the configuration of a checkpoint with these sizes and this tokenizer's specials."""
+    """Return the configuration of a checkpoint with these sizes and this tokenizer's specials.
+
+    Each sixth layer looks at everything, as published; of fewer layers the last one does.
+    """
+    every = min(dimensions.full_attention_every, dimensions.layers)
     layer_types = [
-        "full_attention"
-        if (i + 1) % dimensions.full_attention_every == 0 or i == dimensions.layers - 1
-        else "sliding_attention"
+        "sliding_attention" if (i + 1) % every else "full_attention"
         for i in range(dimensions.layers)
     ]
     text = {
@@ -42,7 +50,7 @@ def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) ->
         "intermediate_size": dimensions.intermediate,
         "num_hidden_layers": dimensions.layers,
         "num_attention_heads": dimensions.heads,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": dimensions.kv_heads,
         "head_dim": dimensions.head_dim,
         "query_pre_attn_scalar": dimensions.head_dim,
         "sliding_window": dimensions.sliding_window,

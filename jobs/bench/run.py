@@ -2,14 +2,38 @@
 
 import logging
 
-from jobs.bench import dtypes, elastic, encode, memory, query, rerank, serve, store, take
+from jobs.bench import (
+    dtypes,
+    elastic,
+    encode,
+    gpu,
+    memory,
+    query,
+    rerank,
+    scale,
+    serve,
+    store,
+    take,
+)
 from jobs.bench.data import FOLDER, check_idle
 
 logging.getLogger().setLevel(logging.WARNING)
 FOLDER.mkdir(exist_ok=True)
 check_idle()
 bars = []
-for bench in (memory, encode, rerank, query, store, take, dtypes, serve, elastic):
+for bench in (
+    memory,
+    encode,
+    gpu,
+    rerank,
+    query,
+    store,
+    scale,
+    take,
+    dtypes,
+    serve,
+    elastic,
+):
     print(f"--- {bench.__name__}", flush=True)
     bars += bench.main()
 print("\n".join(bars))

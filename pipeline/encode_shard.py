@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import logging
 import os
@@ -24,6 +25,7 @@ from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import TableSpec, build_rows
 from kalm_encoder.table import first_line
 from pipeline.fragments import write_fragment
+from pipeline.logs import LogOptions
 from pipeline.shards import Shard, ShardReader
 from pipeline.sources import Passage, Reject
 
@@ -42,6 +44,7 @@ class WorkerConfig:
         token_budget: padded tokens a forward; None chooses by device.
         threads: CPU threads of the model; None leaves torch's own choice.
         storage_options: for table and inputs; passed in memory, never written.
+        logs: how a worker logs, and the id of the run.
     """
 
     uri: str
@@ -49,6 +52,7 @@ class WorkerConfig:
     token_budget: int | None = None
     threads: int | None = None
     storage_options: dict[str, str] | None = field(default=None, repr=False)
+    logs: LogOptions = field(default_factory=LogOptions)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class ShardEncoder:
         self._dataset = lance.dataset(config.uri, storage_options=config.storage_options)
         self._storage_options = config.storage_options
         self._readers = threading.local()
+        logger.info("loaded %s on %s in %s", spec.model, place, dtype)
 
     def encode(self, shard: Shard) -> ShardResult:
         """Encode one shard into one uncommitted fragment.
@@ -128,7 +133,10 @@ class ShardEncoder:
         lengths = [len(t.ids) for t in tokens]
         batches = self.encoder.batches(lengths)
         clock.lap("tokenise")
-        states = self._device_thread.submit(self._forward, tokens, batches, clock).result()
+        context = contextvars.copy_context()  # log lines of the device's thread name the shard
+        states = self._device_thread.submit(
+            context.run, self._forward, tokens, batches, clock
+        ).result()
         kept, failed = self._split_storable(shard, passages, states)
         fragment = None
         if kept:
@@ -141,6 +149,7 @@ class ShardEncoder:
             )
             fragment = write_fragment(rows, self._dataset)
         clock.lap("write")
+        logger.debug("%d rows, %d tokens: %s", len(kept), sum(lengths), clock.seconds)
         return ShardResult(
             shard,
             fragment,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kalm_encoder.errors import InputError, MismatchError
-from pipeline.run_records import RunTotals
+from pipeline.run_totals import RunTotals
 
 
 @dataclass(frozen=True)

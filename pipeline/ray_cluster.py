@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -9,7 +10,7 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import ray
 
 from kalm_encoder.errors import InputError
+from pipeline import logs
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -67,7 +69,7 @@ def connect(
             raise InputError(f"no Ray cluster answers at {address}: {error}") from error
     extra = {"object_store_memory": 100_000_000} if address == "local" else {}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_handlers():
             # Ray forks and at once executes its daemons: Lance's threads are not used in between.
             warnings.filterwarnings("ignore", message="lance is not fork-safe")
             ray.init(
@@ -75,10 +77,27 @@ def connect(
                 runtime_env=_runtime_env(folder, packages),
                 include_dashboard=False if address == "local" else None,
                 logging_level=logging.WARNING,
+                # Of workers until they are loaded; with it Ray puts no prefix before their lines.
+                logging_config=ray.LoggingConfig(logs.current().format.upper(), "WARNING"),
                 **extra,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot join Ray at {address!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Undo what Ray does to the logging of this process: lines would come twice."""
+    root, ours = logging.getLogger(), logging.getLogger("ray")
+    handlers, level, ray_level = root.handlers[:], root.level, ours.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        ours.handlers.clear()
+        ours.propagate = True
+        ours.setLevel(ray_level)
 
 
 def worker_shape(options: RayOptions, num_shards: int) -> tuple[int, int, int]:

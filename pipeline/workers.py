@@ -23,6 +23,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from kalm_encoder.errors import KalmError
+from pipeline import logs
 from pipeline.driver import Executor, Outcome, ShardFailure
 from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
 from pipeline.ray_cluster import RayOptions, connect, worker_shape
@@ -44,13 +45,15 @@ class Worker:
 
     def load(self, config: WorkerConfig) -> None:
         """Load model and table; on a GPU if Ray gave this actor one."""
+        logs.configure_worker(config.logs)
         self._encoder = ShardEncoder(config, device="cuda" if ray.get_gpu_ids() else "cpu")
 
     def encode(self, shard: Shard) -> ShardResult:
         """Encode one shard; up to IN_FLIGHT calls run at once."""
         if self._encoder is None:
             raise KalmError("the worker was asked to encode before it was loaded")
-        return self._encoder.encode(shard)
+        with logs.in_shard(shard.id):
+            return self._encoder.encode(shard)
 
 
 def on_ray(options: RayOptions) -> Executor:
@@ -191,7 +194,8 @@ class _Pool:
         if attempts >= MAX_ATTEMPTS:
             yield ShardFailure(shard, attempts, reason)
         else:
-            logger.warning("shard %s failed (attempt %d): %s", shard.id, attempts, reason)
+            with logs.in_shard(shard.id):
+                logger.warning("shard %s failed (attempt %d): %s", shard.id, attempts, reason)
             queue.append(shard)
 
     def _replace_worker(self, reason: str) -> None:

@@ -17,7 +17,8 @@ from pipeline import run_records
 from pipeline.driver import encode_inline, run
 from pipeline.garbage import collect_garbage
 from pipeline.job import EncodeJob
-from pipeline.run_records import FOLDER, ShardRecord, read_records, totals
+from pipeline.run_records import FOLDER, ShardRecord, read_records
+from pipeline.run_totals import totals
 from pipeline.verify import verify
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.s3_server import serve

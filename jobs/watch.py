@@ -87,7 +87,7 @@ def _follow(
 
 def line(facts: dict[str, Any]) -> str:
     """Return a run in one line."""
-    from pipeline.progress import eta_text
+    from pipeline.pace import eta_text
 
     time_of_day = facts["updated_at"][11:19]
     if facts["state"] != "encoding":
@@ -131,7 +131,7 @@ def screen_of(facts: dict[str, Any]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.progress import eta_text
+    from pipeline.pace import eta_text
 
     elapsed = facts["elapsed_s"]
     head = [

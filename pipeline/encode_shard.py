@@ -149,7 +149,8 @@ class ShardEncoder:
             )
             fragment = write_fragment(rows, self._dataset)
         clock.lap("write")
-        logger.debug("%d rows, %d tokens: %s", len(kept), sum(lengths), clock.seconds)
+        spent = sum(clock.seconds.values())
+        logger.debug("%d rows, %d tokens in %.2f s", len(kept), sum(lengths), spent)
         return ShardResult(
             shard,
             fragment,

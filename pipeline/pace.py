@@ -145,3 +145,27 @@ class Pace:
         length = squares / (self._count - 1) / (self._t / self._count) ** 2
         still = done / count / tokens  # 1 / shards that remain
         return math.sqrt(speed * (1 / count + still) + length * (1 / self._count + still))
+
+
+def eta_facts(eta: Eta | None) -> dict[str, float | None] | None:
+    """Return an ETA as JSON takes it: seconds; `high` is None where it has no bound."""
+    if eta is None:
+        return None
+    high = None if math.isinf(eta.high) else round(eta.high, 1)
+    return {"value": round(eta.value, 1), "low": round(eta.low, 1), "high": high}
+
+
+def eta_text(eta: dict[str, float | None] | None) -> str:
+    """Return an ETA from `eta_facts` in words: `12 min (10 min to 15 min)`."""
+    if eta is None:
+        return "unknown"
+    value, low, high = (_span(eta[key]) for key in ("value", "low", "high"))
+    return value if value == low == high else f"{value} ({low} to {high})"
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import sys
@@ -21,7 +20,7 @@ from kalm_encoder.table import first_line
 from pipeline import live, logs
 from pipeline.encode_shard import ShardResult
 from pipeline.live import LiveFile
-from pipeline.pace import Eta, Pace
+from pipeline.pace import Pace, eta_facts, eta_text
 from pipeline.run_records import RunRecorder
 from pipeline.run_totals import Work
 from pipeline.shards import Plan, Shard
@@ -88,7 +87,8 @@ class Progress:
         if isinstance(error, FencedError) and self._live:
             self._live.close(last_words=False)  # another driver speaks there now
             self._live = None
-        self.encoded()
+        if self._state == live.ENCODING:
+            self.encoded()
         self.work.seconds = self.elapsed_s
         self._state = live.FAILED if error else live.COMPLETE
         if isinstance(error, KeyboardInterrupt):
@@ -209,27 +209,3 @@ class Progress:
             f"{self.work.tokens_per_s:,.0f} tokens/s, {self.work.padding:.1%} padding, "
             f"{self.work.truncated:,} truncated, {self.work.rejected:,} rejected"
         )
-
-
-def eta_facts(eta: Eta | None) -> dict[str, float | None] | None:
-    """Return an ETA as JSON takes it: seconds; `high` is None where it has no bound."""
-    if eta is None:
-        return None
-    high = None if math.isinf(eta.high) else round(eta.high, 1)
-    return {"value": round(eta.value, 1), "low": round(eta.low, 1), "high": high}
-
-
-def eta_text(eta: dict[str, float | None] | None) -> str:
-    """Return an ETA from `eta_facts` in words: `12 min (10 min to 15 min)`."""
-    if eta is None:
-        return "unknown"
-    value, low, high = (_span(eta[key]) for key in ("value", "low", "high"))
-    return value if value == low == high else f"{value} ({low} to {high})"
-
-
-def _span(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

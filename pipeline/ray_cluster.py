@@ -77,8 +77,8 @@ def connect(
                 runtime_env=_runtime_env(folder, packages),
                 include_dashboard=False if address == "local" else None,
                 logging_level=logging.WARNING,
-                # Of workers until they are loaded; with it Ray puts no prefix before their lines.
-                logging_config=ray.LoggingConfig(logs.current().format.upper(), "WARNING"),
+                # Until a worker is loaded. With it Ray puts no prefix before the lines of workers.
+                logging_config=ray.LoggingConfig(logs.current().format.upper(), "ERROR"),
                 **extra,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:

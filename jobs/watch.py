@@ -95,7 +95,7 @@ def line(facts: dict[str, Any]) -> str:
         return f"{time_of_day} {facts['state']}{reason}, {_done(facts)}, {_speed(facts)}"
     return (
         f"{time_of_day} {_done(facts)}, {_speed(facts)}, {_counts(facts)}, "
-        f"{facts['num_workers']} workers, ETA {eta_text(facts['eta_s'])}"
+        f"workers: {facts['num_workers']:,}, ETA {eta_text(facts['eta_s'])}"
     )
 
 
@@ -113,7 +113,7 @@ def _speed(facts: dict[str, Any]) -> str:
 def _counts(facts: dict[str, Any]) -> str:
     return (
         f"{facts['padding']:.1%} padding, {facts['truncated']:,} truncated, "
-        f"{facts['rejected']:,} rejected, {facts['commits']:,} commits"
+        f"{facts['rejected']:,} rejected, commits: {facts['commits']:,}"
     )
 
 

@@ -11,12 +11,12 @@ import lance
 import pytest
 from rich.console import Console
 
-from jobs.watch import _redraw, line, screen_of
-from kalm_encoder.errors import FencedError, IncompleteError
+from jobs.watch import _redraw, line, screen_of, watch
+from kalm_encoder.errors import FencedError, IncompleteError, InputError, KalmError
 from pipeline import live
 from pipeline.driver import encode_inline, run
 from pipeline.job import EncodeJob
-from pipeline.live import FILE, read_live
+from pipeline.live import FILE, LiveFile, read_live
 from pipeline.run_records import read_records
 from tests.commands import Command, kalm
 from tests.conftest import encode_table, make_texts, write_corpus
@@ -82,9 +82,9 @@ def test_a_killed_run_is_said_to_be_silent_and_a_resumed_one_is_seen(corpus, mod
     os.kill(run_of.pid, signal.SIGKILL)
     run_of.wait(10)
     seen = read_live(str(table))
-    watch = Command("status", table, "--watch", "--interval", 0.2, "--json")
-    out, errors = watch.communicate(timeout=60)
-    assert watch.returncode == 1
+    beside = Command("status", table, "--watch", "--interval", 0.2, "--json")
+    out, errors = beside.communicate(timeout=60)
+    assert beside.returncode == 1
     assert f"process {run_of.pid} on {seen['host']} died" in errors
     assert "has not been heard of for 1" in errors  # 15 s or a little more
     last = json.loads(out.splitlines()[-1])
@@ -175,3 +175,30 @@ def test_watching_refuses_what_cannot_be(small, model_dir, tmp_path):
     assert "--interval 0.0 must be more than 0 seconds" in done.stderr
     done = kalm("status", tmp_path / "t.lance", "--watch", "--figure", "run.svg", check=2)
     assert "without --plan and --figure" in done.stderr
+
+
+def test_an_old_file_is_looked_at_twice_before_the_run_is_called_silent(
+    small, model_dir, tmp_path, monkeypatch, capsys
+):
+    """Clocks of two machines differ: a file that still changes is no silent run."""
+    uri = str(tmp_path / "t.lance")
+    encode_table(model_dir, small, uri)
+    monkeypatch.setattr(live, "WRITE_EVERY_S", 0.2)
+    monkeypatch.setattr(live, "SILENT_AFTER_S", 1.0)
+    file = tmp_path / "t.lance" / FILE
+    old = {**read_live(uri), "state": "encoding", "updated_at": "2020-01-01T00:00:00.000+00:00"}
+    file.write_text(json.dumps(old))
+    with pytest.raises(KalmError, match="not been heard of for"):
+        watch(uri, None, interval_s=0.05, as_json=True)
+    shown = [json.loads(one) for one in capsys.readouterr().out.splitlines()]
+    assert [s["silent_s"] is None for s in shown] == [True] * (len(shown) - 1) + [False]
+    assert len(shown) > 2
+    LiveFile(uri, lambda: {**old, "state": "complete"}).close()
+    watch(uri, None, interval_s=0.05, as_json=False)
+    assert "complete, 60 of 60 passages" in capsys.readouterr().out
+
+
+def test_watching_a_table_that_nobody_encodes_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("jobs.watch.APPEARS_WITHIN_S", 0.2)
+    with pytest.raises(InputError, match=r"no run has written to .*t\.lance"):
+        watch(str(tmp_path / "t.lance"), None, interval_s=0.05, as_json=False)

@@ -13,6 +13,7 @@ from kalm_encoder.encoder import PassageEncoder
 from pipeline import logs
 from pipeline.driver import encode_inline, run
 from pipeline.job import EncodeJob
+from pipeline.live import read_live
 from pipeline.logs import JsonFormatter, LogOptions, TextFormatter
 from pipeline.run_records import read_records
 from tests.commands import kalm
@@ -63,6 +64,7 @@ def test_lines_of_ray_workers_come_in_the_same_form(corpus, model_dir, tmp_path)
     workers = {record.worker for record in read_records(str(table))}
     of_workers = [line for line in lines if "worker" in line]
     assert workers <= {line["worker"] for line in of_workers}
+    assert {worker["worker"] for worker in read_live(str(table))["workers"]} == workers
     loaded = [line for line in of_workers if line["message"].startswith("loaded ")]
     assert loaded and all(line["level"] == "INFO" for line in loaded)
     encoded = {line["shard"][:6] for line in of_workers if "shard" in line}

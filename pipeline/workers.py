@@ -35,6 +35,8 @@ MAX_ATTEMPTS = 3
 IN_FLIGHT = 2
 """Shards a worker has at once: while one is on the device the other is read or written."""
 TICK_S = 1.0
+LAST_LINES_S = 0.5
+"""What Ray needs to bring the last log lines of workers to the driver; it does not say when."""
 
 
 class Worker:
@@ -74,6 +76,7 @@ def _encode_on_ray(
             pool.dispatch()
             yield from pool.collect()
     finally:
+        time.sleep(LAST_LINES_S)
         ray.shutdown()
 
 

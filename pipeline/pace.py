@@ -23,7 +23,7 @@ WINDOW_S = 180.0
 NOW_S = 60.0
 WINDOW_SHARDS = 8
 LEAST_SHARDS = 4
-KEPT_SHARDS = 256
+KEPT_SHARDS = 64
 """Arrivals kept of a worker: the window of a fast one is shorter."""
 
 

@@ -22,7 +22,7 @@ from tests.commands import Command, kalm
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.s3_server import serve
 
-ROWS = 1000
+ROWS = 600
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_run_is_watched_from_beside_until_it_ends(corpus, model_dir, tmp_path)
     assert 0 < worker["device_busy"] <= 1
     assert 0.5 * last["elapsed_s"] < last["results_s"] <= last["elapsed_s"]
     assert text.splitlines()[-1].startswith(line(last)[:8])
-    assert "complete, 1,000 of 1,000 passages, 40 of 40 shards" in text.splitlines()[-1]
+    assert "complete, 600 of 600 passages, 24 of 24 shards" in text.splitlines()[-1]
 
 
 def test_a_killed_run_is_said_to_be_silent_and_a_resumed_one_is_seen(corpus, model_dir, tmp_path):

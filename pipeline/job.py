@@ -24,7 +24,7 @@ class EncodeJob:
         fields: fields the user named.
         shard_size: rows a shard: the unit of work, of commit and of what a crash repeats.
         limit: encode only the first so many rows.
-        token_budget: padded tokens a forward; None chooses by device.
+        token_budget: tokens a forward; None chooses by device and free memory.
         max_rejected: largest share of rows that may be rejected.
         commit_every_s: at most one commit in so many seconds...
         commit_every_shards: ...unless so many shards wait.

@@ -97,14 +97,14 @@ def test_a_failing_passage_is_logged_with_its_shard(
     corpus, model_dir, tmp_path, caplog, monkeypatch
 ):
     """The warning comes from the device's thread, which works for all shards."""
-    real = PassageEncoder.encode_batch
+    real = PassageEncoder.start
 
     def fails_on_long_ones(self, passages, **options):
         if len(passages) > 1 and max(len(p.ids) for p in passages) > 100:
             raise RuntimeError("this batch is too much")
         return real(self, passages, **options)
 
-    monkeypatch.setattr(PassageEncoder, "encode_batch", fails_on_long_ones)
+    monkeypatch.setattr(PassageEncoder, "start", fails_on_long_ones)
     caplog.handler.setFormatter(JsonFormatter())
     uri = str(tmp_path / "t.lance")
     job = EncodeJob(inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=10)

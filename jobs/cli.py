@@ -22,7 +22,11 @@ from jobs import (
     truncate,
     verify,
 )
-from kalm_encoder.errors import KalmError
+from kalm_encoder.errors import InputError, KalmError
+from pipeline import logs
+from pipeline.logs import LogOptions
+
+logger = logging.getLogger("kalm")
 
 INTERRUPTED, TERMINATED = 130, 143
 _signals: list[int] = []
@@ -60,16 +64,14 @@ app.command()(train_demo.train_demo)
 @app.callback()
 def options(
     debug: bool = typer.Option(False, help="Show tracebacks and debug logs."),
+    log_format: str = typer.Option(
+        "text", help="Log lines on stderr: text, or json (one object a line)."
+    ),
 ) -> None:
     """Options before the command."""
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    if not debug:
-        for noisy in ("httpx", "httpx2", "ray", "transformers", "filelock", "huggingface_hub"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
+    if log_format not in logs.FORMATS:
+        raise InputError(f"--log-format {log_format!r} is not one of {', '.join(logs.FORMATS)}")
+    logs.configure(LogOptions(log_format, logging.DEBUG if debug else logging.INFO))
 
 
 def main() -> None:
@@ -81,21 +83,26 @@ def main() -> None:
     except KalmError as error:
         if debug:
             raise
-        print(f"kalm: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code != INTERRUPTED:  # what typer makes of a KeyboardInterrupt
             raise
-        print("kalm: stopped; what was finished is committed, run again to resume", file=sys.stderr)
+        _say("stopped; what was finished is committed, run again to resume")
         sys.exit(TERMINATED if _signals else INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        print(
-            f"kalm: unexpected {type(error).__name__}: {error} (kalm --debug … shows where)",
-            file=sys.stderr,
-        )
+        _say(f"unexpected {type(error).__name__}: {error} (kalm --debug … shows where)")
         sys.exit(1)
+
+
+def _say(message: str) -> None:
+    """Say the last word of a command, in the format of its log."""
+    if logs.current().format == logs.JSON:
+        logger.error("%s", message)
+    else:
+        print(f"kalm: {message}", file=sys.stderr)
 
 
 def _terminate(signum: int, _frame: FrameType | None) -> None:

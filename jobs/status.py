@@ -25,18 +25,32 @@ def status(
         Path | None,
         typer.Option(help="Draw the runs into this file: .html, .svg or .png. Needs [eval]."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the run that works on it, until it ends.")
+    ] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks of --watch.")] = 2.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON; with --watch a line each look.")
+    ] = False,
     storage_option: StorageOptions = None,
 ) -> None:
-    """Show model, ratios, rows, size against the floor, shards done and missing."""
+    """Show model, ratios, rows, size against the floor, shards done and missing; or a run."""
     check_folder(figure)
     options = parse_storage_options(storage_option)
+    if watch:
+        if plan or figure:
+            raise InputError("--watch shows a run that works: give it without --plan and --figure")
+        from jobs.watch import watch as watch_run
+
+        watch_run(uri, options, interval_s=interval, as_json=as_json)
+        return
     facts = table_facts(uri, options)
     if figure:
         _draw(figure, uri, options)
-    compared = _compare(plan, uri, facts, options) if plan else []
+    compared, hint = _compare(plan, uri, facts, options) if plan else ([], None)
     if as_json:
-        print(json.dumps({**facts, "plan": [asdict(line) for line in compared]} if plan else facts))
+        lines = {"plan": [asdict(line) for line in compared], "plan_hint": hint}
+        print(json.dumps({**facts, **lines} if plan else facts))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -46,6 +60,8 @@ def status(
         from jobs.plan_text import comparison_text
 
         print("\n" + comparison_text(compared))
+        if hint:
+            print(f"\n{hint}")
 
 
 def _draw(figure: Path, uri: str, storage_options: dict[str, str] | None) -> None:
@@ -63,12 +79,15 @@ def _draw(figure: Path, uri: str, storage_options: dict[str, str] | None) -> Non
 
 def _compare(
     plan: Path, uri: str, facts: dict[str, Any], storage_options: dict[str, str] | None
-) -> list[Line]:
-    """Set a saved plan against what the table and its run records hold."""
-    from pipeline.plan_check import compare, read_plan
-    from pipeline.run_records import read_records, totals
+) -> tuple[list[Line], str | None]:
+    """Set a saved plan against what the table and its run records hold; with a hint."""
+    from pipeline.plan_check import compare, hint, read_plan
+    from pipeline.run_records import read_records
+    from pipeline.run_totals import totals
 
-    return compare(read_plan(plan), facts, totals(read_records(uri, storage_options)))
+    runs = totals(read_records(uri, storage_options))
+    lines = compare(read_plan(plan), facts, runs)
+    return lines, hint(lines, facts)
 
 
 def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, Any]:

@@ -19,15 +19,18 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError
-from pipeline.run_records import ShardRecord, totals
+from pipeline.run_records import ShardRecord
+from pipeline.run_totals import totals
 
 SUFFIXES = (".html", ".svg", ".png")
 MOST_BINS = 60
 STAGES = {  # in the order of the work; colours tell apart without red and green
+    # Not "queued" ("wait" of old): a shard that waits for a busy device is no idleness.
     "read": "#8da0b6",
     "tokenise": "#e0a33e",
-    "queued": "#d9d9d9",
+    "idle": "#d9d9d9",
     "forward": "#2f6690",
+    "pool": "#6fa3c7",
     "write": "#81559b",
 }
 INK, GRID = "#33383d", "#e6e8ea"

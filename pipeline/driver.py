@@ -26,6 +26,7 @@ from kalm_encoder.errors import (
 )
 from kalm_encoder.rows import TableSpec
 from kalm_encoder.table import open_dataset
+from pipeline import logs
 from pipeline.duplicates import ON_DUPLICATE, repeated_rows
 from pipeline.encode_shard import IN_FLIGHT, ShardEncoder, ShardResult, WorkerConfig
 from pipeline.job import EncodeJob, plan_job
@@ -34,7 +35,6 @@ from pipeline.maintenance import Maintainer, publish
 from pipeline.preflight import check_writable
 from pipeline.progress import Progress
 from pipeline.rejects import RejectStore
-from pipeline.run_records import RunRecorder
 from pipeline.shards import Plan, Shard
 from pipeline.sources import absolute
 
@@ -73,6 +73,7 @@ class Summary:
     seconds: dict[str, float]
 
 
+@logs.in_run()
 def run(job: EncodeJob, execute: Executor) -> Summary:
     """Encode what is missing of a job and finish its table.
 
@@ -105,6 +106,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
     return load(job, plan, spec, execute)
 
 
+@logs.in_run()
 def load(job: EncodeJob, plan: Plan, spec: TableSpec, execute: Executor) -> Summary:
     """Bring a table to hold what a plan says: what `run` does once plan and spec are known.
 
@@ -120,23 +122,8 @@ def load(job: EncodeJob, plan: Plan, spec: TableSpec, execute: Executor) -> Summ
         "%s: %d rows in %d shards, %d done, %d to do",
         job.uri, plan.num_rows, len(plan.shards), before, len(pending),
     )  # fmt: skip
-    dealt_with = plan.num_rows - sum(s.rows.num_rows for s in pending)
-    progress = Progress(plan.num_rows, before=dealt_with)
-    config = WorkerConfig(
-        uri, spec, token_budget=job.token_budget, storage_options=job.storage_options
-    )
-    try:
-        with contextlib.closing(execute(config, pending)) as outcomes:
-            failures = _encode(job, plan, ledger, progress, outcomes) if pending else []
-    finally:
-        progress.close()
-    if failures:
-        lines = [f"{f.shard.path} shard {f.shard.id}: {f.reason}" for f in failures]
-        raise IncompleteError(
-            f"{len(failures)} of {len(plan.shards)} shards failed, all others are in {job.uri}. "
-            "Mend the cause and run the same command again.\n" + "\n".join(lines[:20])
-        )
-    live = _finish(job, uri, ledger)
+    with Progress(uri, plan, pending, job.storage_options) as progress:
+        live = _fill(job, plan, spec, ledger, progress, execute)
     rejected = int(ledger.metadata[REJECTED])
     rows = open_dataset(uri, job.storage_options).count_rows()
     return Summary(
@@ -146,12 +133,40 @@ def load(job: EncodeJob, plan: Plan, spec: TableSpec, execute: Executor) -> Summ
         num_repeated=plan.num_rows - rejected - rows,
         live=live,
         shards_encoded=len(pending),
-        tokens_per_s=progress.tokens_per_s if pending else 0.0,
-        padding=progress.padding,
-        truncated=progress.truncated,
-        elapsed_s=progress.elapsed_s,
-        seconds=progress.seconds,
+        tokens_per_s=progress.work.tokens_per_s,
+        padding=progress.work.padding,
+        truncated=progress.work.truncated,
+        elapsed_s=progress.work.seconds,
+        seconds=progress.work.stages,
     )
+
+
+def _fill(
+    job: EncodeJob,
+    plan: Plan,
+    spec: TableSpec,
+    ledger: Ledger,
+    progress: Progress,
+    execute: Executor,
+) -> bool:
+    """Encode what is pending and finish the table; returns whether it is live."""
+    config = WorkerConfig(
+        ledger.uri,
+        spec,
+        token_budget=job.token_budget,
+        storage_options=job.storage_options,
+        logs=logs.current(),
+    )
+    with contextlib.closing(execute(config, progress.pending)) as outcomes:
+        failures = _encode(job, plan, ledger, progress, outcomes) if progress.pending else []
+    progress.encoded()
+    if failures:
+        lines = [f"{f.shard.path} shard {f.shard.id}: {f.reason}" for f in failures]
+        raise IncompleteError(
+            f"{len(failures)} of {len(plan.shards)} shards failed, all others are in {job.uri}. "
+            "Mend the cause and run the same command again.\n" + "\n".join(lines[:20])
+        )
+    return _finish(job, ledger.uri, ledger)
 
 
 def _finish(job: EncodeJob, uri: str, ledger: Ledger) -> bool:
@@ -186,7 +201,7 @@ class _Committer:
 
     job: EncodeJob
     ledger: Ledger
-    recorder: RunRecorder
+    progress: Progress
     waiting: list[ShardResult] = field(default_factory=list)
     last: float = field(default_factory=time.monotonic)
 
@@ -197,9 +212,14 @@ class _Committer:
 
     def commit(self) -> None:
         if self.waiting:
+            began = time.monotonic()
             self.ledger.commit(self.waiting)
+            self.progress.committed(
+                self.waiting,
+                seconds=time.monotonic() - began,
+                version=int(self.ledger.dataset.version),
+            )
             self.waiting.clear()
-            self.recorder.write_if_due()
         self.last = time.monotonic()
 
 
@@ -210,22 +230,20 @@ def _encode(
     allowed = int(job.max_rejected * plan.num_rows)
     rejected = progress.before - ledger.num_rows
     rejects = RejectStore(job.uri, job.storage_options)
-    recorder = RunRecorder(ledger.uri, job.storage_options)
     if not ledger.done:
         rejects.clear()  # of an earlier attempt, with other input
-        recorder.forget_earlier()
+        progress.recorder.forget_earlier()
     failures: list[ShardFailure] = []
-    committer = _Committer(job, ledger, recorder)
+    committer = _Committer(job, ledger, progress)
     try:
-        for outcome in outcomes:
+        for outcome in progress.received(outcomes):
             if isinstance(outcome, ShardFailure):
                 failures.append(outcome)
-                logger.error("gave up shard %s: %s", outcome.shard.id, outcome.reason)
+                with logs.in_shard(outcome.shard.id):
+                    logger.error("gave up shard %s: %s", outcome.shard.id, outcome.reason)
             elif outcome is not None:
                 rejects.write(outcome.shard, outcome.rejects)
                 committer.waiting.append(outcome)
-                recorder.add(outcome)
-                progress.add(outcome)
                 rejected += len(outcome.rejects)
                 if rejected > allowed:
                     last = outcome.rejects[-1]
@@ -242,8 +260,6 @@ def _encode(
         raise
     else:
         committer.commit()
-    finally:
-        recorder.write()
     return failures
 
 
@@ -257,7 +273,8 @@ def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Ou
 
     def attempt(shard: Shard) -> Outcome:
         try:
-            return encoder.encode(shard)
+            with logs.in_shard(shard.id):
+                return encoder.encode(shard)
         except (KalmError, OSError, RuntimeError) as error:
             return ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
 

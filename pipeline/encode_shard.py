@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import logging
 import os
@@ -24,6 +25,7 @@ from kalm_encoder.rows import TableSpec, build_rows
 from kalm_encoder.started import PassageTokens, Started
 from kalm_encoder.table import first_line
 from pipeline.fragments import write_fragment
+from pipeline.logs import LogOptions
 from pipeline.shards import Shard, ShardReader
 from pipeline.sources import Passage, Reject
 
@@ -44,6 +46,7 @@ class WorkerConfig:
         token_budget: tokens a forward; None chooses by device and free memory.
         threads: CPU threads of the model; None leaves torch's own choice.
         storage_options: for table and inputs; passed in memory, never written.
+        logs: how a worker logs, and the id of the run.
     """
 
     uri: str
@@ -51,6 +54,7 @@ class WorkerConfig:
     token_budget: int | None = None
     threads: int | None = None
     storage_options: dict[str, str] | None = field(default=None, repr=False)
+    logs: LogOptions = field(default_factory=LogOptions)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class ShardEncoder:
         self._dataset = lance.dataset(config.uri, storage_options=config.storage_options)
         self._storage_options = config.storage_options
         self._readers = threading.local()
+        logger.info("loaded %s on %s in %s", spec.model, place, dtype)
         self._stopped = threading.Event()
 
     def encode(self, shard: Shard) -> ShardResult:
@@ -133,7 +138,8 @@ class ShardEncoder:
         clock.lap("read")
         tokens = self.encoder.tokenise([p.text for p in passages])
         clock.lap("tokenise")
-        started = self._device_thread.submit(self._start, tokens).result()
+        context = contextvars.copy_context()  # log lines of the device's thread name the shard
+        started = self._device_thread.submit(context.run, self._start, tokens).result()
         states = _collect(started)
         clock.lap("device")
         kept, failed = self._split_storable(shard, passages, states)
@@ -149,6 +155,8 @@ class ShardEncoder:
             fragment = write_fragment(rows, self._dataset)
         clock.lap("write")
         num_tokens = sum(len(t.ids) for t in tokens)
+        spent = sum(clock.seconds.values())
+        logger.debug("%d rows, %d tokens in %.2f s", len(kept), num_tokens, spent)
         return ShardResult(
             shard,
             fragment,

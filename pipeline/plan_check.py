@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kalm_encoder.errors import InputError, MismatchError
-from pipeline.run_records import RunTotals
+from pipeline.run_totals import RunTotals
+
+OTHER_CORPUS = 0.05
+"""Passages that differ from the plan by more than this, and lie outside of its interval."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,28 @@ def compare(plan: dict[str, Any], facts: dict[str, Any], runs: RunTotals) -> lis
     seconds = hours["value"] * 3600 if hours else None
     lines.append(Line("seconds", seconds, runs.seconds if runs.runs else None))
     return lines
+
+
+def hint(lines: list[Line], facts: dict[str, Any]) -> str | None:
+    """Say what is behind large differences, where the passages tell; None where nothing does.
+
+    Args:
+        lines: from `compare`.
+        facts: of the table.
+    """
+    if facts["shards_missing"]:
+        return (
+            f"the table is not complete ({facts['shards_missing']:,} of {facts['shards']:,} shards "
+            "are missing), the plan is for all of it: compare again when it is"
+        )
+    line = next(line for line in lines if line.name == "passages")
+    if line.difference is None or line.inside or abs(line.difference) < OTHER_CORPUS:
+        return None
+    return (
+        f"the plan is for {line.planned:,.0f} passages, the table was made of "
+        f"{facts['rows_planned']:,} rows: this looks like the plan of another corpus, or of one "
+        "that has changed since. Plan again with the table's input (and its --limit)"
+    )
 
 
 def _line(plan: dict[str, Any], facts: dict[str, Any], name: str) -> Line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -12,7 +13,7 @@ import socket
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import ray
 
 from kalm_encoder.errors import InputError
+from pipeline import logs
 
 CONNECT_TIMEOUT_S = 10.0
 MOST_CPUS = 4
@@ -77,7 +79,7 @@ def connect(
     extra = {"object_store_memory": 100_000_000} if address == "local" else {}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_handlers():
             # Ray forks and at once executes its daemons: Lance's threads are not used in between.
             warnings.filterwarnings("ignore", message="lance is not fork-safe")
             ray.init(
@@ -85,6 +87,8 @@ def connect(
                 runtime_env=_runtime_env(folder, packages),
                 include_dashboard=False if address == "local" else None,
                 logging_level=logging.WARNING,
+                # Until a worker is loaded. With it Ray puts no prefix before the lines of workers.
+                logging_config=ray.LoggingConfig(logs.current().format.upper(), "ERROR"),
                 **extra,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -92,6 +96,21 @@ def connect(
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own in its place, with which SIGTERM aborts the process.
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Undo what Ray does to the logging of this process: lines would come twice."""
+    root, ours = logging.getLogger(), logging.getLogger("ray")
+    handlers, level, ray_level = root.handlers[:], root.level, ours.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        ours.handlers.clear()
+        ours.propagate = True
+        ours.setLevel(ray_level)
 
 
 Nodes = dict[str, dict[str, float]]

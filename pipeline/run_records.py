@@ -1,10 +1,11 @@
-"""What each run did, shard by shard: JSON lines in `<table>/_kalm/runs/`, written beside the rows.
+"""What each run did, shards and commits: JSON lines in `<table>/_kalm/runs/`, beside the rows.
 
-For people and figures only; no job reads them, and a store that refuses them costs a warning. A
-run keeps them in memory and writes those it has every so often, at a commit, and at its end: a
-killed run loses the last half minute of them. A run that begins a table or a generation drops
-those of earlier ones. A part is written anew until it holds PART_RECORDS, then the next one begins:
-what is written again stays small however long a run is.
+A line with `"kind": "commit"` is a commit, all others are shards. For people and figures only; no
+job reads them, and a store that refuses them costs a warning. A run keeps them in memory and writes
+those it has every so often, at a commit, and at its end: a killed run loses the last half minute of
+them. A run that begins a table or a generation drops those of earlier ones. A part is written anew
+until it holds PART_RECORDS, then the next one begins: what is written again stays small however
+long a run is.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ import json
 import logging
 import tempfile
 import time
-import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lance.file import LanceFileSession
 
@@ -32,6 +31,9 @@ logger = logging.getLogger(__name__)
 FOLDER = "_kalm/runs"
 WRITE_EVERY_S = 30.0
 PART_RECORDS = 1000
+WAITING = ("wait", "queued", "idle")
+"""Stages in which a worker did nothing for the shard; "wait" is the name of "queued" of old."""
+COMMIT = "commit"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class ShardRecord:
         truncated: passages cut to max_length.
         seconds: by stage.
         worker: host and process, or "".
+        waited_s: from its arrival to the commit that holds it; None where it came to none, and in
+            records older than this field.
     """
 
     run: str
@@ -61,17 +65,50 @@ class ShardRecord:
     truncated: int
     seconds: dict[str, float] = field(default_factory=dict)
     worker: str = ""
+    waited_s: float | None = None
+
+    @property
+    def worked_s(self) -> float:
+        """Seconds of its worker's stages, waiting left out."""
+        return sum(spent for stage, spent in self.seconds.items() if stage not in WAITING)
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """One commit.
+
+    Attributes:
+        run: as in ShardRecord.
+        at_s: seconds from the start of the run to the end of the commit.
+        shards, rows: in it.
+        seconds: it took.
+        version: of the table after it.
+        results_s: how long the driver had waited for results since the commit before.
+    """
+
+    run: str
+    at_s: float
+    shards: int
+    rows: int
+    seconds: float
+    version: int
+    results_s: float
 
 
 class RunRecorder:
     """Collects the records of one run and writes them beside its table."""
 
-    def __init__(self, uri: str, storage_options: dict[str, str] | None = None) -> None:
+    def __init__(self, uri: str, run: str, storage_options: dict[str, str] | None = None) -> None:
         self._session = LanceFileSession(uri, storage_options=storage_options)
-        self.run = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}"
+        self.run = run
         self._began = self._written_at = time.monotonic()
+        self._arrived: dict[int, ShardRecord] = {}
         self._lines: list[str] = []
         self._part = self._written = 0
+
+    def at_s(self) -> float:
+        """Return seconds since the run began."""
+        return round(time.monotonic() - self._began, 3)
 
     def forget_earlier(self) -> None:
         """Drop the records of earlier runs: nothing of what they did is in the table."""
@@ -81,11 +118,11 @@ class RunRecorder:
         except OSError as error:
             logger.warning("records of earlier runs are still there: %s", first_line(error))
 
-    def add(self, result: ShardResult) -> None:
+    def add(self, result: ShardResult) -> ShardRecord:
         """Note a shard that has just arrived."""
         record = ShardRecord(
             run=self.run,
-            at_s=round(time.monotonic() - self._began, 3),
+            at_s=self.at_s(),
             shard=result.shard.number,
             rows=result.num_rows,
             rejected=len(result.rejects),
@@ -95,12 +132,37 @@ class RunRecorder:
             seconds={stage: round(spent, 4) for stage, spent in result.seconds.items()},
             worker=result.worker,
         )
-        self._lines.append(json.dumps(asdict(record)) + "\n")
+        self._arrived[record.shard] = record
+        return record
+
+    def add_commit(
+        self, results: Iterable[ShardResult], *, seconds: float, version: int, results_s: float
+    ) -> CommitRecord:
+        """Note a commit that has just ended, and how long its shards waited for it."""
+        at_s = self.at_s()
+        numbers = [result.shard.number for result in results]
+        held = [self._arrived.pop(number) for number in numbers if number in self._arrived]
+        for shard in held:
+            waited_s = round(max(0.0, at_s - seconds - shard.at_s), 3)
+            self._note(asdict(replace(shard, waited_s=waited_s)))
+        rows = sum(shard.rows for shard in held)
+        commit = CommitRecord(
+            self.run, at_s, len(held), rows, round(seconds, 4), version, round(results_s, 3)
+        )
+        self._note({"kind": COMMIT, **asdict(commit)})
+        return commit
 
     def write_if_due(self) -> None:
         """Write if it is time to."""
         if time.monotonic() - self._written_at >= WRITE_EVERY_S:
             self.write()
+
+    def close(self) -> None:
+        """Write all there is, shards that came to no commit too."""
+        for shard in self._arrived.values():
+            self._note(asdict(shard))
+        self._arrived.clear()
+        self.write()
 
     def write(self) -> None:
         """Write what is new; where the store refuses, say so and keep it for the next time."""
@@ -120,56 +182,29 @@ class RunRecorder:
             self._lines.clear()
             self._part, self._written = self._part + 1, 0
 
+    def _note(self, record: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(record) + "\n")
+
 
 def read_records(uri: str, storage_options: dict[str, str] | None = None) -> list[ShardRecord]:
-    """Return the records of all runs that encoded for the table, by run, then by time."""
+    """Return the shards of all runs that encoded for the table, by run, then by time."""
+    return [ShardRecord(**line) for kind, line in _lines(uri, storage_options) if kind is None]
+
+
+def read_commits(uri: str, storage_options: dict[str, str] | None = None) -> list[CommitRecord]:
+    """Return the commits of all runs that encoded for the table; earlier releases noted none."""
+    return [CommitRecord(**line) for kind, line in _lines(uri, storage_options) if kind == COMMIT]
+
+
+def _lines(
+    uri: str, storage_options: dict[str, str] | None
+) -> Iterator[tuple[str | None, dict[str, Any]]]:
     session = LanceFileSession(uri, storage_options=storage_options)
-    records: list[ShardRecord] = []
     for path in sorted(session.list(FOLDER)):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "records.jsonl")
             session.download_file(path, str(file))
-            lines = file.read_text(encoding="utf-8").splitlines()
-            records += [ShardRecord(**json.loads(line)) for line in lines]
-    return records
-
-
-@dataclass(frozen=True)
-class RunTotals:
-    """Runs taken together.
-
-    Attributes:
-        runs: that encoded anything.
-        seconds: from each run's start to its last shard, added up.
-        tokens, padded_tokens, truncated: of all shards.
-    """
-
-    runs: int
-    seconds: float
-    tokens: int
-    padded_tokens: int
-    truncated: int
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Real tokens a second, over all workers."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def padding(self) -> float:
-        """Share of computed tokens that were padding."""
-        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
-
-
-def totals(records: Sequence[ShardRecord]) -> RunTotals:
-    """Add records up; a shard that was encoded twice counts twice, as it cost twice."""
-    ends: dict[str, float] = {}
-    for record in records:
-        ends[record.run] = max(ends.get(record.run, 0.0), record.at_s)
-    return RunTotals(
-        len(ends),
-        sum(ends.values()),
-        sum(r.tokens for r in records),
-        sum(r.padded_tokens for r in records),
-        sum(r.truncated for r in records),
-    )
+            text = file.read_text(encoding="utf-8")
+        for line in text.splitlines():
+            record = json.loads(line)
+            yield record.pop("kind", None), record

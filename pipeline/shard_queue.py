@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.driver import ShardFailure
+from pipeline.logs import in_shard
 from pipeline.shards import Shard
 from pipeline.sources import COMPRESSIONS, file_format
 
@@ -149,5 +150,6 @@ class ShardQueue:
         self._attempts[shard.number] = attempts
         if attempts >= MAX_ATTEMPTS:
             return [ShardFailure(shard, attempts, reason)]
-        logger.warning("shard %s failed (attempt %d): %s", shard.id, attempts, reason)
+        with in_shard(shard.id):
+            logger.warning("shard %s failed (attempt %d): %s", shard.id, attempts, reason)
         return []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
@@ -16,11 +17,15 @@ import pyarrow as pa
 import ray
 
 from kalm_encoder.errors import KalmError
+from pipeline import logs
 from pipeline.driver import Executor, Outcome
 from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
 from pipeline.ray_cluster import RayOptions, connect
 from pipeline.ray_pool import Pool
 from pipeline.shards import Shard
+
+LAST_LINES_S = 0.5
+"""What Ray needs to bring the last log lines of workers to the driver; it does not say when."""
 
 
 class Worker:
@@ -35,6 +40,7 @@ class Worker:
 
     def load(self, config: WorkerConfig) -> None:
         """Load model and table; on a GPU if Ray gave this actor one."""
+        logs.configure_worker(config.logs)
         cpus = int(ray.get_runtime_context().get_assigned_resources()["CPU"])
         # Pools of their own beside the model's: left alone, each takes all cores of the node.
         os.environ["RAYON_NUM_THREADS"] = os.environ["LANCE_CPU_THREADS"] = str(cpus)
@@ -45,7 +51,8 @@ class Worker:
         """Encode one shard; up to IN_FLIGHT calls run at once."""
         if self._encoder is None:
             raise KalmError("the worker was asked to encode before it was loaded")
-        return self._encoder.encode(shard)
+        with logs.in_shard(shard.id):
+            return self._encoder.encode(shard)
 
 
 def on_ray(options: RayOptions) -> Executor:
@@ -65,4 +72,5 @@ def _encode_on_ray(
             while pool.busy():
                 yield from pool.turn() or [None]
     finally:
+        time.sleep(LAST_LINES_S)
         ray.shutdown()

@@ -24,7 +24,8 @@ from pipeline.corpus_sample import sample_corpus
 from pipeline.driver import encode_inline, run
 from pipeline.job import EncodeJob
 from pipeline.plan_check import compare, read_plan
-from pipeline.run_records import read_records, totals
+from pipeline.run_records import read_records
+from pipeline.run_totals import totals
 from pipeline.sources import FieldOptions
 from tests.conftest import make_texts, write_corpus
 

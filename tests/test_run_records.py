@@ -17,7 +17,8 @@ from pipeline import run_records
 from pipeline.driver import encode_inline, run
 from pipeline.garbage import collect_garbage
 from pipeline.job import EncodeJob
-from pipeline.run_records import FOLDER, ShardRecord, read_records, totals
+from pipeline.run_records import FOLDER, ShardRecord, read_commits, read_records
+from pipeline.run_totals import totals
 from pipeline.verify import verify
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.s3_server import serve
@@ -47,6 +48,39 @@ def test_the_records_add_up_to_the_table(made):
     assert sum(r.rows for r in records) == facts["passages"] == 60
     assert found.padding == pytest.approx(summary.padding)
     assert 0 < found.seconds <= summary.elapsed_s + 1
+
+
+def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_path):
+    uri = str(tmp_path / "t.lance")
+    summary = encode_table(
+        model_dir, corpus, uri, shard_size=10, commit_every_s=1e9, commit_every_shards=4
+    )
+    shards, commits = read_records(uri), read_commits(uri)
+    assert [(c.shards, c.rows) for c in commits] == [(4, 40), (2, 20)]
+    assert commits[0].version < commits[1].version <= lance.dataset(uri).version
+    waited = [s.waited_s for s in shards]
+    assert waited[:4] == sorted(waited[:4], reverse=True), "the first to come waits longest"
+    assert all(s.at_s + s.waited_s <= commits[i // 4].at_s + 0.01 for i, s in enumerate(shards))
+    spent = sum(c.seconds + c.results_s for c in commits)
+    computed = sum(s.seconds["forward"] for s in shards)
+    assert computed <= sum(c.results_s for c in commits), "inline the driver waits while it encodes"
+    assert spent <= summary.elapsed_s
+
+
+def test_records_of_an_earlier_release_are_read_and_drawn(made, tmp_path):
+    table, _ = made
+    old = {
+        "run": "20260101T000000.000000Z-00000000", "at_s": 1.5, "shard": 0, "rows": 10,
+        "rejected": 0, "tokens": 500, "padded_tokens": 520, "truncated": 0, "worker": "host:1",
+        "seconds": {"read": 0.1, "tokenise": 0.1, "wait": 5.0, "forward": 1.0, "write": 0.1},
+    }  # fmt: skip
+    (table / FOLDER / f"{old['run']}-00000.jsonl").write_text(json.dumps(old) + "\n")
+    first = read_records(str(table))[0]
+    assert (first.tokens, first.waited_s) == (500, None)
+    assert first.worked_s == pytest.approx(1.3)
+    assert "wait" not in bin_records([first]).seconds, "a busy device is no idleness"
+    _draw(tmp_path / "run.svg", str(table), None)
+    assert b"<svg" in (tmp_path / "run.svg").read_bytes()
 
 
 def test_a_resumed_job_adds_its_own_run(model_dir, corpus, tmp_path):
@@ -81,8 +115,8 @@ def test_a_long_run_writes_parts_that_stay_small(model_dir, corpus, tmp_path, mo
     table = tmp_path / "t.lance"
     encode_table(model_dir, corpus, table, shard_size=6, commit_every_s=0)
     parts = sorted((table / FOLDER).iterdir())
-    assert [len(part.read_text().splitlines()) for part in parts] == [4, 4, 2]
-    assert len(read_records(str(table))) == 10
+    assert [len(part.read_text().splitlines()) for part in parts] == [4] * 5
+    assert len(read_records(str(table))) == len(read_commits(str(table))) == 10
 
 
 def test_records_are_written_at_most_every_so_often(model_dir, corpus, tmp_path, monkeypatch):
@@ -192,10 +226,19 @@ def test_the_plan_is_compared_by_status(made, model_dir, corpus, tmp_path, capsy
     plan([str(corpus)], str(model_dir), shard_size=10, out=tmp_path / "p.json")
     capsys.readouterr()
     status(str(table), plan=tmp_path / "p.json", as_json=True)
-    lines = {x["name"]: x for x in json.loads(capsys.readouterr().out)["plan"]}
+    facts = json.loads(capsys.readouterr().out)
+    lines = {x["name"]: x for x in facts["plan"]}
+    assert facts["plan_hint"] is None
     assert lines["tokens"]["planned"] == lines["tokens"]["actual"]
     assert lines["tokens/s"]["planned"] is None
     status(str(table), plan=tmp_path / "p.json")
     assert "difference" in capsys.readouterr().out
+    other = write_corpus(tmp_path / "other.jsonl", make_texts(500, seed=9))
+    plan([str(other)], str(model_dir), shard_size=10, out=tmp_path / "other.json")
+    capsys.readouterr()
+    status(str(table), plan=tmp_path / "other.json")
+    shown = capsys.readouterr().out
+    assert "the plan is for 500 passages, the table was made of 60 rows" in shown
+    assert "plan of another corpus" in shown
     with pytest.raises(InputError, match="cannot read the plan"):
         status(str(table), plan=Path("none.json"))

@@ -1,0 +1,88 @@
+"""What a run is doing now: one small JSON file beside the table, `<table>/_kalm/live.json`.
+
+A thread of the driver overwrites it every WRITE_EVERY_S, so it beats also while a shard or a commit
+takes long. At the end it says how the run ended; after a SIGKILL its `updated_at` stands still. For
+people: no job reads it, and a store that refuses it costs one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lance.file import LanceFileSession
+
+from kalm_encoder.table import first_line
+
+logger = logging.getLogger(__name__)
+
+FILE = "_kalm/live.json"
+WRITE_EVERY_S = 3.0
+SILENT_AFTER_S = 15.0
+"""A run that has not written for so long has died, stands still, or cannot reach the store."""
+ENCODING, FINISHING = "encoding", "finishing"
+COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
+ENDED = (COMPLETE, STOPPED, FAILED)
+
+
+class LiveFile:
+    """Writes what `look` returns until it is closed."""
+
+    def __init__(
+        self,
+        uri: str,
+        look: Callable[[], dict[str, Any]],
+        storage_options: dict[str, str] | None = None,
+    ) -> None:
+        self._session = LanceFileSession(uri, storage_options=storage_options)
+        self._look = look
+        self._warned = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="live", daemon=True)
+        self._thread.start()
+
+    def close(self, *, last_words: bool = True) -> None:
+        """Stop; write once more unless somebody else writes there now."""
+        self._stop.set()
+        self._thread.join()
+        if last_words:
+            self._write()
+
+    def _beat(self) -> None:
+        while not self._stop.is_set():
+            self._write()
+            self._stop.wait(WRITE_EVERY_S)
+
+    def _write(self) -> None:
+        seen = {**self._look(), "updated_at": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder, "live.json")
+                file.write_text(json.dumps(seen), encoding="utf-8")
+                self._session.upload_file(str(file), FILE)
+        except OSError as error:
+            if not self._warned:
+                logger.warning("`kalm status --watch` sees nothing: %s", first_line(error))
+            self._warned = True
+
+
+def read_live(uri: str, storage_options: dict[str, str] | None = None) -> dict[str, Any] | None:
+    """Return what the last run of a table said last, or None where none ever did.
+
+    Raises:
+        OSError: the store cannot be read.
+    """
+    session = LanceFileSession(uri, storage_options=storage_options)
+    if not session.contains(FILE):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "live.json")
+        session.download_file(FILE, str(file))
+        seen: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return seen

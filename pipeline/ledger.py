@@ -112,19 +112,9 @@ class Ledger(TableWriter):
             KalmError: a data file is not what its worker wrote.
             OSError: the store refused, and the shards are not in the table.
         """
-        for result in results:
-            if result.fragment is not None:
-                check_written(result.fragment, self.uri, self.storage_options)
-
-        def step() -> None:
-            left = [r for r in results if r.shard.number not in self.done]
-            fragments = [
-                with_id(r.fragment, r.shard.number + 1) for r in left if r.fragment is not None
-            ]
-            if fragments:
-                self.apply(LanceOperation.Append(fragments))
-
-        self.retry(step)
+        written = {r.shard.number: r.fragment for r in results if r.fragment is not None}
+        check_written(list(written.values()), self.uri, self.storage_options)
+        self.retry(lambda: self._append(written))
         empty = {r.shard.number for r in results if r.fragment is None} - self.done
         if empty:
             known = sorted(self._empty_shards() | empty)
@@ -163,6 +153,16 @@ class Ledger(TableWriter):
             if self.metadata.get(STATE, LOADING) != LOADING
             else {f.id - 1 for f in fragments} | self._empty_shards()
         )
+
+    def _append(self, written: dict[int, str]) -> None:
+        """Add the shards that are not there. Success tells what is there: it is not read again."""
+        left = {number: f for number, f in written.items() if number not in self.done}
+        if not left:
+            return
+        fragments = [with_id(fragment, number + 1) for number, fragment in left.items()]
+        super().refresh(self.commit_operation(LanceOperation.Append(fragments)))
+        self.done |= left.keys()
+        self.num_rows += sum(f.num_rows for f in fragments)
 
     def _empty_shards(self) -> set[int]:
         """Shards of which every row was rejected: they have no fragment to mark them."""

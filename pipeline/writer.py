@@ -114,15 +114,21 @@ class TableWriter:
         self.apply(LanceOperation.Merge(fragments, LanceSchema.from_pyarrow(schema)))
 
     def apply(self, operation: LanceOperation.BaseOperation) -> None:
-        """Commit an operation against the version this process last saw."""
-        self.refresh(
-            lance.LanceDataset.commit(
-                self.uri,
-                operation,
-                read_version=self.dataset.version,
-                storage_options=self.storage_options,
-                max_retries=0,
-            )
+        """Commit an operation against the version this process last saw, and go on from its own."""
+        self.refresh(self.commit_operation(operation))
+
+    def commit_operation(self, operation: LanceOperation.BaseOperation) -> lance.LanceDataset:
+        """Commit an operation against the version this process last saw; return the new one.
+
+        By address, not through the open dataset: its session would keep the manifest of every
+        version (measured: 600 MB at 100,000 fragments, against 190).
+        """
+        return lance.LanceDataset.commit(
+            self.uri,
+            operation,
+            read_version=self.dataset.version,
+            storage_options=self.storage_options,
+            max_retries=0,
         )
 
     def retry(self, step: Callable[[], None]) -> None:

@@ -39,6 +39,8 @@ FORMAT = 1
 """Of the copy and of the way corpora are cut: raise it when either changes."""
 STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified")
 """What file systems call the mark that changes with a file; the first that is there."""
+UNREADABLE = OSError, RuntimeError, ValueError, KeyError, IndexError, pa.ArrowException
+"""What a store that fails (LanceFileSession.contains: RuntimeError) or a damaged copy raises."""
 SCHEMA = pa.schema(
     {
         "file": pa.int32(),
@@ -83,7 +85,7 @@ class PlanCopy:
                 file = Path(folder, "plan.parquet")
                 session.download_file(self._path, str(file))
                 plan = _from_table(pq.read_table(file), self._files)
-        except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+        except UNREADABLE as error:
             logger.warning("the kept plan cannot be used, planning again: %s", first_line(error))
             return None
         self._kept = True

@@ -2,14 +2,14 @@
 
 import logging
 
-from jobs.bench import dtypes, encode, memory, query, rerank, serve, store, take
+from jobs.bench import dtypes, encode, memory, query, rerank, scale, serve, store, take
 from jobs.bench.data import FOLDER, check_idle
 
 logging.getLogger().setLevel(logging.WARNING)
 FOLDER.mkdir(exist_ok=True)
 check_idle()
 bars = []
-for bench in (memory, encode, rerank, query, store, take, dtypes, serve):
+for bench in (memory, encode, rerank, query, store, scale, take, dtypes, serve):
     print(f"--- {bench.__name__}", flush=True)
     bars += bench.main()
 print("\n".join(bars))

@@ -145,13 +145,12 @@ class Ledger(TableWriter):
     def refresh(self, dataset: lance.LanceDataset) -> None:
         """Go on from this version; read from it which shards are done."""
         super().refresh(dataset)
-        fragments = [f.metadata for f in dataset.get_fragments()]
-        self.num_rows = sum(f.num_rows for f in fragments)
+        self.num_rows = dataset.count_rows()
         # After sealing, compaction renumbers fragments: then every planned shard is there.
         self.done = (
             set(range(int(self.metadata[NUM_SHARDS])))
             if self.metadata.get(STATE, LOADING) != LOADING
-            else {f.id - 1 for f in fragments} | self._empty_shards()
+            else {f.fragment_id - 1 for f in dataset.get_fragments()} | self._empty_shards()
         )
 
     def _append(self, written: dict[int, str]) -> None:

@@ -75,15 +75,16 @@ def _point(shards: int) -> dict[str, float]:
         (folder / f"{i:03d}.jsonl").write_text("\n".join(lines) + "\n")
     load = _in_process(folder, shards * 99 // 100)
     again = _in_process(folder, shards)
-    shutil.rmtree(folder)
     print(
         f"{shards} shards: driver {load['driver_ms']:.3f} ms a shard, at most "
         f"{load['longest_s']:.1f} s at once; memory +{load['memory_mb']:.0f} MB; "
         f"{load['commits']:.0f} commits, {load['manifest_mb']:.0f} MB of manifests; first encode "
         f"after {load['first_s']:.1f} s; at 99 % resumed in {again['first_s']:.1f} s, memory "
         f"+{again['memory_mb']:.0f} MB; finished (duplicates, seal, compaction, indexes) in "
-        f"{again['finish_s']:.1f} s, memory +{again['finish_mb']:.0f} MB"
+        f"{again['finish_s']:.1f} s, memory +{again['finish_mb']:.0f} MB",
+        flush=True,
     )
+    shutil.rmtree(folder)
     memory = max(load["memory_mb"], again["memory_mb"])
     return {"driver_ms": load["driver_ms"], "memory_mb": memory, "resume_s": again["first_s"]}
 

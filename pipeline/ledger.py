@@ -19,7 +19,7 @@ from lance.dataset import LanceOperation
 
 from kalm_encoder.errors import InputError, KalmError, MismatchError
 from kalm_encoder.rows import TableSpec
-from kalm_encoder.table import LIVE_TAG, first_line
+from kalm_encoder.table import LIVE_TAG, first_line, open_dataset
 from pipeline.fragments import check_written, with_id
 from pipeline.shards import Plan
 from pipeline.writer import EPOCH, LOADING, OWNER, SEALED, STATE, TableWriter
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLAN, NUM_SHARDS, NUM_ROWS = "kalm.plan", "kalm.num_shards", "kalm.num_rows"
+CACHE_BYTES = 1 << 20
 EMPTY_SHARDS, GENERATION = "kalm.empty_shards", "kalm.generation"
 ON_DUPLICATE, REJECTED = "kalm.on_duplicate", "kalm.rejected"
 
@@ -85,6 +86,17 @@ class Ledger(TableWriter):
         if ledger.state == LOADING and not ledger.is_mine:
             ledger.take_over()
         return ledger
+
+    def open(self) -> lance.LanceDataset:
+        """Open the latest version, in a session that keeps next to nothing.
+
+        Lance's own would keep the manifest of every version this process commits (measured: 600 MB
+        at 100,000 fragments).
+        """
+        session = lance.Session(
+            index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES
+        )
+        return open_dataset(self.uri, self.storage_options, session=session)
 
     @property
     def sealed(self) -> bool:

@@ -44,7 +44,11 @@ class TableWriter:
         self.uri = uri
         self.storage_options = storage_options
         self.owner = uuid.uuid4().hex
-        self.refresh(open_dataset(uri, storage_options))
+        self.refresh(self.open())
+
+    def open(self) -> lance.LanceDataset:
+        """Open the latest version."""
+        return open_dataset(self.uri, self.storage_options)
 
     @property
     def state(self) -> str:
@@ -118,13 +122,9 @@ class TableWriter:
         self.refresh(self.commit_operation(operation))
 
     def commit_operation(self, operation: LanceOperation.BaseOperation) -> lance.LanceDataset:
-        """Commit an operation against the version this process last saw; return the new one.
-
-        By address, not through the open dataset: its session would keep the manifest of every
-        version (measured: 600 MB at 100,000 fragments, against 190).
-        """
+        """Commit an operation against the version this process last saw; return the new one."""
         return lance.LanceDataset.commit(
-            self.uri,
+            self.dataset,  # by address Lance would read the version again, and be half as fast
             operation,
             read_version=self.dataset.version,
             storage_options=self.storage_options,
@@ -160,7 +160,7 @@ class TableWriter:
         """Open the latest version, waiting for a store that does not answer."""
         for attempt in range(ATTEMPTS):
             try:
-                return open_dataset(self.uri, self.storage_options)
+                return self.open()
             except TableError:
                 _back_off(attempt)
         raise cause

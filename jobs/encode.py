@@ -36,7 +36,7 @@ def encode(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
     ] = None,
-    token_budget: Annotated[int | None, typer.Option(help="Padded tokens a forward pass.")] = None,
+    token_budget: Annotated[int | None, typer.Option(help="Tokens a forward pass.")] = None,
     shard_size: Annotated[int, typer.Option(help="Rows a shard.")] = 1000,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
     id_field: Annotated[str | None, typer.Option(help="Field that holds the id.")] = None,

@@ -33,7 +33,6 @@ def plan(
     max_length: Annotated[int, typer.Option(help="Tokens a passage is cut to.")] = 1024,
     no_text: Annotated[bool, typer.Option("--no-text", help="Do not store the raw text.")] = False,
     shard_size: Annotated[int, typer.Option(help="Rows a shard.")] = 1000,
-    token_budget: Annotated[int | None, typer.Option(help="Padded tokens a forward pass.")] = None,
     passages: Annotated[
         int | None, typer.Option(help="Plan for so many passages like the corpus's.")
     ] = None,
@@ -101,12 +100,10 @@ def plan(
         spec=spec,
         model=name,
         shapes=shapes,
-        shard_size=shard_size,
-        token_budget=token_budget or _budget(gpus),
         prompt_tokens=len(tokenizer(render_query(""), add_special_tokens=False)["input_ids"])
         + QUERY_TOKENS,
         passages=passages,
-        rate=_rate(files, sample, max_length, token_budget, tokens_per_s, measure),
+        rate=_rate(files, sample, max_length, tokens_per_s, measure),
         gpus=gpus or 1,
     )
     found = forecast(sample, request, measure_rows(spec, sample.examples, shard_size, seed))
@@ -156,20 +153,10 @@ def _shapes(files: Checkpoint) -> tuple[str, dict[str, Shape]]:
     return name, {**MODELS, name: shape} if known else {name: shape, **MODELS}
 
 
-def _budget(gpus: int | None) -> int:
-    """Return the padded tokens a forward that `kalm encode` would choose."""
-    from kalm_encoder.checkpoint import choose_device
-    from kalm_encoder.encoder import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
-
-    on_gpu = gpus is not None or choose_device(None).type == "cuda"
-    return GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET
-
-
 def _rate(
     files: Checkpoint,
     sample: Sample,
     max_length: int,
-    token_budget: int | None,
     tokens_per_s: float | None,
     measure: bool,
 ) -> Rate | None:
@@ -187,6 +174,5 @@ def _rate(
         files.load_text_encoder(place, checkpoint.choose_dtype(None, place)),
         files.tokenizer(),
         max_length=max_length,
-        token_budget=token_budget,
     )
     return measure_rate(encoder, [passage.text for passage, _ in sample.examples], MEASURE_S)

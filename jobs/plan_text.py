@@ -20,7 +20,6 @@ def plan_text(facts: dict[str, Any]) -> str:
 def _summary(facts: dict[str, Any]) -> list[str]:
     spec, passages = facts["spec"], facts["passages"]["value"]
     ratios = ",".join(map(str, spec["ratios"]))
-    budget = facts["token_budget"]
     lines = [
         ("passages", count(facts["passages"])),
         ("tokens", f"{count(facts['tokens'])}, {facts['tokens']['value'] / passages:,.1f} each"),
@@ -28,7 +27,6 @@ def _summary(facts: dict[str, Any]) -> list[str]:
         ("table", f"{size(facts['bytes'])} of data ({spec['store_dtype']}, r = {ratios})"),
         ("indexes", f"up to about {amount(facts['index_bytes']['value'], 'B')}"),
         ("peak on disk", f"{amount(_peak(facts), 'B')}: compaction rewrites, `kalm gc` frees"),
-        ("padding", f"{facts['padding']:.1%} of computed tokens ({budget:,} a forward)"),
         *_time(facts),
         ("sampled", _sampled(facts)),
     ]

@@ -1,4 +1,4 @@
-"""Batches of similar length under a token budget: where padding is won or lost."""
+"""Batches under a token budget: padded ones of similar length, or packed ones."""
 
 from collections.abc import Sequence
 
@@ -36,6 +36,26 @@ def plan_batches(
     return batches
 
 
-def padded_size(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> int:
-    """Return the tokens these batches hold, padding included."""
-    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+def plan_packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group passages that are packed without padding into batches of about the same size.
+
+    Args:
+        lengths: tokens of each passage.
+        budget: tokens of one batch; a passage above it goes alone.
+
+    Returns:
+        Batches of indices into `lengths`, each index once, in order.
+
+    Example: lengths 3, 9, 8, 4 with budget 18 give [[0, 1], [2, 3]], not [[0, 1], [2], [3]] nor
+    a full batch and a small one: 24 tokens need two batches, of 12 each.
+    """
+    aim = sum(lengths) / max(1, -(-sum(lengths) // budget))
+    batches: list[list[int]] = []
+    size = 0
+    for i, length in enumerate(lengths):
+        if not batches or size >= aim or size + length > budget:
+            batches.append([])
+            size = 0
+        batches[-1].append(i)
+        size += length
+    return batches

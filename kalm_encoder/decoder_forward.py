@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers.models.t5gemma2.modeling_t5gemma2 import rotate_half
+
+from kalm_encoder.layers import feed_forward, norm, rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,43 +91,43 @@ def last_hidden(
     if positions is None:
         positions = torch.arange(prompts.shape[1], device=prompts.device) + memory.prefix
     rotary = {
-        kind: model.rotary_emb(hidden, positions.unsqueeze(0), kind)
+        kind: [part.unsqueeze(1) for part in model.rotary_emb(hidden, positions[None], kind)]
         for kind in set(config.layer_types)
     }
     masks = _masks(config, positions, memory, hidden.dtype)
     kept = []
     for i, layer in enumerate(layers):
         attention, kind = layer.self_attn, config.layer_types[i]
-        normed = _norm(layer.pre_self_attn_layernorm, hidden)
+        normed = norm(layer.pre_self_attn_layernorm, hidden)
         own = _project(attention, normed, rotary[kind])
         other = memory.keys_values(attention, i)
         if keep:
             kept.append(_to_keep(own, other, keep))
         last = -1 if layer is layers[-1] else 0  # from which position on there is more to compute
-        turn = tuple(part[:, last:] for part in rotary[kind])
+        turn = [part[:, :, last:] for part in rotary[kind]]
         mask = masks[kind][:, :, :, last:].flatten(2, 3)
         hidden, normed = hidden[:, last:], normed[:, last:]
         attended = _attend(attention, normed, turn, own, other, mask)
-        hidden = hidden + _norm(layer.post_self_attn_layernorm, attended)
-        fed = _feed_forward(layer.mlp, _norm(layer.pre_feedforward_layernorm, hidden))
-        hidden = hidden + _norm(layer.post_feedforward_layernorm, fed)
-    return _norm(model.norm, hidden)[:, -1], torch.stack(kept, dim=1) if keep else None
+        hidden = hidden + norm(layer.post_self_attn_layernorm, attended)
+        fed = feed_forward(layer.mlp, norm(layer.pre_feedforward_layernorm, hidden))
+        hidden = hidden + norm(layer.post_feedforward_layernorm, fed)
+    return norm(model.norm, hidden)[:, -1], torch.stack(kept, dim=1) if keep else None
 
 
 def _project(
-    attention: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, ...] | None = None
+    attention: Any, hidden: torch.Tensor, rotary: Sequence[torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values (b, kv heads, n, head_dim) of (b, n, d); rotated if asked for."""
     heads = (*hidden.shape[:2], -1, attention.head_dim)
-    key = _norm(attention.k_norm, attention.k_proj(hidden).view(heads)).transpose(1, 2)
+    key = norm(attention.k_norm, attention.k_proj(hidden).view(heads)).transpose(1, 2)
     value = attention.v_proj(hidden).view(heads).transpose(1, 2)
-    return key if rotary is None else _rotate(key, rotary), value
+    return key if rotary is None else rotate(key, *rotary), value
 
 
 def _attend(
     attention: Any,
     hidden: torch.Tensor,
-    rotary: tuple[torch.Tensor, ...],
+    rotary: Sequence[torch.Tensor],
     own: tuple[torch.Tensor, torch.Tensor],
     other: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor,
@@ -139,15 +140,15 @@ def _attend(
     Args:
         attention: the layer's T5Gemma2MergedAttention.
         hidden: (1 or b, p, d), normed.
-        rotary: cos and sin, (1, p, head_dim).
+        rotary: cos and sin, (1, 1, p, head_dim).
         own: keys and values of the prompts, (1 or b, kv heads, p', head_dim).
         other: those of the memory, (b, kv heads, n, head_dim).
         mask: additive, (1 or b, 1, heads / kv heads * p, n + p').
     """
     b, p = len(other[0]), hidden.shape[1]
     heads = (*hidden.shape[:2], -1, attention.head_dim)
-    query = _norm(attention.q_norm, attention.q_proj(hidden).view(heads)).transpose(1, 2)
-    query = _rotate(query, rotary)  # (1 or b, heads, p, head_dim)
+    query = norm(attention.q_norm, attention.q_proj(hidden).view(heads)).transpose(1, 2)
+    query = rotate(query, *rotary)  # (1 or b, heads, p, head_dim)
     shape = (query.shape[0], own[0].shape[1], -1, attention.head_dim)
     key, value = (
         torch.cat([memory, prompt.expand(b, -1, -1, -1)], dim=2)
@@ -199,24 +200,3 @@ def _masks(
         mask = mask.masked_fill_(~allowed, -torch.inf)
         masks[kind] = mask.unsqueeze(2).repeat(1, 1, groups, 1, 1)
     return masks
-
-
-def _feed_forward(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Return down(gelu(gate) * up), with one temporary less than the module makes."""
-    gated = gelu(mlp.gate_proj(hidden), approximate="tanh").mul_(mlp.up_proj(hidden))
-    fed: torch.Tensor = mlp.down_proj(gated)
-    return fed
-
-
-def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the RMS norm in float32, as T5Gemma2RMSNorm, in fewer passes over memory."""
-    wide = hidden.float()
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = torch.rsqrt(length.square() / wide.shape[-1] + norm.eps)
-    return (wide * scale).mul_(1.0 + norm.weight.float()).type_as(hidden)
-
-
-def _rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Apply rotary positions to (b, heads, p, head_dim)."""
-    cos, sin = (part.unsqueeze(1) for part in rotary)
-    return (states * cos).add_(rotate_half(states) * sin)

@@ -1,48 +1,44 @@
 """Texts to passage states: the offline half of the model.
 
-Three steps, each callable alone: `tokenise` (CPU), `forward` (device), and pooling to float32 on
-the CPU, joined by `encode_batch`. The encoder knows nothing of files, shards or tables.
+Three steps: `tokenise` (CPU), `forward` and pooling (device; only pooled states leave it). `start`
+sends a batch to the device and returns at once where that is a GPU, so that it never waits for the
+host between batches. The encoder knows nothing of files, shards or tables.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kalm_encoder import checkpoint
-from kalm_encoder.batching import plan_batches
+from kalm_encoder.batching import plan_packed
+from kalm_encoder.encoder_forward import PackedForward
 from kalm_encoder.errors import CheckpointError, InputError
-from kalm_encoder.pooling import PassageStates, mean_pool, num_groups
+from kalm_encoder.pooling import PassageStates, pool_packed
 from kalm_encoder.prompts import render_passage
+from kalm_encoder.started import PassageTokens, Started, mark
 
 logger = logging.getLogger(__name__)
 
-CPU_TOKEN_BUDGET = 1024
+CPU_TOKEN_BUDGET = 2048
 GPU_TOKEN_BUDGET = 65536
-MAX_PADDING = 0.1
-"""Largest share of padding in a batch: a large budget alone would put long and short together."""
-
-
-@dataclass(frozen=True, slots=True)
-class PassageTokens:
-    """Token ids of one rendered passage, cut to max_length, and whether it was cut."""
-
-    ids: list[int]
-    truncated: bool
+"""The most tokens of a forward on a GPU; less where its free memory holds less."""
+MEMORY_SHARE = 0.8
+"""Of a GPU's free memory that a forward may take."""
+PROBE_TOKENS = 4096
 
 
 class PassageEncoder:
     """The text encoder of one checkpoint on one device.
 
     Attributes:
-        model: the text encoder, in eval mode.
+        model: the text encoder, in eval mode; taken over, see `PackedForward`.
         max_length: tokens a passage is cut to, its prefix included.
-        token_budget: tokens, padding included, that one forward takes at most (one passage always
-            goes).
+        token_budget: tokens that one forward takes at most (one passage always goes). Chosen by
+            device and free memory unless given; halved for good when memory runs out.
     """
 
     def __init__(
@@ -52,15 +48,20 @@ class PassageEncoder:
         *,
         max_length: int = 1024,
         token_budget: int | None = None,
+        compile: bool = False,
     ) -> None:
         check_max_length(max_length, tokenizer, model.config)
+        if token_budget is not None and token_budget < 1:
+            raise InputError(f"token_budget {token_budget} must be at least 1")
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length
-        default = CPU_TOKEN_BUDGET if self.device.type == "cpu" else GPU_TOKEN_BUDGET
-        self.token_budget = default if token_budget is None else token_budget
-        if self.token_budget < 1:
-            raise InputError(f"token_budget {token_budget} must be at least 1")
+        self.device: torch.device = model.embed_tokens.weight.device
+        self._forward = PackedForward(model, compile=compile)
+        self._ended = mark(self.device)
+        self.token_budget = token_budget or (
+            CPU_TOKEN_BUDGET if self.device.type == "cpu" else self._fitting_budget()
+        )
 
     @classmethod
     def load(
@@ -72,6 +73,7 @@ class PassageEncoder:
         dtype: str | torch.dtype | None = None,
         max_length: int = 1024,
         token_budget: int | None = None,
+        compile: bool = False,
     ) -> PassageEncoder:
         """Load the text encoder of a hub id or a local directory, and nothing else of it.
 
@@ -81,14 +83,13 @@ class PassageEncoder:
         """
         files = checkpoint.resolve(model_name_or_path, revision)
         place = checkpoint.choose_device(device)
-        model = files.load_text_encoder(place, checkpoint.choose_dtype(dtype, place))
-        return cls(model, files.tokenizer(), max_length=max_length, token_budget=token_budget)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        device: torch.device = self.model.device
-        return device
+        return cls(
+            files.load_text_encoder(place, checkpoint.choose_dtype(dtype, place)),
+            files.tokenizer(),
+            max_length=max_length,
+            token_budget=token_budget,
+            compile=compile,
+        )
 
     def tokenise(self, texts: Sequence[str]) -> list[PassageTokens]:
         """Render and tokenise passages, cutting each to max_length.
@@ -119,65 +120,95 @@ class PassageEncoder:
         if ratio < 1:
             raise InputError(f"ratio {ratio} must be at least 1")
         tokens = self.tokenise(texts)
-        encoded: list[tuple[int, PassageStates]] = []
+        started: list[Started] = []
         for batch in self.batches([len(t.ids) for t in tokens]):
-            states = self.encode_batch([tokens[i] for i in batch], ratio=ratio)
-            encoded.extend(zip(batch, states, strict=True))
-        return [states for _, states in sorted(encoded, key=lambda pair: pair[0])]
+            started += self.start([tokens[i] for i in batch], ratio=ratio)
+        return [states for batch in started for states in batch.result()]
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Group passages of these lengths in tokens, as `encode` does: indices into `lengths`."""
-        return plan_batches(lengths, self.token_budget, max_padding=MAX_PADDING)
+        """Group passages of these lengths in tokens, as `encode` does: indices, in order."""
+        return plan_packed(lengths, self.token_budget)
 
     def encode_batch(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[PassageStates]:
-        """Encode one padded batch; when memory runs out, its halves, down to single passages.
+        """Encode one batch; see `start`."""
+        return [states for batch in self.start(tokens, ratio=ratio) for states in batch.result()]
+
+    def start(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[Started]:
+        """Send a batch to the device, and on a GPU do not wait for it.
+
+        Where memory runs out the token budget is halved, for this batch and all later ones, and
+        the batch goes in parts.
+
+        Returns:
+            What becomes the states of all passages, in order; usually one.
 
         Raises:
             torch.OutOfMemoryError: one passage alone does not fit.
         """
-        try:
-            pooled = self._pooled(tokens, ratio)
-        except (torch.OutOfMemoryError, MemoryError):
-            if len(tokens) == 1:
-                raise
-            half = len(tokens) // 2
-            logger.warning("out of memory on %d passages: trying %d at a time", len(tokens), half)
-        else:
-            return [
-                PassageStates(row[: num_groups(len(t.ids), ratio)], len(t.ids), t.truncated)
-                for row, t in zip(pooled, tokens, strict=True)
-            ]
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        first = self.encode_batch(tokens[:half], ratio=ratio)
-        return first + self.encode_batch(tokens[half:], ratio=ratio)
+        total = sum(len(t.ids) for t in tokens)
+        if len(tokens) == 1 or total <= self.token_budget:
+            try:
+                return [self._start(tokens, ratio)]
+            except (torch.OutOfMemoryError, MemoryError):
+                if len(tokens) == 1:
+                    raise
+            # Outside of the handler, whose traceback would hold on to the tensors.
+            self.token_budget = max(1, total // 2)
+            logger.warning(
+                "out of memory on %d tokens: from now on %d at a time", total, self.token_budget
+            )
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        half = len(tokens) // 2
+        return self.start(tokens[:half], ratio=ratio) + self.start(tokens[half:], ratio=ratio)
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Sequence[Sequence[int]]) -> torch.Tensor:
         """Run the text encoder.
 
         Args:
-            batch: b lists of token ids, none empty.
+            batch: lists of token ids, none empty, T tokens in all.
 
         Returns:
-            (b, n, d) last hidden states after the final norm, and the (b, n) bool mask of real
-            tokens, both on the device.
+            (T, d) last hidden states after the final norm, on the device, packed.
         """
-        lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
-        longest = max(len(ids) for ids in batch)
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor(
-            [[*ids, *[pad] * (longest - len(ids))] for ids in batch], device=self.device
-        )
-        mask = torch.arange(longest, device=self.device) < lengths.unsqueeze(1)
-        hidden = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        return hidden, mask
+        pinned = self.device.type == "cuda"
+        ids = torch.tensor([i for passage in batch for i in passage], pin_memory=pinned)
+        return self._forward(ids.to(self.device, non_blocking=True), [len(ids) for ids in batch])
 
     @torch.inference_mode()
-    def _pooled(self, tokens: Sequence[PassageTokens], ratio: int) -> Any:
-        """Return (b, m, d) float32 on the CPU, as a numpy array."""
-        hidden, mask = self.forward([t.ids for t in tokens])
-        return mean_pool(hidden, mask, ratio).cpu().numpy()
+    def _start(self, tokens: Sequence[PassageTokens], ratio: int) -> Started:
+        began = mark(self.device)
+        hidden = self.forward([t.ids for t in tokens])
+        forwarded = mark(self.device)
+        pooled = pool_packed(hidden, [len(t.ids) for t in tokens], ratio)
+        if self.device.type == "cuda":
+            there = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
+            pooled = there.copy_(pooled, non_blocking=True)
+        marks = (self._ended, began, forwarded, mark(self.device))
+        self._ended = marks[-1]
+        return Started(tokens, ratio, pooled, marks)
+
+    def _fitting_budget(self) -> int:
+        """Return how many tokens fit into this GPU's free memory, by the peak of a small batch."""
+        length = min(self.max_length, PROBE_TOKENS)
+        probe = [[self.tokenizer.pad_token_id] * length] * (PROBE_TOKENS // length)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        pool_packed(self.forward(probe), [length] * len(probe), 1)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return token_budget(free, peak / (length * len(probe)), self.max_length)
+
+
+def token_budget(free_bytes: float, bytes_per_token: float, max_length: int) -> int:
+    """Return the tokens of a forward that a GPU's free memory holds: a passage at least.
+
+    Example: 60 GB free at 300 kB a token hold 160,000 tokens; GPU_TOKEN_BUDGET is enough.
+    """
+    fitting = int(MEMORY_SHARE * free_bytes / bytes_per_token)
+    return max(max_length, min(GPU_TOKEN_BUDGET, fitting))
 
 
 def passage_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -6,6 +6,7 @@ r (arXiv 2606.22807, section on MEP); the published code calls it `chunk_size`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,34 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> torch.Ten
     counts[:, :n] = weights
     sums = grouped.view(b, m, ratio, d).float().sum(dim=2)
     return sums / counts.view(b, m, ratio).float().sum(dim=2).clamp(min=1).unsqueeze(-1)
+
+
+def pool_packed(hidden: torch.Tensor, lengths: Sequence[int], ratio: int) -> torch.Tensor:
+    """Average every `ratio` consecutive token states of each passage of a packed batch.
+
+    As `mean_pool`, without padding. Sums are taken in a fixed order: the same batch gives the same
+    bits.
+
+    Args:
+        hidden: (T, d) encoder output, the passages one behind the other.
+        lengths: tokens of each passage, together T.
+        ratio: tokens a group, >= 1.
+
+    Returns:
+        (G, d) float32, the num_groups(n, ratio) group means of each passage one behind the other.
+    """
+    sizes = np.asarray(lengths)
+    groups = -(-sizes // ratio)
+    starts = np.cumsum(sizes) - sizes
+    first = (np.cumsum(groups) - groups) * ratio
+    slots = np.arange(sizes.sum()) + np.repeat(first - starts, sizes)
+    wide = hidden.float()
+    grouped = wide.new_zeros((int(groups.sum()) * ratio, wide.shape[1]))
+    grouped[slots] = wide
+    counts = np.full(groups.sum(), ratio)
+    counts[np.cumsum(groups) - 1] = sizes - (groups - 1) * ratio
+    sums = grouped.view(-1, ratio, wide.shape[1]).sum(dim=1)
+    return sums / sums.new_tensor(counts).unsqueeze(1)
 
 
 def coarsen(

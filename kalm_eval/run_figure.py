@@ -26,7 +26,7 @@ MOST_BINS = 60
 STAGES = {  # in the order of the work; colours tell apart without red and green
     "read": "#8da0b6",
     "tokenise": "#e0a33e",
-    "wait": "#d9d9d9",
+    "queued": "#d9d9d9",
     "forward": "#2f6690",
     "write": "#81559b",
 }

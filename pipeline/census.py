@@ -1,4 +1,4 @@
-"""Questions to a sample: totals, length percentiles and padding of the whole corpus."""
+"""Questions to a sample: totals and length percentiles of the whole corpus."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kalm_encoder.batching import padded_size, plan_batches
-from kalm_encoder.encoder import MAX_PADDING
 from pipeline.estimate import Estimate, Part, mean, quantiles, total
 from pipeline.sample import Block, Sample
 
@@ -53,22 +51,3 @@ def percentiles(sample: Sample) -> dict[str, int]:
     weights = [s.size / sum(b.size for b in s.blocks) for s in strata]
     found = dict(zip(SHARES, quantiles(values, weights, list(SHARES.values())), strict=True))
     return {**found, "max": int(max(v.max() for v in values))}
-
-
-def padding(sample: Sample, max_length: int, shard_size: int, token_budget: int) -> float:
-    """Return the share of padding when blocks in the corpus's order are cut into shards.
-
-    Exact where all of the corpus was read; else neighbouring shards stand for those between.
-    """
-    files: dict[int, list[Block]] = {}
-    for block in sample.blocks:
-        files.setdefault(block.file if sample.complete else 0, []).append(block)
-    real = padded = 0
-    for blocks in files.values():
-        lengths = np.concatenate([np.minimum(b.lengths, max_length) for b in blocks]).tolist()
-        for start in range(0, len(lengths), shard_size):
-            shard = lengths[start : start + shard_size]
-            real += sum(shard)
-            batches = plan_batches(shard, token_budget, max_padding=MAX_PADDING)
-            padded += padded_size(shard, batches)
-    return 1 - real / padded

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 from kalm_encoder import checkpoint
 from kalm_encoder.encoder import check_max_length
@@ -24,7 +27,7 @@ from kalm_encoder.rows import TableSpec
 from kalm_encoder.table import open_dataset
 from pipeline.committer import Committer
 from pipeline.duplicates import ON_DUPLICATE, repeated_rows
-from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
+from pipeline.encode_shard import IN_FLIGHT, ShardEncoder, ShardResult, WorkerConfig
 from pipeline.job import EncodeJob, plan_job
 from pipeline.ledger import REJECTED, Ledger
 from pipeline.maintenance import Maintainer, publish
@@ -236,15 +239,25 @@ def _encode(
 
 
 def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
-    """Encode shards one after the other in this process: the executor without Ray.
+    """Encode shards in this process, in order, overlapped as in a worker: the executor without Ray.
 
     Raises:
         KalmError: the encoder cannot be loaded.
     """
     encoder = ShardEncoder(config)
-    for shard in shards:
+
+    def attempt(shard: Shard) -> Outcome:
         try:
-            outcome: Outcome = encoder.encode(shard)
+            return encoder.encode(shard)
         except (KalmError, OSError, RuntimeError) as error:
-            outcome = ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
-        yield outcome
+            return ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
+
+    waiting = iter(shards)
+    with ThreadPoolExecutor(IN_FLIGHT, "shard") as pool:
+        running = deque(pool.submit(attempt, shard) for shard in islice(waiting, IN_FLIGHT))
+        try:
+            while running:
+                yield running.popleft().result()
+                running.extend(pool.submit(attempt, shard) for shard in islice(waiting, 1))
+        finally:
+            encoder.stop()

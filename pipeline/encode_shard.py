@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from kalm_encoder import checkpoint
-from kalm_encoder.batching import padded_size
-from kalm_encoder.encoder import PassageEncoder, PassageTokens
-from kalm_encoder.errors import MismatchError
+from kalm_encoder.encoder import PassageEncoder
+from kalm_encoder.errors import KalmError, MismatchError
 from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import TableSpec, build_rows
+from kalm_encoder.started import PassageTokens, Started
 from kalm_encoder.table import first_line
 from pipeline.fragments import write_fragment
 from pipeline.shards import Shard, ShardReader
@@ -29,6 +29,8 @@ from pipeline.sources import Passage, Reject
 
 logger = logging.getLogger(__name__)
 
+IN_FLIGHT = 3
+"""Shards a worker has at once: one is read or tokenised, one on the device, one written."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -39,7 +41,7 @@ class WorkerConfig:
     Attributes:
         uri: of the table.
         spec: of the table; its fingerprint must be that of the model this worker finds.
-        token_budget: padded tokens a forward; None chooses by device.
+        token_budget: tokens a forward; None chooses by device and free memory.
         threads: CPU threads of the model; None leaves torch's own choice.
         storage_options: for table and inputs; passed in memory, never written.
     """
@@ -63,7 +65,8 @@ class ShardResult:
         num_tokens: real tokens encoded.
         padded_tokens: tokens the encoder computed, padding included.
         num_truncated: passages cut to max_length.
-        seconds: spent in read, tokenise, wait (for the device), forward (with pooling) and write.
+        seconds: by stage: read, tokenise, queued (for the device, which was busy), forward, pool
+            and write add up to the shard's time; idle is the device's, waiting for this shard.
         worker: host and process that encoded it; "" where nobody did.
     """
 
@@ -113,9 +116,13 @@ class ShardEncoder:
         self._dataset = lance.dataset(config.uri, storage_options=config.storage_options)
         self._storage_options = config.storage_options
         self._readers = threading.local()
+        self._stopped = threading.Event()
 
     def encode(self, shard: Shard) -> ShardResult:
         """Encode one shard into one uncommitted fragment.
+
+        Up to IN_FLIGHT threads may call it: while one shard is on the device the next is read and
+        tokenised and the one before is written.
 
         Raises:
             InputError: its input changed since it was planned.
@@ -125,10 +132,10 @@ class ShardEncoder:
         passages, rejects = self._reader().read(shard)
         clock.lap("read")
         tokens = self.encoder.tokenise([p.text for p in passages])
-        lengths = [len(t.ids) for t in tokens]
-        batches = self.encoder.batches(lengths)
         clock.lap("tokenise")
-        states = self._device_thread.submit(self._forward, tokens, batches, clock).result()
+        started = self._device_thread.submit(self._start, tokens).result()
+        states = _collect(started)
+        clock.lap("device")
         kept, failed = self._split_storable(shard, passages, states)
         fragment = None
         if kept:
@@ -141,44 +148,46 @@ class ShardEncoder:
             )
             fragment = write_fragment(rows, self._dataset)
         clock.lap("write")
+        num_tokens = sum(len(t.ids) for t in tokens)
         return ShardResult(
             shard,
             fragment,
             num_rows=len(kept),
             rejects=(*rejects, *failed),
-            num_tokens=sum(lengths),
-            padded_tokens=padded_size(lengths, batches),
+            num_tokens=num_tokens,
+            padded_tokens=num_tokens,  # batches are packed
             num_truncated=sum(t.truncated for t in tokens),
-            seconds=clock.seconds,
+            seconds=_stages(clock.seconds, started),
             worker=f"{socket.gethostname()}:{os.getpid()}",
         )
 
-    def _forward(
-        self, tokens: Sequence[PassageTokens], batches: Sequence[Sequence[int]], clock: _Clock
-    ) -> list[PassageStates | str]:
-        """Run the batches of one shard, in the device's thread; a failure is its reason.
+    def stop(self) -> None:
+        """Let the shards under way fail at their next batch."""
+        self._stopped.set()
+
+    def _start(self, tokens: Sequence[PassageTokens]) -> list[Started | str]:
+        """Send a shard to the device, in the device's thread; a passage that fails is its reason.
 
         Raises:
+            KalmError: `stop` was called.
             RuntimeError: whatever the encoder raised, where it fails for every passage: then the
                 device is at fault, not the passages.
         """
-        clock.lap("wait")
-        states: list[PassageStates | str] = [""] * len(tokens)
-        for batch in batches:
-            for i, outcome in zip(batch, self._isolate([tokens[i] for i in batch]), strict=True):
-                states[i] = outcome
-        failed = sum(isinstance(s, str) for s in states)
-        if failed and len(states) > 1:
-            good = [i for i, s in enumerate(states) if not isinstance(s, str)]
+        started: list[Started | str] = []
+        for batch in self.encoder.batches([len(t.ids) for t in tokens]):
+            if self._stopped.is_set():
+                raise KalmError("the encoder was stopped")
+            started += self._isolate([tokens[i] for i in batch])
+        if any(isinstance(s, str) for s in started) and len(tokens) > 1:
+            good = next((s.tokens[0] for s in started if isinstance(s, Started)), tokens[0])
             # Raises again where the device itself is broken, by now or from the start.
-            self.encoder.encode_batch([tokens[(good or [0])[0]]], ratio=self.spec.ratios[0])
-        clock.lap("forward")
-        return states
+            self.encoder.encode_batch([good], ratio=self.spec.ratios[0])
+        return started
 
-    def _isolate(self, batch: Sequence[PassageTokens]) -> list[PassageStates | str]:
-        """Encode a batch; where that fails its halves, down to the passages that are at fault."""
+    def _isolate(self, batch: Sequence[PassageTokens]) -> list[Started | str]:
+        """Start a batch; where that fails its halves, down to the passages that are at fault."""
         try:
-            return list(self.encoder.encode_batch(batch, ratio=self.spec.ratios[0]))
+            return list(self.encoder.start(batch, ratio=self.spec.ratios[0]))
         except (RuntimeError, MemoryError, ValueError, IndexError) as error:
             if len(batch) == 1:
                 return [f"the encoder failed: {type(error).__name__}: {first_line(error)}"]
@@ -220,6 +229,28 @@ def _keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt and not (mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 1 << 30)):
         logger.warning("malloc keeps its defaults: encoding on this CPU will be slower")
+
+
+def _collect(started: Sequence[Started | str]) -> list[PassageStates | str]:
+    """Wait for the device; return the states of every passage, or the reason it has none."""
+    return [
+        outcome
+        for batch in started
+        for outcome in ([batch] if isinstance(batch, str) else batch.result())
+    ]
+
+
+def _stages(host: dict[str, float], started: Sequence[Started | str]) -> dict[str, float]:
+    """Return the seconds of a shard by stage, from the host's laps and the device's clock."""
+    seconds = {"read": host["read"], "tokenise": host["tokenise"]}
+    device = dict.fromkeys(("idle", "forward", "pool"), 0.0)
+    for batch in started:
+        if isinstance(batch, Started):
+            for stage, spent in batch.seconds.items():
+                device[stage] += spent
+    busy = device["forward"] + device["pool"]
+    seconds["queued"] = max(0.0, host["device"] - busy)
+    return {**seconds, **device, "write": host["write"]}
 
 
 class _Clock:

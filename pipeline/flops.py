@@ -73,7 +73,7 @@ MODELS = {"Nano": NANO, "Small": SMALL, "Large": LARGE}
 
 
 def encoder_flops(shape: Shape, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the operations of encoding passages of n tokens each, padding not counted.
+    """Return the operations of encoding passages of n tokens each.
 
     2 n params, plus 4 heads head_dim for each pair of tokens of which one attends to the other: n²
     in a full layer; in a sliding layer of window w a token sees ceil(w / 2) tokens up to itself and

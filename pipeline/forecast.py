@@ -11,7 +11,7 @@ import numpy as np
 
 from kalm_encoder.codecs import CODECS
 from kalm_encoder.rows import TableSpec
-from pipeline.census import Census, padding, percentiles
+from pipeline.census import Census, percentiles
 from pipeline.encoder_rate import Rate
 from pipeline.estimate import Estimate
 from pipeline.flops import Shape, decoder_flops, encoder_flops
@@ -48,7 +48,7 @@ class Work:
 
     Attributes:
         model: its name.
-        encoder_flops: of the corpus, padding not counted.
+        encoder_flops: of the corpus.
         hours: at the rate of the plan, scaled by operations for another model than the measured
             one; None without a rate.
         query_flops: by ratio.
@@ -73,7 +73,6 @@ class Forecast:
         passages, rejected, tokens, truncated: at the planned max_length.
         lengths: of uncut passages in tokens, by the names in SHARES, and "max" (seen).
         cuts: at MAX_LENGTHS and the planned one.
-        padding: share of padding among the computed tokens, at `token_budget`.
         bytes: data files of the planned table, all its ratios: what `kalm status` counts.
         index_bytes: of the indexes.
         storage: of other settings.
@@ -90,8 +89,6 @@ class Forecast:
     truncated: Estimate
     lengths: dict[str, int]
     cuts: list[Cut]
-    padding: float
-    token_budget: int
     bytes: Estimate
     index_bytes: Estimate
     storage: list[Storage]
@@ -109,8 +106,6 @@ class Request:
         spec: of the table to come.
         model: the planned one among `shapes`.
         shapes: dimensions by name.
-        shard_size: rows a shard.
-        token_budget: padded tokens a forward.
         prompt_tokens: of a query's whole prompt.
         passages: plan for so many like the corpus's instead.
         rate: of the planned model on one device.
@@ -120,8 +115,6 @@ class Request:
     spec: TableSpec
     model: str
     shapes: dict[str, Shape]
-    shard_size: int
-    token_budget: int
     prompt_tokens: int
     passages: int | None = None
     rate: Rate | None = None
@@ -159,8 +152,6 @@ def forecast(sample: Sample, request: Request, row_cost: RowCost) -> Forecast:
         truncated=chosen.truncated,
         lengths=percentiles(sample),
         cuts=cuts,
-        padding=padding(sample, spec.max_length, request.shard_size, request.token_budget),
-        token_budget=request.token_budget,
         bytes=data,
         index_bytes=count.times(row_cost.index),
         storage=_storage(request, states, light),

@@ -28,7 +28,7 @@ class EncodeJob:
         fields: fields the user named.
         shard_size: rows a shard: the unit of work and of commit.
         limit: encode only the first so many rows.
-        token_budget: padded tokens a forward; None chooses by device.
+        token_budget: tokens a forward; None chooses by device and free memory.
         max_rejected: largest share of rows that may be rejected.
         commit_every_s: seconds between two commits at least, and what a killed driver repeats;
             longer where commits take long, see `committer.pause_s`. 0 commits each shard by itself.

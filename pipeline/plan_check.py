@@ -81,7 +81,6 @@ def compare(plan: dict[str, Any], facts: dict[str, Any], runs: RunTotals) -> lis
                 "the table's settings",
             )
     lines = [_line(plan, facts, name) for name in ("passages", "tokens", "truncated", "bytes")]
-    lines.append(Line("padding", plan["padding"], runs.padding if runs.runs else None, share=True))
     rate = plan["rate"]
     planned = rate["tokens_per_s"] * plan["gpus"] if rate else None
     lines.append(Line("tokens/s", planned, runs.tokens_per_s if runs.runs else None))

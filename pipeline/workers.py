@@ -24,15 +24,13 @@ from ray.exceptions import RayError, RayTaskError
 
 from kalm_encoder.errors import KalmError
 from pipeline.driver import Executor, Outcome, ShardFailure
-from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
+from pipeline.encode_shard import IN_FLIGHT, ShardEncoder, ShardResult, WorkerConfig
 from pipeline.ray_cluster import RayOptions, connect, worker_shape
 from pipeline.shards import Shard
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-IN_FLIGHT = 2
-"""Shards a worker has at once: while one is on the device the other is read or written."""
 TICK_S = 1.0
 
 

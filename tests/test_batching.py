@@ -1,7 +1,9 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_encoder.batching import padded_size, plan_batches
+from kalm_encoder.batching import plan_batches, plan_packed
 
 
 @given(
@@ -15,8 +17,24 @@ def test_every_item_once_and_within_budget(lengths, budget, overhead):
     for batch in batches:
         longest = max(lengths[i] for i in batch)
         assert len(batch) == 1 or len(batch) * (longest + overhead) <= budget
-    assert padded_size(lengths, batches) >= sum(lengths)
 
 
 def test_worked_example():
     assert plan_batches([3, 9, 8], 18) == [[1, 2], [0]]
+
+
+@given(lengths=st.lists(st.integers(1, 1024), max_size=300), budget=st.integers(1, 8192))
+def test_packed_batches_hold_every_item_in_order_and_are_of_like_size(lengths, budget):
+    batches = plan_packed(lengths, budget)
+    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
+    assert all(
+        len(batch) == 1 or size <= budget for batch, size in zip(batches, sizes, strict=True)
+    )
+    longest = max(lengths, default=0)
+    assert all(a + b > budget - longest for a, b in pairwise(sizes))
+
+
+def test_packed_worked_example():
+    assert plan_packed([3, 9, 8, 4], 18) == [[0, 1], [2, 3]]
+    assert plan_packed([], 18) == []

@@ -1,10 +1,11 @@
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from kalm_encoder import PassageEncoder
-from kalm_encoder.batching import padded_size
-from kalm_encoder.encoder import MAX_PADDING
+from kalm_encoder.encoder import GPU_TOKEN_BUDGET, token_budget
 from kalm_encoder.pooling import num_groups
 from tests.conftest import SCRIPTS, make_texts
 
@@ -33,22 +34,33 @@ def test_no_texts_give_no_states(encoder):
     assert encoder.encode([]) == []
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(encoder, monkeypatch):
-    texts = make_texts(30, seed=5)
+def test_out_of_memory_halves_the_budget_for_good(model_dir, monkeypatch):
+    encoder = PassageEncoder.load(str(model_dir), token_budget=4000)
+    texts = make_texts(60, seed=5)
     expected = encoder.encode(texts)
     sizes = []
     forward = PassageEncoder.forward
 
     def small_memory(self, batch):
-        sizes.append(len(batch))
-        if len(batch) > 3:
+        sizes.append(sum(map(len, batch)))
+        if sizes[-1] > 900:
             raise torch.OutOfMemoryError("pretend")
         return forward(self, batch)
 
     monkeypatch.setattr(PassageEncoder, "forward", small_memory)
-    for got, want in zip(encoder.encode(texts), expected, strict=True):
-        np.testing.assert_allclose(got.states, want.states, atol=1e-5)
-    assert max(sizes) > 3 >= min(sizes)
+    for _ in range(2):
+        for got, want in zip(encoder.encode(texts), expected, strict=True):
+            np.testing.assert_allclose(got.states, want.states, atol=1e-5)
+    refused = [size for size in sizes if size > 900]
+    assert 0 < len(refused) <= 3, "it must remember"
+    assert refused == sorted(refused, reverse=True)
+    assert encoder.token_budget <= 1000
+
+
+def test_the_budget_of_a_gpu_fits_its_free_memory():
+    assert token_budget(60e9, 300e3, 1024) == GPU_TOKEN_BUDGET
+    assert token_budget(1e9, 400e3, 1024) == 2000
+    assert token_budget(1e6, 400e3, 1024) == 1024, "a passage must fit in any case"
 
 
 def test_one_passage_that_does_not_fit_is_an_error(encoder, monkeypatch):
@@ -72,9 +84,13 @@ def test_gpu_states_are_close_to_those_of_the_cpu(encoder, model_dir):
         assert cosine.min() > 0.99
 
 
-def test_a_large_budget_does_not_buy_padding(model_dir):
-    encoder = PassageEncoder.load(str(model_dir), token_budget=65536)
-    lengths = [int(8 + 1000 * (i / 1000) ** 4) for i in range(1000)]
-    batches = encoder.batches(lengths)
-    assert sorted(i for batch in batches for i in batch) == list(range(1000))
-    assert 1 - sum(lengths) / padded_size(lengths, batches) <= MAX_PADDING
+def test_the_clock_of_a_batch_adds_up(encoder):
+    began = time.perf_counter()
+    first, second = (
+        encoder.start(encoder.tokenise([text]), ratio=4)[0] for text in make_texts(2, seed=2)
+    )
+    elapsed = time.perf_counter() - began
+    assert list(second.seconds) == ["idle", "forward", "pool"]
+    spent = [*first.seconds.values(), *second.seconds.values()][1:]
+    assert all(seconds > 0 for seconds in spent)
+    assert sum(spent) <= elapsed

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kalm_encoder import checkpoint
 from kalm_encoder.decoder import Pair
 from kalm_encoder.errors import InputError
 from pipeline.blocks import Piece, count_lines, read_piece
@@ -115,9 +117,11 @@ def counted(run) -> int:
 
 
 @pytest.mark.parametrize("length", [1, 30, 200])
-def test_encoder_operations_are_those_torch_counts(encoder, length):
-    shape = Shape.of(encoder.model.config)
-    found = counted(lambda: encoder.forward([list(range(10, 10 + length))]))
+def test_encoder_operations_are_those_torch_counts(model_dir, length):
+    files = checkpoint.resolve(str(model_dir))
+    model = files.load_text_encoder(torch.device("cpu"), torch.float32)
+    shape = Shape.of(model.config)
+    found = counted(lambda: model(input_ids=torch.arange(10, 10 + length)[None]))
     # torch computes what a sliding layer hides, and masks it.
     everything = replace(shape, sliding_window=2 * length)
     assert encoder_flops(everything, np.array([length]))[0] == found

@@ -1,6 +1,6 @@
 """`kalm plan` before, `kalm encode` after: what was planned is what was made.
 
-The model is tiny and its weights are random: lengths, bytes and padding do not depend on them.
+The model is tiny and its weights are random: lengths and bytes do not depend on them.
 """
 
 import csv
@@ -55,7 +55,7 @@ def made(corpus, model_dir, tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("made") / "t.lance")
     job = EncodeJob(
         inputs=tuple(corpus), uri=uri, model=str(model_dir), ratios=(4, 32), max_rejected=0.01,
-        max_length=MAX_LENGTH, shard_size=SHARD_SIZE, token_budget=1024,
+        max_length=MAX_LENGTH, shard_size=SHARD_SIZE,
     )  # fmt: skip
     run(job, encode_inline)
     return uri, table_facts(uri, None)
@@ -63,7 +63,7 @@ def made(corpus, model_dir, tmp_path_factory):
 
 def planned(corpus, model_dir, file, **options):
     settings = {
-        "ratios": RATIOS, "max_length": MAX_LENGTH, "shard_size": SHARD_SIZE, "token_budget": 1024,
+        "ratios": RATIOS, "max_length": MAX_LENGTH, "shard_size": SHARD_SIZE,
     }  # fmt: skip
     plan_command.plan(corpus, str(model_dir), out=file, **{**settings, **options})
     return read_plan(file)
@@ -88,7 +88,6 @@ def test_a_small_corpus_is_read_whole_and_planned_exactly(
     assert lines["truncated"].actual > 0, "nothing was cut: this shows nothing"
     assert plan["rejected"]["value"] == 1
     assert abs(lines["bytes"].difference) < 0.02
-    assert abs(lines["padding"].difference) < 0.01
 
 
 def test_a_sample_plans_what_is_really_encoded(

@@ -50,13 +50,13 @@ def passages_of(job):
 def count_encoded(monkeypatch):
     """Count the passages that reach the encoder."""
     counts = []
-    real = PassageEncoder.encode_batch
+    real = PassageEncoder.start
 
     def counting(self, tokens, *, ratio):
         counts.append(len(tokens))
         return real(self, tokens, ratio=ratio)
 
-    monkeypatch.setattr(PassageEncoder, "encode_batch", counting)
+    monkeypatch.setattr(PassageEncoder, "start", counting)
     return counts
 
 
@@ -175,7 +175,7 @@ def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_pat
         inputs=(str(corpus),), uri=str(tmp_path / "t.lance"), model=str(model_dir),
         max_rejected=0.1,
     )  # fmt: skip
-    real = PassageEncoder._pooled
+    real = PassageEncoder._start
     poison = PassageEncoder.load(str(model_dir)).tokenise(["poison passage"])[0].ids
 
     def breaks(self, tokens, ratio):
@@ -184,7 +184,7 @@ def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_pat
         return real(self, tokens, ratio)
 
     with monkeypatch.context() as broken:
-        broken.setattr(PassageEncoder, "_pooled", breaks)
+        broken.setattr(PassageEncoder, "_start", breaks)
         summary = run(job, encode_inline)
     assert (summary.num_rows, summary.num_rejected) == (19, 1)
     (reject,) = RejectStore(job.uri).read()
@@ -208,7 +208,7 @@ def test_a_broken_device_rejects_nothing(model_dir, tmp_path, monkeypatch):
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as broken:
-        broken.setattr(encode_shard.PassageEncoder, "_pooled", breaks)
+        broken.setattr(encode_shard.PassageEncoder, "_start", breaks)
         with pytest.raises(Exception, match="the device is gone"):
             run(job, encode_inline)
     assert RejectStore(job.uri).read() == []

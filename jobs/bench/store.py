@@ -139,16 +139,16 @@ def _sync(job: EncodeJob, texts: list[str]) -> float:
         texts[i] = f"changed {texts[i]}"
     _write(Path(job.inputs[0]), texts)
     encoded = []
-    real = PassageEncoder.encode_batch
+    real = PassageEncoder.start
 
     def counting(self, tokens, *, ratio):
         encoded.append(len(tokens))
         return real(self, tokens, ratio=ratio)
 
-    PassageEncoder.encode_batch = counting
+    PassageEncoder.start = counting
     began = time.perf_counter()
     changes, _ = sync(job, encode_inline)
-    PassageEncoder.encode_batch = real
+    PassageEncoder.start = real
     print(
         f"sync of {PASSAGES} passages: {changes.unchanged} unchanged, {changes.changed} changed, "
         f"{changes.new} new; {sum(encoded)} encoded in {time.perf_counter() - began:.1f} s"

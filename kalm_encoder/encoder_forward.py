@@ -1,0 +1,210 @@
+"""The text encoder's forward over packed passages: no padding, no attention to what is not seen.
+
+The tokens of a batch lie behind one another, (T, d), so what works token by token does no needless
+work. Attention runs passage by passage, without a mask where a layer sees all of a passage, and in
+the sliding layers of longer passages block by block over the tokens in reach; on a GPU in 16 bit
+torch's variable-length flash attention does both. Equal to the model's own padded forward to
+float32 rounding (tests/test_encoder_forward.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from kalm_encoder.layers import feed_forward, norm, rotate
+from kalm_encoder.onednn import pack_linears, product
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+BLOCK = 128
+"""Queries of a sliding layer computed together: up to BLOCK - 1 keys of each are masked."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the passages of a packed batch lie.
+
+    Attributes:
+        lengths: tokens of each passage, none 0.
+        starts: (b + 1,) int32 on the device: first token of each passage, then T.
+    """
+
+    lengths: Sequence[int]
+    starts: torch.Tensor
+
+
+Attention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Spans, float, int | None], torch.Tensor
+]
+"""(T, heads, k) queries, (T, kv heads, k) keys and values, where passages lie, scale, window (None:
+all of a passage is seen) to (T, heads, k)."""
+
+
+class PackedForward:
+    """The forward of one text encoder.
+
+    Args:
+        model: a T5Gemma2TextEncoder in eval mode. On a CPU its layers' weights are packed for
+            oneDNN: its own forward goes on working, its state_dict no longer holds them.
+        compile: send what lies between the attentions through torch.compile: two small graphs for
+            all layers and lengths, compiled in the first forward.
+    """
+
+    def __init__(self, model: Any, *, compile: bool = False) -> None:
+        self.model = model
+        self._before, self._after = _before, _after
+        if compile:
+            self._before = torch.compile(_before, dynamic=True)
+            self._after = torch.compile(_after, dynamic=True)
+        else:
+            pack_linears(model.layers)
+        weight = model.embed_tokens.weight
+        flash = weight.device.type == "cuda" and weight.element_size() == 2 and varlen_attn
+        self._attend: Attention = _attend_varlen if flash else _attend_blocks
+
+    def __call__(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Return the (T, d) last hidden states, after the final norm.
+
+        Args:
+            ids: (T,) int64 token ids of all passages, one behind the other, on the device.
+            lengths: tokens of each passage, none 0, together T.
+        """
+        model, config = self.model, self.model.config
+        sizes = torch.tensor(lengths).to(ids.device, non_blocking=True)
+        starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        spans = Spans(lengths, starts.int())
+        positions = torch.arange(len(ids), device=ids.device)
+        positions -= starts[:-1].repeat_interleave(sizes, output_size=len(ids))
+        hidden = model.embed_tokens(ids)
+        rotary = {
+            kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions[None], kind)]
+            for kind in set(config.layer_types)
+        }
+        for kind, layer in zip(config.layer_types, model.layers, strict=False):
+            attention = layer.self_attn
+            query, key, value = self._before(layer, hidden, *rotary[kind])
+            window = config.sliding_window if kind == "sliding_attention" else None
+            seen = self._attend(query, key, value, spans, attention.scaling, window)
+            hidden = self._after(layer, hidden, seen.flatten(1))
+        return norm(model.norm, hidden)
+
+
+def _before(
+    layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rotated queries and keys, and values, (T, heads, head_dim) each."""
+    attention = layer.self_attn
+    normed = norm(layer.pre_self_attn_layernorm, hidden)
+    heads = (len(hidden), -1, attention.head_dim)
+    query = norm(attention.q_norm, attention.q_proj(normed).view(heads))
+    key = norm(attention.k_norm, attention.k_proj(normed).view(heads))
+    value = attention.v_proj(normed).view(heads)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def _after(layer: Any, hidden: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Return the layer's output, (T, d), from its input and what its heads saw, flattened."""
+    attended = layer.self_attn.o_proj(seen)
+    hidden = hidden + norm(layer.post_self_attn_layernorm, attended)
+    fed = feed_forward(layer.mlp, norm(layer.pre_feedforward_layernorm, hidden))
+    return hidden + norm(layer.post_feedforward_layernorm, fed)
+
+
+def reach(window: int) -> tuple[int, int]:
+    """Return how many tokens to the left and to the right a sliding layer of the encoder sees.
+
+    Example: a window of 512 sees 255 to the left and 256 to the right, as transformers'
+    `sliding_window_mask_function(…, is_causal=False)` has it.
+    """
+    return (window + 1) // 2 - 1, window // 2
+
+
+def _attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Spans,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention by torch's variable-length flash attention; see `Attention`."""
+    longest = max(spans.lengths)
+    seen = varlen_attn(
+        query,
+        key,
+        value,
+        spans.starts,
+        spans.starts,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, -1) if window is None else reach(window),
+        enable_gqa=True,
+    )
+    assert isinstance(seen, torch.Tensor)  # a pair only with return_aux
+    return seen
+
+
+def _attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Spans,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention as plain matrix products, passage by passage; see `Attention`.
+
+    The query heads of one key head are laid out as if they were positions: keys and values are
+    never repeated, and the products are large.
+    """
+    query = query * scale
+    seen = torch.empty_like(query)
+    groups = query.shape[1] // key.shape[1]
+    start = 0
+    for length in spans.lengths:
+        for first, last, begin, end, hidden in _blocks(length, window):
+            rows = slice(start + first, start + last)
+            columns = slice(start + begin, start + end)
+            for head in range(key.shape[1]):
+                heads = slice(head * groups, (head + 1) * groups)
+                asked = query[rows, heads].reshape(-1, query.shape[2])
+                scores = product(asked, key[columns, head])
+                if hidden is not None:
+                    mask = hidden.to(scores.device).unsqueeze(1)
+                    scores.view(last - first, groups, -1).masked_fill_(mask, -torch.inf)
+                weights = torch.softmax(scores, dim=1, dtype=torch.float32).type_as(value)
+                found = product(weights, value[columns, head].T)
+                seen[rows, heads] = found.view(last - first, groups, -1)
+        start += length
+    return seen
+
+
+@lru_cache(maxsize=64)
+def _blocks(
+    length: int, window: int | None
+) -> list[tuple[int, int, int, int, torch.Tensor | None]]:
+    """Cut the attention of one passage into blocks of queries and the keys in their reach.
+
+    Returns:
+        (first query, last, first key, last, (queries, keys) bool of what is hidden or None), each
+        `last` exclusive.
+    """
+    left, right = (length, length) if window is None else reach(window)
+    if length <= min(left, right) + 1:
+        return [(0, length, 0, length, None)]
+    blocks: list[tuple[int, int, int, int, torch.Tensor | None]] = []
+    for first in range(0, length, BLOCK):
+        last = min(first + BLOCK, length)
+        begin, end = max(0, first - left), min(length, last + right)
+        distance = torch.arange(first, last)[:, None] - torch.arange(begin, end)
+        blocks.append((first, last, begin, end, (distance > left) | (-distance > right)))
+    return blocks

@@ -1,0 +1,79 @@
+"""Batches of passages under way on a device, and the device's own clock.
+
+A GPU works behind the host's back: what it did when is known from events among its work, and only
+once they have passed. A CPU is done when the call returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from kalm_encoder.pooling import PassageStates, num_groups
+
+
+@dataclass(frozen=True, slots=True)
+class PassageTokens:
+    """Token ids of one rendered passage, cut to max_length, and whether it was cut."""
+
+    ids: list[int]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Started:
+    """A batch that was sent to the device.
+
+    Attributes:
+        tokens: of its passages.
+        ratio: it is pooled at.
+        pooled: (G, d) float32 on the CPU, valid once the device is done.
+        marks: the device's clock when the batch before had ended, this one began, was through
+            the encoder, and was pooled.
+    """
+
+    tokens: Sequence[PassageTokens]
+    ratio: int
+    pooled: torch.Tensor
+    marks: tuple[Any, Any, Any, Any]
+
+    def result(self) -> list[PassageStates]:
+        """Wait for the device and return one PassageStates a passage."""
+        if not isinstance(self.marks[-1], float):
+            self.marks[-1].synchronize()
+        rows = self.pooled.numpy()
+        states = []
+        start = 0
+        for passage in self.tokens:
+            length = len(passage.ids)
+            end = start + num_groups(length, self.ratio)
+            states.append(PassageStates(rows[start:end], length, passage.truncated))
+            start = end
+        return states
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the device, once `result` has returned: idle before, forward, pool."""
+        spans = (_between(a, b) for a, b in pairwise(self.marks))
+        return dict(zip(("idle", "forward", "pool"), spans, strict=True))
+
+
+def mark(device: torch.device) -> Any:
+    """Return this moment on the device's clock: seconds, or an event among a GPU's work."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _between(first: Any, second: Any) -> float:
+    """Return the seconds between two marks."""
+    if isinstance(first, float):
+        return float(second - first)
+    return float(first.elapsed_time(second)) / 1000

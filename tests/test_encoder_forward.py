@@ -1,0 +1,141 @@
+"""The packed forward equals the model's own padded one, whatever the lengths and the window."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+from kalm_encoder import checkpoint
+from kalm_encoder.encoder_forward import BLOCK, PackedForward, reach
+from kalm_encoder.onednn import PackedLinear, product, usable
+
+TOLERANCE = 2e-5
+
+
+def load(model_dir, *, dtype=torch.float32, **changes):
+    """The raw text encoder; its window and heads may be changed, as no weight depends on them."""
+    model = checkpoint.resolve(str(model_dir)).load_text_encoder(torch.device("cpu"), dtype)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(model_dir):
+    return load(model_dir)
+
+
+@pytest.fixture(scope="module")
+def packed(model_dir):
+    return PackedForward(load(model_dir))
+
+
+def random_ids(lengths, seed=0):
+    return torch.randint(10, 5000, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def padded(model, ids, lengths):
+    """(T, d) by the model's own forward on a padded batch."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    batch = torch.zeros(mask.shape, dtype=torch.long)
+    batch[mask] = ids
+    return model(input_ids=batch, attention_mask=mask).last_hidden_state[mask]
+
+
+@torch.inference_mode()
+def run(forward, ids, lengths):
+    return forward(ids, lengths)
+
+
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=6), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_any_lengths_give_what_the_padded_forward_gives(plain, packed, lengths, seed):
+    ids = random_ids(lengths, seed)
+    got, want = run(packed, ids, lengths), padded(plain, ids, lengths)
+    torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 64, 65, 2 * BLOCK, 512, 513])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 700])
+def test_a_sliding_layer_sees_exactly_its_window(model_dir, window, length):
+    model = load(model_dir, sliding_window=window)
+    ids = random_ids([length])
+    want = padded(model, ids, [length])
+    torch.testing.assert_close(
+        run(PackedForward(model), ids, [length]), want, atol=TOLERANCE, rtol=0
+    )
+
+
+def test_a_token_out_of_reach_changes_nothing_in_a_sliding_layer(model_dir):
+    model = load(model_dir, layer_types=["sliding_attention"] * 3, num_hidden_layers=3)
+    del model.layers[1:]
+    ids = random_ids([400])
+    forward = PackedForward(model)
+    before = run(forward, ids, [400])
+    left, right = reach(model.config.sliding_window)
+    ids[200] = (ids[200] + 1) % 5000
+    changed = (run(forward, ids, [400]) != before).any(dim=1).nonzero().flatten().tolist()
+    assert changed == list(range(200 - right, 200 + left + 1))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_several_key_heads(model_dir, kv_heads):
+    config = copy.deepcopy(checkpoint.resolve(str(model_dir)).config.encoder.text_config)
+    config.num_attention_heads, config.num_key_value_heads = 4, kv_heads
+    torch.manual_seed(0)
+    model = type(load(model_dir))(config, 5000).eval().requires_grad_(False)
+    lengths = [3, 150, 70]
+    ids = random_ids(lengths)
+    want = padded(model, ids, lengths)
+    got = run(PackedForward(model), ids, lengths)
+    torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
+
+
+def test_sixteen_bit_states_are_as_close_to_float32_as_those_of_the_padded_forward(
+    model_dir, plain
+):
+    model = load(model_dir, dtype=torch.bfloat16)
+    lengths = [100, 40, 7]
+    ids = random_ids(lengths)
+    right = padded(plain, ids, lengths)
+
+    def away(states):
+        return (states.float() - right).square().mean().sqrt()
+
+    theirs = away(padded(model, ids, lengths))
+    assert 0 < away(run(PackedForward(model), ids, lengths)) < 1.2 * theirs
+
+
+def test_weights_are_packed_and_not_kept_twice(model_dir, packed):
+    model = packed.model
+    if not usable(model.embed_tokens.weight):
+        pytest.skip("oneDNN is not usable here")
+    projections = [m for m in model.layers.modules() if hasattr(m, "out_features")]
+    assert len(projections) == 7 * len(model.layers)
+    assert all(isinstance(m, PackedLinear) for m in projections)
+    assert not any(name.endswith("proj.weight") for name in model.state_dict())
+
+
+@given(n=st.integers(1, 70), m=st.integers(1, 70), k=st.integers(1, 300))
+@settings(max_examples=50, deadline=None)
+def test_a_product_is_that_of_torch(n, m, k):
+    draw = torch.Generator().manual_seed(n * m + k)
+    x, weight = torch.randn(n, k, generator=draw), torch.randn(k, m, generator=draw).T
+    torch.testing.assert_close(product(x, weight), x @ weight.T, atol=1e-4, rtol=1e-5)
+
+
+def test_two_small_graphs_do_for_all_layers_and_lengths(model_dir, plain):
+    torch._dynamo.reset()
+    counters.clear()
+    forward = PackedForward(load(model_dir), compile=True)
+    for lengths in ([5, 90], [30], [1], [64] * 8, [200, 3, 17]):
+        ids = random_ids(lengths)
+        torch.testing.assert_close(
+            run(forward, ids, lengths), padded(plain, ids, lengths), atol=TOLERANCE, rtol=0
+        )
+    assert counters["stats"]["unique_graphs"] <= 2 * len({*plain.config.layer_types})
+    assert not counters["graph_break"]

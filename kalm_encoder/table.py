@@ -234,14 +234,16 @@ def ids_in(ids: Sequence[str]) -> pc.Expression:
     return pc.field("id").isin(pa.array(ids, pa.string()))
 
 
-def open_dataset(uri: str, storage_options: dict[str, str] | None) -> lance.LanceDataset:
-    """Open the latest version of a Lance dataset.
+def open_dataset(
+    uri: str, storage_options: dict[str, str] | None, session: lance.Session | None = None
+) -> lance.LanceDataset:
+    """Open the latest version of a Lance dataset; a session bounds what Lance keeps of it.
 
     Raises:
         TableError: nothing there, or the store refused.
     """
     try:
-        return lance.dataset(uri, storage_options=storage_options)
+        return lance.dataset(uri, storage_options=storage_options, session=session)
     except (ValueError, OSError) as error:
         raise TableError(f"no passage table at {uri}: {first_line(error)}") from error
 

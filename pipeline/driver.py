@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 from kalm_encoder import checkpoint
@@ -27,11 +26,13 @@ from kalm_encoder.errors import (
 from kalm_encoder.rows import TableSpec
 from kalm_encoder.table import open_dataset
 from pipeline import logs
+from pipeline.committer import Committer
 from pipeline.duplicates import ON_DUPLICATE, repeated_rows
 from pipeline.encode_shard import IN_FLIGHT, ShardEncoder, ShardResult, WorkerConfig
 from pipeline.job import EncodeJob, plan_job
 from pipeline.ledger import REJECTED, Ledger
 from pipeline.maintenance import Maintainer, publish
+from pipeline.plan_copy import PlanCopy
 from pipeline.preflight import check_writable
 from pipeline.progress import Progress
 from pipeline.rejects import RejectStore
@@ -92,7 +93,8 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         raise InputError(
             f"on_duplicate {job.on_duplicate!r} is not one of {', '.join(ON_DUPLICATE)}"
         )
-    plan = plan_job(job)
+    copy = PlanCopy(job)
+    plan = copy.read() or plan_job(job)
     spec = TableSpec(
         model=files.name if files.revision else str(files.path),
         revision=files.revision,
@@ -103,12 +105,21 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
     )
-    return load(job, plan, spec, execute)
+    return load(job, plan, spec, execute, copy)
 
 
 @logs.in_run()
-def load(job: EncodeJob, plan: Plan, spec: TableSpec, execute: Executor) -> Summary:
+def load(
+    job: EncodeJob, plan: Plan, spec: TableSpec, execute: Executor, copy: PlanCopy | None = None
+) -> Summary:
     """Bring a table to hold what a plan says: what `run` does once plan and spec are known.
+
+    Args:
+        job: settings.
+        plan: the shards the table is to hold.
+        spec: what it is to record.
+        execute: encodes shards.
+        copy: where to keep the plan once the table is begun.
 
     Raises:
         FencedError, TooManyRejectsError, IncompleteError, MismatchError: as `run`.
@@ -116,6 +127,8 @@ def load(job: EncodeJob, plan: Plan, spec: TableSpec, execute: Executor) -> Summ
     uri = absolute(job.uri)  # workers have another working directory
     check_writable(uri, job.storage_options)
     ledger = Ledger.begin(uri, spec, plan, job.storage_options, new_generation=job.new_generation)
+    if copy:
+        copy.write(plan)
     before = len(ledger.done)
     pending = [shard for shard in plan.shards if shard.number not in ledger.done]
     logger.info(
@@ -195,34 +208,6 @@ def _refuse_repeated(job: EncodeJob, ledger: Ledger) -> None:
         )
 
 
-@dataclass
-class _Committer:
-    """Results waiting for the next commit."""
-
-    job: EncodeJob
-    ledger: Ledger
-    progress: Progress
-    waiting: list[ShardResult] = field(default_factory=list)
-    last: float = field(default_factory=time.monotonic)
-
-    def commit_if_due(self) -> None:
-        due = time.monotonic() - self.last >= self.job.commit_every_s
-        if due or len(self.waiting) >= self.job.commit_every_shards:
-            self.commit()
-
-    def commit(self) -> None:
-        if self.waiting:
-            began = time.monotonic()
-            self.ledger.commit(self.waiting)
-            self.progress.committed(
-                self.waiting,
-                seconds=time.monotonic() - began,
-                version=int(self.ledger.dataset.version),
-            )
-            self.waiting.clear()
-        self.last = time.monotonic()
-
-
 def _encode(
     job: EncodeJob, plan: Plan, ledger: Ledger, progress: Progress, outcomes: Iterator[Outcome]
 ) -> list[ShardFailure]:
@@ -234,7 +219,7 @@ def _encode(
         rejects.clear()  # of an earlier attempt, with other input
         progress.recorder.forget_earlier()
     failures: list[ShardFailure] = []
-    committer = _Committer(job, ledger, progress)
+    committer = Committer(ledger, job.commit_every_s, progress.committed)
     try:
         for outcome in progress.received(outcomes):
             if isinstance(outcome, ShardFailure):
@@ -243,7 +228,7 @@ def _encode(
                     logger.error("gave up shard %s: %s", outcome.shard.id, outcome.reason)
             elif outcome is not None:
                 rejects.write(outcome.shard, outcome.rejects)
-                committer.waiting.append(outcome)
+                committer.add(outcome)
                 rejected += len(outcome.rejects)
                 if rejected > allowed:
                     last = outcome.rejects[-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import lance
 import pyarrow as pa
@@ -11,6 +13,8 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from kalm_encoder.errors import KalmError
 from kalm_encoder.table import first_line
+
+CHECKED_AT_ONCE = 32
 
 
 def write_fragment(rows: pa.Table, dataset: lance.LanceDataset) -> str:
@@ -39,22 +43,31 @@ def with_id(fragment: str, id: int) -> FragmentMetadata:
     return metadata
 
 
-def check_written(fragment: str, uri: str, storage_options: dict[str, str] | None) -> None:
-    """Check that the data file a worker reported is there and holds what it reported.
+def check_written(
+    fragments: Sequence[str], uri: str, storage_options: dict[str, str] | None
+) -> None:
+    """Check that the data files workers reported are there and hold what they reported.
 
-    Lance commits a fragment whose file is gone or has other rows without a word.
+    Lance commits a fragment whose file is gone or has other rows without a word. Many are opened
+    at once: on an object store each takes tens of milliseconds.
 
     Raises:
-        KalmError: it is not.
+        KalmError: one is not.
     """
-    metadata = FragmentMetadata.from_json(fragment)
-    path = f"{uri.rstrip('/')}/data/{metadata.files[0].path}"
-    try:
-        reader = LanceFileReader(path, storage_options=storage_options)
-        rows = reader.metadata().num_rows
-    except (OSError, ValueError) as error:
-        raise KalmError(
-            f"{path}, which a worker wrote, cannot be read: {first_line(error)}. Run again"
-        ) from error
-    if rows != metadata.physical_rows:
-        raise KalmError(f"{path} holds {rows} rows, its worker wrote {metadata.physical_rows}")
+
+    def check(fragment: str) -> None:
+        metadata = FragmentMetadata.from_json(fragment)
+        path = f"{uri.rstrip('/')}/data/{metadata.files[0].path}"
+        try:
+            reader = LanceFileReader(path, storage_options=storage_options)
+            rows = reader.metadata().num_rows
+        except (OSError, ValueError) as error:
+            raise KalmError(
+                f"{path}, which a worker wrote, cannot be read: {first_line(error)}. Run again"
+            ) from error
+        if rows != metadata.physical_rows:
+            raise KalmError(f"{path} holds {rows} rows, its worker wrote {metadata.physical_rows}")
+
+    with ThreadPoolExecutor(CHECKED_AT_ONCE, "check") as pool:
+        for _ in pool.map(check, fragments):
+            pass

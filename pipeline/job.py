@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass, field
 
 from pipeline.shards import Plan, plan_shards
 from pipeline.sources import FieldOptions, expand_inputs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +26,12 @@ class EncodeJob:
         max_length: tokens a passage is cut to.
         keep_text: whether to store the raw text.
         fields: fields the user named.
-        shard_size: rows a shard: the unit of work, of commit and of what a crash repeats.
+        shard_size: rows a shard: the unit of work and of commit.
         limit: encode only the first so many rows.
         token_budget: tokens a forward; None chooses by device and free memory.
         max_rejected: largest share of rows that may be rejected.
-        commit_every_s: at most one commit in so many seconds...
-        commit_every_shards: ...unless so many shards wait.
+        commit_every_s: seconds between two commits at least, and what a killed driver repeats;
+            longer where commits take long, see `committer.pause_s`. 0 commits each shard by itself.
         on_duplicate: of the rows of one id keep the "first" or "last", or refuse ("error").
         new_generation: begin anew where a complete table has other settings or input.
         storage_options: for table and inputs, as Lance names them.
@@ -47,7 +51,6 @@ class EncodeJob:
     token_budget: int | None = None
     max_rejected: float = 0.001
     commit_every_s: float = 10.0
-    commit_every_shards: int = 64
     on_duplicate: str = "error"
     new_generation: bool = False
     storage_options: dict[str, str] | None = field(default=None, repr=False)
@@ -59,10 +62,13 @@ def plan_job(job: EncodeJob) -> Plan:
     Raises:
         InputError: no usable input.
     """
-    return plan_shards(
+    began = time.monotonic()
+    plan = plan_shards(
         expand_inputs(job.inputs, job.storage_options),
         shard_size=job.shard_size,
         limit=job.limit,
         fields=job.fields,
         storage_options=job.storage_options,
     )
+    logger.info("%d shards planned in %.1f s", len(plan.shards), time.monotonic() - began)
+    return plan

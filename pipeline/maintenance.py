@@ -25,6 +25,8 @@ PREVIOUS_TAG = "previous"
 ROWS = "kalm.rows"
 """Rows the table had when it was finished last; verify compares."""
 FRAGMENT_BYTES = 2 << 30
+LARGE_FRAGMENT_BYTES = 128 << 20
+"""Of the mean fragment: a freshly encoded table of such ones is left as it is."""
 DELETE_AT_ONCE = 10_000
 Item = TypeVar("Item")
 
@@ -93,9 +95,16 @@ class Maintainer(TableWriter):
             self.delete(rows.tolist())
 
     def _compact(self) -> None:
-        """Merge small fragments into ones of about FRAGMENT_BYTES."""
+        """Merge small fragments into ones of about FRAGMENT_BYTES.
+
+        What was just encoded in large ones stays: rewriting all of it would double the table for
+        a while, and rows at random lie in as many files either way.
+        """
         fragments = [f.metadata for f in self.dataset.get_fragments()]
         size = sum(file.file_size_bytes or 0 for f in fragments for file in f.files)
+        if self.state == SEALED and size >= LARGE_FRAGMENT_BYTES * max(1, len(fragments)):
+            logger.info("%s: fragments are large, none is merged", self.uri)
+            return
         rows = max(1, self.dataset.count_rows())
         target = min(1 << 20, max(1, FRAGMENT_BYTES * rows // max(1, size)))
         self.dataset.optimize.compact_files(target_rows_per_fragment=target, batch_size=1024)

@@ -66,6 +66,7 @@ class Progress:
         self._commits, self._commit_s, self._results_s, self._waited = 0, 0.0, 0.0, 0.0
         self._state, self._reason, self._lock = live.ENCODING, "", threading.Lock()
         self._began = self._logged = time.monotonic()
+        self._ended: float | None = None  # of the encoding; what follows is the table's
         self._began_at = datetime.now(UTC).isoformat(timespec="seconds")
         self._bar = tqdm(
             total=plan.num_rows,
@@ -89,7 +90,6 @@ class Progress:
             self._live = None
         if self._state == live.ENCODING:
             self.encoded()
-        self.work.seconds = self.elapsed_s
         self._state = live.FAILED if error else live.COMPLETE
         if isinstance(error, KeyboardInterrupt):
             self._state = live.STOPPED
@@ -108,7 +108,7 @@ class Progress:
             yield outcome
             asked = time.monotonic()
 
-    def committed(self, results: Sequence[ShardResult], *, seconds: float, version: int) -> None:
+    def committed(self, results: Sequence[ShardResult], seconds: float, version: int) -> None:
         """Note a commit that has just ended."""
         with self._lock:
             self.recorder.add_commit(
@@ -121,6 +121,8 @@ class Progress:
     def encoded(self) -> None:
         """All shards are there: leave the terminal clean, write the records."""
         self._state = live.FINISHING
+        self._ended = time.monotonic()
+        self.work.seconds = self.elapsed_s
         self._bar.close()
         self.recorder.close()
 
@@ -156,8 +158,8 @@ class Progress:
         """Return what the live view shows, as JSON takes it."""
         with self._lock:
             now = time.monotonic()
-            self.work.seconds = now - self._began
             work = self.work
+            work.seconds = self.elapsed_s
             latest = sorted(self._workers, key=self._seen_at.__getitem__)[-MOST_WORKERS:]
             return {
                 "run": self.recorder.run,
@@ -200,8 +202,8 @@ class Progress:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the run began to encode."""
-        return max(time.monotonic() - self._began, 1e-9)
+        """Seconds since the run began to encode, until it had."""
+        return max((self._ended or time.monotonic()) - self._began, 1e-9)
 
     def _counts(self) -> str:
         self.work.seconds = self.elapsed_s

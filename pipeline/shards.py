@@ -6,16 +6,16 @@ the bytes it was planned from, and reading it later checks them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline import columnar_files, text_files
+from pipeline import columnar_files, text_files, text_scan
 from pipeline.sources import FieldOptions, Fields, Passage, Reject, file_format, to_passage
 from pipeline.text_files import Slice
 
@@ -51,7 +51,7 @@ class Plan:
 
     shards: tuple[Shard, ...]
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows planned, rejects included."""
         return sum(shard.rows.num_rows for shard in self.shards)
@@ -87,18 +87,11 @@ def plan_shards(
         raise InputError(f"shard size {shard_size} must be at least 1")
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} must be at least 1")
+    options = fields or FieldOptions()
+    scans = _scans(files, shard_size, limit, options, storage_options)
     shards: list[Shard] = []
-    left = limit
-    for path in files:
-        if left == 0:
-            break
-        reader = _module(path)
-        chosen, slices = reader.scan(
-            path, shard_size, left, fields or FieldOptions(), storage_options
-        )
-        for rows in slices:
-            shards.append(Shard(len(shards), path, chosen, rows))
-            left = None if left is None else left - rows.num_rows
+    for path, (chosen, slices) in zip(files, scans, strict=False):  # a limit ends them early
+        shards += [Shard(len(shards) + i, path, chosen, rows) for i, rows in enumerate(slices)]
     if not shards:
         raise InputError(f"no rows in {', '.join(files)}")
     if len(shards) > MAX_SHARDS:
@@ -107,6 +100,35 @@ def plan_shards(
             f"raise --shard-size above {shard_size}"
         )
     return Plan(tuple(shards))
+
+
+def _scans(
+    files: Sequence[str],
+    shard_size: int,
+    limit: int | None,
+    options: FieldOptions,
+    storage_options: dict[str, str] | None,
+) -> Iterator[tuple[Fields, list[Slice]]]:
+    """Yield what each file was cut into, in their order.
+
+    Without a limit several files are scanned at once: scanning waits for the store and works
+    without the interpreter lock.
+    """
+
+    def scan(path: str, left: int | None) -> tuple[Fields, list[Slice]]:
+        scan_file = columnar_files.scan if _is_columnar(path) else text_scan.scan
+        return scan_file(path, shard_size, left, options, storage_options)
+
+    if limit is None:
+        with ThreadPoolExecutor(thread_name_prefix="plan") as pool:
+            yield from pool.map(lambda path: scan(path, None), files)
+        return
+    for path in files:
+        if limit == 0:
+            return
+        found = scan(path, limit)
+        limit -= sum(rows.num_rows for rows in found[1])
+        yield found
 
 
 class ShardReader:
@@ -124,7 +146,8 @@ class ShardReader:
             InputError: the file changed since it was planned, or is gone.
         """
         if self._file is None or self._path != shard.path:
-            self._file = _module(shard.path).open_file(shard.path, self._storage_options)
+            module = columnar_files if _is_columnar(shard.path) else text_files
+            self._file = module.open_file(shard.path, self._storage_options)
             self._path = shard.path
         return to_rows(self._file.read(shard.rows, shard.fields), shard.fields, shard.path)
 
@@ -148,6 +171,5 @@ def to_rows(
     return passages, rejects
 
 
-def _module(path: str) -> ModuleType:
-    columnar = file_format(path) in ("parquet", "lance")
-    return columnar_files if columnar else text_files
+def _is_columnar(path: str) -> bool:
+    return file_format(path) in ("parquet", "lance")

@@ -7,6 +7,7 @@ Formats: JSONL (.jsonl, .ndjson), CSV, TSV, each plain or .gz/.zst; Parquet; a L
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,8 +129,9 @@ def expand_inputs(inputs: Sequence[str], storage_options: dict[str, str] | None)
         files += [fs.unstrip_protocol(f) for f in found] if remote else found
     for file in files:
         file_format(file)
-    if repeated := [f for f in files if files.count(f) > 1]:
-        raise InputError(f"{repeated[0]} is given more than once")
+    file, times = Counter(files).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{file} is given more than once")
     return files
 
 

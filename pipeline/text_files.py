@@ -1,4 +1,4 @@
-"""JSONL, CSV and TSV, plain or compressed, cut at record boundaries into byte ranges.
+"""JSONL, CSV and TSV, plain or compressed, read in byte ranges that text_scan.py cuts.
 
 Offsets count decompressed bytes, so one mechanism serves all: seek, read, check the hash, parse. A
 compressed file is decompressed from where the last shard ended, or from its start.
@@ -85,7 +85,7 @@ class TextFile:
         try:
             if self._stream is None or self._stream.tell() > rows.start:
                 self.close()
-                self._stream = _open(self.path, self._storage_options)
+                self._stream = open_text(self.path, self._storage_options)
             self._stream.seek(rows.start)
             raw = self._stream.read(rows.length)
         except (OSError, EOFError) as error:
@@ -107,59 +107,6 @@ class TextFile:
 open_file = TextFile
 
 
-def scan(
-    path: str,
-    shard_size: int,
-    max_rows: int | None,
-    options: FieldOptions,
-    storage_options: dict[str, str] | None,
-) -> tuple[Fields, list[Slice]]:
-    """Choose the fields of a file and cut it into slices, reading it once.
-
-    Raises:
-        InputError: the file cannot be read or decompressed, or has no id or text field.
-    """
-    fields, columns, header = detect(path, options, storage_options)
-    try:
-        with _open(path, storage_options) as stream:
-            start = len(header.raw) if header else 0
-            stream.read(start)
-            first_line = 1 + (header.num_lines if header else 0)
-            found = records(iter(stream), columns, path)
-            return fields, list(_cut(found, start, first_line, shard_size, max_rows, columns))
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-
-
-def _cut(
-    found: Iterator[Record],
-    start: int,
-    line: int,
-    shard_size: int,
-    max_rows: int | None,
-    columns: tuple[str, ...],
-) -> Iterator[Slice]:
-    """Group records into slices of `shard_size`, at most `max_rows` in all."""
-    length = lines = rows = total = 0
-    digest = xxhash.xxh3_128()
-    for record in found:
-        counts = bool(record.raw.strip())
-        if counts and (rows == shard_size or total == max_rows):
-            yield Slice(start, length, line, rows, digest.hexdigest(), columns)
-            start, line = start + length, line + lines
-            length = lines = rows = 0
-            digest = xxhash.xxh3_128()
-            if total == max_rows:
-                return
-        digest.update(record.raw)
-        length += len(record.raw)
-        lines += record.num_lines
-        rows += counts
-        total += counts
-    if rows:
-        yield Slice(start, length, line, rows, digest.hexdigest(), columns)
-
-
 def detect(
     path: str, options: FieldOptions, storage_options: dict[str, str] | None
 ) -> tuple[Fields, tuple[str, ...], Record | None]:
@@ -169,7 +116,7 @@ def detect(
         InputError: the file cannot be read or decompressed, or has no id or text field.
     """
     try:
-        with _open(path, storage_options) as stream:
+        with open_text(path, storage_options) as stream:
             return _detect(path, stream, options)
     except (OSError, EOFError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
@@ -255,6 +202,7 @@ def _parse(record: Record, columns: tuple[str, ...]) -> dict[str, Any] | str:
     return dict(zip(columns, cells, strict=True))
 
 
-def _open(path: str, storage_options: dict[str, str] | None) -> Any:
+def open_text(path: str, storage_options: dict[str, str] | None) -> Any:
+    """Open a text file as a stream of decompressed bytes."""
     options = fsspec_options(path, storage_options)
     return fsspec.open(path, "rb", compression="infer", **options).open()

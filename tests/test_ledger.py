@@ -10,6 +10,7 @@ from kalm_encoder import PassageTable
 from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError
 from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import TableSpec, build_rows
+from pipeline import maintenance
 from pipeline.encode_shard import ShardResult
 from pipeline.fragments import write_fragment
 from pipeline.ledger import Ledger
@@ -163,6 +164,21 @@ def test_a_sealed_table_takes_no_more(plan, uri):
     again = Ledger.begin(uri, SPEC, plan)
     assert again.sealed
     assert again.done == set(range(5))
+
+
+@pytest.mark.parametrize(("large", "left"), [(1, 5), (maintenance.LARGE_FRAGMENT_BYTES, 1)])
+def test_only_small_fragments_are_merged(plan, uri, monkeypatch, large, left):
+    monkeypatch.setattr(maintenance, "LARGE_FRAGMENT_BYTES", large)
+    ledger = Ledger.begin(uri, SPEC, plan)
+    for n in range(5):
+        ledger.commit([encode(plan, uri, n)])
+    ledger.seal()
+    Maintainer(uri).finish()
+    publish(uri, None)
+    assert len(lance.dataset(uri).get_fragments()) == left
+    assert len(PassageTable.open(uri).take([f"r{i}" for i in range(15)])) == 15
+    maintenance.compact(uri, None)  # who asks for it gets it
+    assert len(lance.dataset(uri).get_fragments()) == 1
 
 
 def test_publishing_twice_changes_nothing(plan, uri):

@@ -11,7 +11,8 @@ from kalm_encoder.errors import InputError
 from pipeline import maintenance
 from pipeline.driver import encode_inline, run
 from pipeline.garbage import collect_garbage
-from pipeline.job import EncodeJob
+from pipeline.job import EncodeJob, plan_job
+from pipeline.plan_copy import PlanCopy
 from pipeline.preflight import check_writable, examine
 from pipeline.rejects import RejectStore
 from pipeline.sync import sync
@@ -64,6 +65,19 @@ def test_a_table_lives_on_s3_from_encode_to_gc(s3, model_dir):
     assert stats.versions == 0  # all are younger than a week
     staged = (s3.folder / "bucket" / "tables" / "t.lance" / "_kalm" / "sync").rglob("*")
     assert not [path for path in staged if path.is_file()]
+
+
+def test_a_plan_is_kept_on_s3_until_the_corpus_changes(s3):
+    corpus = put_corpus(s3, "kept.jsonl", ["a"] * 9)
+    job = EncodeJob(
+        inputs=(corpus,), uri="s3://bucket/tables/kept.lance", model="", shard_size=2,
+        storage_options=s3.options,
+    )  # fmt: skip
+    plan = plan_job(job)
+    PlanCopy(job).write(plan)
+    assert PlanCopy(job).read().shards == plan.shards
+    put_corpus(s3, "kept.jsonl", ["b"] * 9)
+    assert PlanCopy(job).read() is None
 
 
 def test_secrets_are_written_nowhere(s3, model_dir, caplog):

@@ -126,8 +126,8 @@ def test_a_table_without_text_cannot_be_sampled(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("keep", ["first", "last"])
-@pytest.mark.parametrize("rows_per_pass", [1, 7, 1000])
-def test_repeated_ids_are_found_in_any_number_of_passes(keep, rows_per_pass):
+@pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
+def test_repeated_ids_are_found_in_any_number_of_parts(keep, rows_at_once):
     ids = [f"i{n % 30}" for n in range(100)] + ["alone"]
 
     def scan():
@@ -135,7 +135,7 @@ def test_repeated_ids_are_found_in_any_number_of_passes(keep, rows_per_pass):
             part = ids[start : start + 8]
             yield part, np.arange(start, start + len(part))
 
-    found = np.concatenate(list(repeated(scan, len(ids), keep, rows_per_pass)))
+    found = np.concatenate(list(repeated(scan, len(ids), keep, rows_at_once)))
     order = range(100) if keep == "first" else range(99, -1, -1)
     seen, want = set(), []
     for n in order:

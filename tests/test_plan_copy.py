@@ -1,0 +1,196 @@
+"""The plan kept beside a table: used while the corpus is what it was, never when it is not."""
+
+import io
+import json
+import os
+
+import lance
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalm_encoder.errors import IncompleteError, MismatchError
+from pipeline import plan_copy
+from pipeline.driver import ShardFailure, encode_inline, run
+from pipeline.job import EncodeJob, plan_job
+from pipeline.plan_copy import FOLDER, PlanCopy
+from pipeline.shards import ShardReader, plan_shards
+from pipeline.sources import FieldOptions
+from pipeline.text_files import Record
+from pipeline.text_scan import _Cutter, whole_lines
+from tests.conftest import make_texts, write_corpus
+
+
+def lines(count, name="p"):
+    return "".join(json.dumps({"id": f"{name}{i}", "text": "t"}) + "\n" for i in range(count))
+
+
+@pytest.fixture
+def job(tmp_path) -> EncodeJob:
+    """Files of every kind, 3 rows a shard."""
+    (tmp_path / "a.jsonl").write_text(lines(10))
+    (tmp_path / "b.csv").write_text('id,text\n1,"two\nlines"\n2,x\n')
+    (tmp_path / "c.tsv").write_text("1\tx\n2\ty\n")
+    table = pa.table({"docid": ["1", "2", "3", "4"], "title": ["t"] * 4, "body": ["x"] * 4})
+    pq.write_table(table, tmp_path / "d.parquet")
+    lance.write_dataset(table, tmp_path / "e.lance")
+    return EncodeJob(
+        inputs=tuple(map(str, sorted(tmp_path.iterdir()))),
+        uri=str(tmp_path / "t.lance"), model="", shard_size=3,
+    )  # fmt: skip
+
+
+def keep(job) -> None:
+    PlanCopy(job).write(plan_job(job))
+
+
+def test_a_kept_plan_is_the_plan(job):
+    assert PlanCopy(job).read() is None
+    keep(job)
+    kept = PlanCopy(job).read()
+    assert kept.shards == plan_job(job).shards
+    reader = ShardReader()
+    assert sum(len(reader.read(shard)[0]) for shard in kept.shards) == 10 + 2 + 2 + 4 + 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shard_size": 4}, {"limit": 12}, {"fields": FieldOptions(title="title")}],
+)
+def test_other_settings_do_not_find_it(job, change):
+    keep(job)
+    assert PlanCopy(EncodeJob(**{**vars(job), **change})).read() is None
+
+
+def test_a_changed_file_does_not_find_it(job, tmp_path):
+    keep(job)
+    file = tmp_path / "a.jsonl"
+    before = file.stat()
+    file.write_text(lines(10, "q"))  # the same size
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+    assert PlanCopy(job).read() is None
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert PlanCopy(job).read() is not None
+    lance.write_dataset(pa.table({"docid": ["5"], "title": ["t"], "body": ["x"]}),
+                        tmp_path / "e.lance", mode="append")  # fmt: skip
+    assert PlanCopy(job).read() is None
+
+
+def test_a_moved_corpus_keeps_its_plan(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a.jsonl").write_text(lines(10))
+    uri = str(tmp_path / "t.lance")
+    job = EncodeJob(inputs=(str(tmp_path / "old" / "a.jsonl"),), uri=uri, model="", shard_size=3)
+    keep(job)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = EncodeJob(**{**vars(job), "inputs": (str(tmp_path / "new" / "a.jsonl"),)})
+    kept = PlanCopy(moved).read()
+    assert {shard.path for shard in kept.shards} == set(moved.inputs)
+    assert kept.hash == plan_job(moved).hash
+
+
+@pytest.mark.parametrize("harm", ["cut", "other"])
+def test_a_damaged_copy_is_planned_again(job, tmp_path, caplog, harm):
+    keep(job)
+    (file,) = (tmp_path / "t.lance" / FOLDER).iterdir()
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        table = pq.read_table(file)
+        pq.write_table(table.slice(1), file)
+    assert PlanCopy(job).read() is None
+    assert "the kept plan cannot be used" in caplog.text
+
+
+def test_a_store_that_refuses_the_copy_costs_a_warning(job, tmp_path, caplog):
+    place = tmp_path / "t.lance" / "_kalm"
+    place.mkdir(parents=True)
+    (place / "plan").write_text("a file where the folder would be")
+    keep(job)
+    assert PlanCopy(job).read() is None
+    assert "the plan is not kept" in caplog.text
+
+
+def test_a_file_system_without_a_time_of_change_keeps_no_plan(job, monkeypatch):
+    monkeypatch.setattr(plan_copy, "STAMPS", ())
+    keep(job)
+    assert PlanCopy(job)._path is None
+    assert PlanCopy(job).read() is None
+
+
+def interrupted(config, shards):
+    """All but the last shard."""
+    yield from encode_inline(config, shards[:-1])
+    yield ShardFailure(shards[-1], 3, "lost")
+
+
+def test_a_resume_does_not_read_the_corpus_again(model_dir, tmp_path):
+    """The done part of the corpus is not even readable any more, and no one looks."""
+    files = [write_corpus(tmp_path / f"{n}.jsonl", make_texts(20), prefix=n) for n in "ab"]
+    job = EncodeJob(
+        inputs=tuple(map(str, files)), uri=str(tmp_path / "t.lance"), model=str(model_dir),
+        shard_size=10,
+    )  # fmt: skip
+    with pytest.raises(IncompleteError):
+        run(job, interrupted)
+    before = files[0].stat()
+    files[0].write_bytes(b"\0" * before.st_size)
+    os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    summary = run(job, encode_inline)
+    assert (summary.shards_encoded, summary.num_rows) == (1, 40)
+
+
+def test_a_file_changed_under_its_identity_is_found_when_it_is_read(model_dir, tmp_path):
+    file = write_corpus(tmp_path / "c.jsonl", make_texts(20))
+    job = EncodeJob(
+        inputs=(str(file),), uri=str(tmp_path / "t.lance"), model=str(model_dir), shard_size=5
+    )
+    with pytest.raises(IncompleteError):
+        run(job, interrupted)
+    before = file.stat()
+    file.write_bytes(b"\0" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(IncompleteError, match="changed after it was planned"):
+        run(job, encode_inline)
+    os.utime(file)
+    write_corpus(file, make_texts(21))
+    with pytest.raises(MismatchError, match="begun with other input"):
+        run(job, encode_inline)
+
+
+def test_files_scanned_at_once_make_the_plan_of_one_after_the_other(tmp_path):
+    files = []
+    for i in range(20):
+        files.append(tmp_path / f"{i:02d}.jsonl")
+        files[-1].write_text(lines(1 + 7 * i % 11, f"f{i}-"))
+    names = list(map(str, files))
+    together = plan_shards(names, shard_size=3)
+    assert plan_shards(names, shard_size=3, limit=10**9) == together  # a limit: one by one
+    some = plan_shards(names, shard_size=3, limit=together.num_rows - 1)
+    assert some.num_rows == together.num_rows - 1
+    assert some.shards[:-1] == together.shards[: len(some.shards) - 1]
+
+
+PIECES = [b"\n", b" ", b"\r\n", b"\v\f", b"\t\n", b"x", b"{}\n", b" y\n", b"\xff\n", b"\x85\n"]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=60),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 12),
+    st.integers(1, 40),
+)
+def test_blocks_are_cut_where_lines_are(pieces, shard_size, max_rows, block):
+    """Cutting megabytes at a time gives the slices and hashes of going line by line."""
+    raw = b"".join(pieces)
+    by_line = [line + b"\n" for line in raw.split(b"\n")]
+    by_line[-1] = by_line[-1][:-1]
+
+    def cutter():
+        return _Cutter(start=7, first_line=2, shard_size=shard_size, max_rows=max_rows, columns=())
+
+    blocks = list(cutter().cut_lines(whole_lines(io.BytesIO(raw), block)))
+    records = [Record(line, 1, None) for line in by_line if line]
+    assert blocks == list(cutter().cut_records(iter(records)))

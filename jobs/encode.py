@@ -43,6 +43,9 @@ def encode(
         str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
     ] = None,
     token_budget: Annotated[int | None, typer.Option(help="Tokens a forward pass.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run the encoder through torch.compile.")
+    ] = False,
     shard_size: Annotated[int, typer.Option(help="Rows a shard.")] = 1000,
     limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
     id_field: Annotated[str | None, typer.Option(help="Field that holds the id.")] = None,
@@ -86,6 +89,7 @@ def encode(
         shard_size=shard_size,
         limit=limit,
         token_budget=token_budget,
+        compile=compile,
         max_rejected=max_rejected,
         commit_every_s=commit_every,
         on_duplicate=on_duplicate,

@@ -10,7 +10,7 @@ import typer
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.driver import Executor
+    from pipeline.shard_work import Executor
 
 StorageOptions = Annotated[
     list[str] | None,
@@ -62,7 +62,7 @@ def executor(
         InputError: the libraries for encoding are not installed.
     """
     try:
-        from pipeline.driver import encode_inline
+        from pipeline.inline import encode_inline
 
         if workers == 0:
             return encode_inline

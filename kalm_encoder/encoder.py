@@ -198,8 +198,10 @@ class PassageEncoder:
         pool_packed(self.forward(probe), [length] * len(probe), 1)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return token_budget(free, peak / (length * len(probe)), self.max_length)
+        free, total = torch.cuda.mem_get_info(self.device)
+        allowed = torch.cuda.get_per_process_memory_fraction(self.device) * total
+        ours = min(free, allowed - torch.cuda.memory_allocated(self.device))
+        return token_budget(ours, peak / (length * len(probe)), self.max_length)
 
 
 def token_budget(free_bytes: float, bytes_per_token: float, max_length: int) -> int:

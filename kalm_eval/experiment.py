@@ -30,8 +30,9 @@ from kalm_eval.collection import Collection
 from kalm_eval.judging import Ranking, evaluation_of
 from kalm_eval.results import Evaluation
 from kalm_eval.runs import Run, read_run, write_run
-from pipeline.driver import Executor, run
+from pipeline.driver import run
 from pipeline.job import EncodeJob
+from pipeline.shard_work import Executor
 from pipeline.sources import absolute
 from pipeline.sync import sync
 from pipeline.truncate import truncate

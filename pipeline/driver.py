@@ -1,18 +1,15 @@
 """A whole job: plan, take the table, hand shards out, commit what comes back, finish the table.
 
 Running the same job again resumes it. The driver never encodes on its own account: shards come back
-from an executor, either `encode_inline` below or `workers.encode_on_ray`.
+from an executor, either `inline.encode_inline` or `workers.on_ray`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from kalm_encoder import checkpoint
 from kalm_encoder.encoder import check_max_length
@@ -28,7 +25,6 @@ from kalm_encoder.table import open_dataset
 from pipeline import logs
 from pipeline.committer import Committer
 from pipeline.duplicates import ON_DUPLICATE, repeated_rows
-from pipeline.encode_shard import IN_FLIGHT, ShardEncoder, ShardResult, WorkerConfig
 from pipeline.job import EncodeJob, plan_job
 from pipeline.ledger import REJECTED, Ledger
 from pipeline.maintenance import Maintainer, publish
@@ -36,25 +32,11 @@ from pipeline.plan_copy import PlanCopy
 from pipeline.preflight import check_writable
 from pipeline.progress import Progress
 from pipeline.rejects import RejectStore
-from pipeline.shards import Plan, Shard
+from pipeline.shard_work import Executor, Outcome, ShardFailure, WorkerConfig
+from pipeline.shards import Plan
 from pipeline.sources import absolute
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ShardFailure:
-    """A shard that was given up, after how many attempts, and the last reason."""
-
-    shard: Shard
-    attempts: int
-    reason: str
-
-
-Outcome = ShardResult | ShardFailure | None
-"""What an executor yields; None is a tick while nothing is ready."""
-
-Executor = Callable[[WorkerConfig, Sequence[Shard]], Generator[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -167,6 +149,7 @@ def _fill(
         ledger.uri,
         spec,
         token_budget=job.token_budget,
+        compile=job.compile,
         storage_options=job.storage_options,
         logs=logs.current(),
     )
@@ -246,29 +229,3 @@ def _encode(
     else:
         committer.commit()
     return failures
-
-
-def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
-    """Encode shards in this process, in order, overlapped as in a worker: the executor without Ray.
-
-    Raises:
-        KalmError: the encoder cannot be loaded.
-    """
-    encoder = ShardEncoder(config)
-
-    def attempt(shard: Shard) -> Outcome:
-        try:
-            with logs.in_shard(shard.id):
-                return encoder.encode(shard)
-        except (KalmError, OSError, RuntimeError) as error:
-            return ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
-
-    waiting = iter(shards)
-    with ThreadPoolExecutor(IN_FLIGHT, "shard") as pool:
-        running = deque(pool.submit(attempt, shard) for shard in islice(waiting, IN_FLIGHT))
-        try:
-            while running:
-                yield running.popleft().result()
-                running.extend(pool.submit(attempt, shard) for shard in islice(waiting, 1))
-        finally:
-            encoder.stop()

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import lance
 import numpy as np
@@ -21,68 +20,17 @@ from kalm_encoder import checkpoint
 from kalm_encoder.encoder import PassageEncoder
 from kalm_encoder.errors import KalmError, MismatchError
 from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rows import TableSpec, build_rows
+from kalm_encoder.rows import build_rows
 from kalm_encoder.started import PassageTokens, Started
 from kalm_encoder.table import first_line
 from pipeline.fragments import write_fragment
-from pipeline.logs import LogOptions
+from pipeline.shard_work import ShardResult, WorkerConfig
 from pipeline.shards import Shard, ShardReader
 from pipeline.sources import Passage, Reject
 
 logger = logging.getLogger(__name__)
 
-IN_FLIGHT = 3
-"""Shards a worker has at once: one is read or tokenised, one on the device, one written."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What every worker needs to encode any shard of a job.
-
-    Attributes:
-        uri: of the table.
-        spec: of the table; its fingerprint must be that of the model this worker finds.
-        token_budget: tokens a forward; None chooses by device and free memory.
-        threads: CPU threads of the model; None leaves torch's own choice.
-        storage_options: for table and inputs; passed in memory, never written.
-        logs: how a worker logs, and the id of the run.
-    """
-
-    uri: str
-    spec: TableSpec
-    token_budget: int | None = None
-    threads: int | None = None
-    storage_options: dict[str, str] | None = field(default=None, repr=False)
-    logs: LogOptions = field(default_factory=LogOptions)
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """A written, uncommitted shard.
-
-    Attributes:
-        shard: which.
-        fragment: Lance fragment metadata as JSON; None where every row was rejected.
-        num_rows: rows written.
-        rejects: rows that were not.
-        num_tokens: real tokens encoded.
-        padded_tokens: tokens the encoder computed, padding included.
-        num_truncated: passages cut to max_length.
-        seconds: by stage: read, tokenise, queued (for the device, which was busy), forward, pool
-            and write add up to the shard's time; idle is the device's, waiting for this shard.
-        worker: host and process that encoded it; "" where nobody did.
-    """
-
-    shard: Shard
-    fragment: str | None
-    num_rows: int
-    rejects: tuple[Reject, ...] = ()
-    num_tokens: int = 0
-    padded_tokens: int = 0
-    num_truncated: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    worker: str = ""
 
 
 class ShardEncoder:
@@ -104,23 +52,29 @@ class ShardEncoder:
                 f"table {spec.fingerprint}: put the same files on every node",
             )
         place = checkpoint.choose_device(device)
+        if place.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(config.gpu_share)
         if place.type == "cpu":
             _keep_freed_memory()
-        dtype = checkpoint.choose_dtype(None, place)
         self._device_thread = ThreadPoolExecutor(1, "device")
         if config.threads is not None:
             self._device_thread.submit(torch.set_num_threads, config.threads).result()
-        self.encoder = PassageEncoder(
-            self._device_thread.submit(files.load_text_encoder, place, dtype).result(),
-            files.tokenizer(),
-            max_length=spec.max_length,
-            token_budget=config.token_budget,
-        )
+        self.encoder = self._device_thread.submit(
+            lambda: PassageEncoder(
+                files.load_text_encoder(place, checkpoint.choose_dtype(None, place)),
+                files.tokenizer(),
+                max_length=spec.max_length,
+                token_budget=config.token_budget,
+                compile=config.compile,
+            )
+        ).result()
         self.spec = spec
         self._dataset = lance.dataset(config.uri, storage_options=config.storage_options)
         self._storage_options = config.storage_options
         self._readers = threading.local()
-        logger.info("loaded %s on %s in %s", spec.model, place, dtype)
+        logger.info(
+            "loaded %s on %s, %d tokens a forward", spec.model, place, self.encoder.token_budget
+        )
         self._stopped = threading.Event()
 
     def encode(self, shard: Shard) -> ShardResult:

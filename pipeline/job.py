@@ -29,6 +29,7 @@ class EncodeJob:
         shard_size: rows a shard: the unit of work and of commit.
         limit: encode only the first so many rows.
         token_budget: tokens a forward; None chooses by device and free memory.
+        compile: run the encoder through torch.compile.
         max_rejected: largest share of rows that may be rejected.
         commit_every_s: seconds between two commits at least, and what a killed driver repeats;
             longer where commits take long, see `committer.pause_s`. 0 commits each shard by itself.
@@ -49,6 +50,7 @@ class EncodeJob:
     shard_size: int = 1000
     limit: int | None = None
     token_budget: int | None = None
+    compile: bool = False
     max_rejected: float = 0.001
     commit_every_s: float = 10.0
     on_duplicate: str = "error"

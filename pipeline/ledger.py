@@ -25,7 +25,7 @@ from pipeline.shards import Plan
 from pipeline.writer import EPOCH, LOADING, OWNER, SEALED, STATE, TableWriter
 
 if TYPE_CHECKING:
-    from pipeline.encode_shard import ShardResult
+    from pipeline.shard_work import ShardResult
 
 logger = logging.getLogger(__name__)
 

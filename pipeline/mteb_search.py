@@ -24,8 +24,10 @@ from kalm_encoder.decoder import QueryDecoder
 from kalm_encoder.errors import InputError
 from kalm_encoder.rerank import Reranker
 from kalm_encoder.table import PassageTable
-from pipeline.driver import Executor, encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
+from pipeline.shard_work import Executor
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata

@@ -7,6 +7,7 @@ loses commits without a word, so it is refused before anything is written.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from pipeline.sources import fsspec_options
 
 PROBES = "_kalm/probes"
 EXPLANATIONS = (
-    (("invalidaccesskeyid", "signaturedoesnotmatch", "403", "forbidden", "accessdenied",
+    (("invalidaccesskeyid", "signaturedoesnotmatch", r"\b403\b", "forbidden", "accessdenied",
       "access denied", "expiredtoken", "nocredentials", "unable to locate credentials",
       "invalidtoken", "permissionerror"),
      "the store refuses the credentials, or they may not do this: check key, secret, session "
@@ -78,7 +79,7 @@ def explain(error: BaseException) -> str:
     """Return the first line of a store's error with the likely cause and remedy."""
     text = f"{type(error).__name__} {error} {error.__cause__ or ''}".lower()
     for words, meaning in EXPLANATIONS:
-        if any(word in text for word in words):
+        if any(re.search(word, text) for word in words):
             return f"{meaning} ({first_line(error)})"
     return first_line(error)
 

@@ -18,15 +18,15 @@ from tqdm import tqdm
 from kalm_encoder.errors import FencedError
 from kalm_encoder.table import first_line
 from pipeline import live, logs
-from pipeline.encode_shard import ShardResult
 from pipeline.live import LiveFile
 from pipeline.pace import Pace, eta_facts, eta_text
 from pipeline.run_records import RunRecorder
 from pipeline.run_totals import Work
+from pipeline.shard_work import ShardResult
 from pipeline.shards import Plan, Shard
 
 if TYPE_CHECKING:
-    from pipeline.driver import Outcome
+    from pipeline.shard_work import Outcome
 
 logger = logging.getLogger(__name__)
 

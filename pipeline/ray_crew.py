@@ -13,9 +13,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from kalm_encoder.errors import KalmError
-from pipeline.encode_shard import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.ray_cluster import RayOptions, alive_nodes, worker_shape
 from pipeline.ray_metrics import RunMetrics
+from pipeline.shard_work import IN_FLIGHT, ShardResult, WorkerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.encode_shard import ShardResult
+from pipeline.shard_work import ShardResult
 
 
 class RunMetrics:

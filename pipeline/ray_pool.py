@@ -19,11 +19,10 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.driver import Outcome
-from pipeline.encode_shard import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.ray_cluster import RayOptions
 from pipeline.ray_crew import Answers, Crew, Member, call, reason_of
 from pipeline.shard_queue import ShardQueue, short_last
+from pipeline.shard_work import IN_FLIGHT, Outcome, ShardResult, WorkerConfig
 from pipeline.shards import Shard
 
 TICK_S = 1.0

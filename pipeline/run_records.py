@@ -24,7 +24,7 @@ from lance.file import LanceFileSession
 from kalm_encoder.table import first_line
 
 if TYPE_CHECKING:
-    from pipeline.encode_shard import ShardResult
+    from pipeline.shard_work import ShardResult
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.driver import ShardFailure
 from pipeline.logs import in_shard
+from pipeline.shard_work import ShardFailure
 from pipeline.shards import Shard
 from pipeline.sources import COMPRESSIONS, file_format
 

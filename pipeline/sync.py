@@ -22,10 +22,11 @@ from kalm_encoder.checksums import text_hash
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.table import open_dataset
 from pipeline.comparison import Changes, Comparison
-from pipeline.driver import Executor, Summary, run
+from pipeline.driver import Summary, run
 from pipeline.job import EncodeJob, plan_job
 from pipeline.maintenance import Maintainer, publish
 from pipeline.rejects import RejectStore
+from pipeline.shard_work import Executor
 from pipeline.shards import ShardReader
 from pipeline.sources import FieldOptions, Passage
 from pipeline.writer import COMPLETE

@@ -16,10 +16,10 @@ from kalm_encoder.row_reader import read_rows
 from kalm_encoder.rows import build_rows
 from kalm_encoder.table import PassageTable
 from pipeline.columnar_files import slice_hash
-from pipeline.driver import Outcome, Summary, load
-from pipeline.encode_shard import ShardResult, WorkerConfig
+from pipeline.driver import Summary, load
 from pipeline.fragments import write_fragment
 from pipeline.job import EncodeJob
+from pipeline.shard_work import Outcome, ShardResult, WorkerConfig
 from pipeline.shards import Plan, Shard
 from pipeline.sources import Fields, absolute
 from pipeline.text_files import Slice

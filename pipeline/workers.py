@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,10 @@ import ray
 
 from kalm_encoder.errors import KalmError
 from pipeline import logs
-from pipeline.driver import Executor, Outcome
-from pipeline.encode_shard import ShardEncoder, ShardResult, WorkerConfig
+from pipeline.encode_shard import ShardEncoder
 from pipeline.ray_cluster import RayOptions, connect
 from pipeline.ray_pool import Pool
+from pipeline.shard_work import Executor, Outcome, ShardResult, WorkerConfig
 from pipeline.shards import Shard
 
 LAST_LINES_S = 0.5
@@ -41,10 +42,12 @@ class Worker:
     def load(self, config: WorkerConfig) -> None:
         """Load model and table; on a GPU if Ray gave this actor one."""
         logs.configure_worker(config.logs)
-        cpus = int(ray.get_runtime_context().get_assigned_resources()["CPU"])
+        assigned = ray.get_runtime_context().get_assigned_resources()
+        cpus = int(assigned["CPU"])
         # Pools of their own beside the model's: left alone, each takes all cores of the node.
         os.environ["RAYON_NUM_THREADS"] = os.environ["LANCE_CPU_THREADS"] = str(cpus)
         pa.set_cpu_count(cpus)
+        config = replace(config, gpu_share=min(1.0, assigned.get("GPU", 1.0)))
         self._encoder = ShardEncoder(config, device="cuda" if ray.get_gpu_ids() else "cpu")
 
     def encode(self, shard: Shard) -> ShardResult:

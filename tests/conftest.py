@@ -9,7 +9,8 @@ from transformers.utils import logging as transformers_logging
 
 from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageEncoder, QueryDecoder
-from pipeline.driver import Summary, encode_inline, run
+from pipeline.driver import Summary, run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 
 transformers_logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from kalm_serve import answers
 from kalm_serve.engine import Engine
 from kalm_serve.live import LiveTable, Settings
 from kalm_serve.shapes import RerankRequest, ScoreRequest
-from pipeline.driver import encode_inline
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.sync import sync
 from tests.conftest import encode_table, make_texts, write_corpus

@@ -22,7 +22,8 @@ from jobs import cli
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import IncompleteError
 from pipeline import maintenance
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.rejects import RejectStore
 from pipeline.verify import verify

@@ -10,9 +10,9 @@ import pytest
 from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import TableSpec, build_rows
 from pipeline.committer import COMMIT_SHARE, LONGEST_PAUSE_S, MOST_WAITING, Committer, pause_s
-from pipeline.encode_shard import ShardResult
 from pipeline.fragments import write_fragment
 from pipeline.ledger import Ledger
+from pipeline.shard_work import ShardResult
 from pipeline.shards import plan_shards
 from pipeline.sources import Reject
 

@@ -22,10 +22,10 @@ from ray.cluster_utils import Cluster
 
 from kalm_encoder.errors import InputError
 from pipeline import workers
-from pipeline.encode_shard import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.ray_cluster import connect
 from pipeline.ray_crew import Crew
 from pipeline.run_records import read_records
+from pipeline.shard_work import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.shards import Shard
 from pipeline.sources import Fields
 from pipeline.text_files import Slice

@@ -17,7 +17,7 @@ from kalm_eval.experiment import Request, evaluate
 from kalm_eval.metrics import per_query
 from kalm_eval.results import Evaluation
 from kalm_eval.runs import read_run, write_run
-from pipeline.driver import encode_inline
+from pipeline.inline import encode_inline
 from tests.conftest import SCRIPTS, make_texts, write_corpus
 from tests.test_end_to_end import kalm
 

@@ -11,10 +11,10 @@ from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchErro
 from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import TableSpec, build_rows
 from pipeline import maintenance
-from pipeline.encode_shard import ShardResult
 from pipeline.fragments import write_fragment
 from pipeline.ledger import Ledger
 from pipeline.maintenance import Maintainer, publish
+from pipeline.shard_work import ShardResult
 from pipeline.shards import Plan, plan_shards
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")

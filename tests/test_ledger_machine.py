@@ -17,10 +17,10 @@ from kalm_encoder.errors import FencedError, KalmError
 from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import TableSpec, build_rows
 from pipeline import maintenance
-from pipeline.encode_shard import ShardResult
 from pipeline.fragments import write_fragment
 from pipeline.ledger import Ledger
 from pipeline.maintenance import Maintainer, publish
+from pipeline.shard_work import ShardResult
 from pipeline.shards import Plan, Shard
 from pipeline.sources import Fields
 from pipeline.text_files import Slice

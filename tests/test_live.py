@@ -14,7 +14,8 @@ from rich.console import Console
 from jobs.watch import _redraw, line, screen_of, watch
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, KalmError
 from pipeline import live
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.live import FILE, LiveFile, read_live
 from pipeline.run_records import read_records

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from kalm_encoder import PassageTable, QueryDecoder, Reranker
 from kalm_encoder.errors import InputError, MismatchError, TableError
-from pipeline.driver import encode_inline
+from pipeline.inline import encode_inline
 from pipeline.mteb_search import KaLMSearch
 from tests.conftest import make_texts
 

@@ -21,7 +21,8 @@ from kalm_encoder.errors import InputError, MismatchError
 from pipeline import corpus_sample
 from pipeline.census import Census
 from pipeline.corpus_sample import sample_corpus
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.plan_check import compare, read_plan
 from pipeline.run_records import read_records

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from kalm_encoder.errors import IncompleteError, MismatchError
 from pipeline import plan_copy
-from pipeline.driver import ShardFailure, encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob, plan_job
 from pipeline.plan_copy import FOLDER, PlanCopy
+from pipeline.shard_work import ShardFailure
 from pipeline.shards import ShardReader, plan_shards
 from pipeline.sources import FieldOptions
 from pipeline.text_files import Record

@@ -72,4 +72,4 @@ def workers_of(table):
     """Return the processes that encoded its shards."""
     files = (table / "_kalm" / "runs").glob("*.jsonl")
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    return {int(line["worker"].rpartition(":")[2]) for line in lines}
+    return {int(line["worker"].rpartition(":")[2]) for line in lines if "worker" in line}

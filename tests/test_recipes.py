@@ -65,7 +65,7 @@ def test_a_command_line_is_one_that_kalm_takes(recipe, arguments):
 
 def test_every_recipe_has_one():
     with_one = {recipe for recipe, _ in COMMANDS}
-    assert {file.name for file in RECIPES.iterdir()} - with_one == set()
+    assert {file.name for file in RECIPES.iterdir() if file.suffix != ".md"} - with_one == set()
 
 
 @pytest.mark.parametrize(

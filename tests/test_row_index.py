@@ -10,7 +10,7 @@ from kalm_encoder.errors import CorruptRowError, MissingIdsError
 from kalm_encoder.row_index import RowIndex
 from kalm_encoder.rows import TableSpec, build_rows
 from pipeline import maintenance
-from pipeline.driver import encode_inline
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.sync import sync
 from tests.conftest import encode_table, make_texts, write_corpus

@@ -13,9 +13,10 @@ from jobs.plan import plan
 from jobs.status import _draw, status, table_facts
 from kalm_encoder.errors import InputError
 from kalm_eval.run_figure import bin_records
-from pipeline import run_records
-from pipeline.driver import encode_inline, run
+from pipeline import committer, run_records
+from pipeline.driver import run
 from pipeline.garbage import collect_garbage
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.run_records import FOLDER, ShardRecord, read_commits, read_records
 from pipeline.run_totals import totals
@@ -50,11 +51,10 @@ def test_the_records_add_up_to_the_table(made):
     assert 0 < found.seconds <= summary.elapsed_s + 1
 
 
-def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_path):
+def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(committer, "MOST_WAITING", 4)
     uri = str(tmp_path / "t.lance")
-    summary = encode_table(
-        model_dir, corpus, uri, shard_size=10, commit_every_s=1e9, commit_every_shards=4
-    )
+    summary = encode_table(model_dir, corpus, uri, shard_size=10, commit_every_s=1e9)
     shards, commits = read_records(uri), read_commits(uri)
     assert [(c.shards, c.rows) for c in commits] == [(4, 40), (2, 20)]
     assert commits[0].version < commits[1].version <= lance.dataset(uri).version
@@ -62,8 +62,7 @@ def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_p
     assert waited[:4] == sorted(waited[:4], reverse=True), "the first to come waits longest"
     assert all(s.at_s + s.waited_s <= commits[i // 4].at_s + 0.01 for i, s in enumerate(shards))
     spent = sum(c.seconds + c.results_s for c in commits)
-    computed = sum(s.seconds["forward"] for s in shards)
-    assert computed <= sum(c.results_s for c in commits), "inline the driver waits while it encodes"
+    assert all(c.results_s > 0 for c in commits), "the driver waits while shards are encoded"
     assert spent <= summary.elapsed_s
 
 

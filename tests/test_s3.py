@@ -9,8 +9,9 @@ import s3fs
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
 from pipeline import maintenance
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
 from pipeline.garbage import collect_garbage
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob, plan_job
 from pipeline.plan_copy import PlanCopy
 from pipeline.preflight import check_writable, examine

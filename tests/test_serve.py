@@ -13,7 +13,7 @@ from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.row_index import RowIndex
 from pipeline import maintenance
-from pipeline.driver import encode_inline
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.sync import sync
 from tests.conftest import encode_table, make_texts, write_corpus

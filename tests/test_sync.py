@@ -16,8 +16,9 @@ from kalm_encoder import PassageEncoder, PassageTable
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
 from pipeline import encode_shard, maintenance
 from pipeline.comparison import Comparison
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
 from pipeline.garbage import collect_garbage
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob, plan_job
 from pipeline.rejects import RejectStore
 from pipeline.sync import retry_rejects, sync

@@ -8,7 +8,8 @@ import lance
 import pytest
 
 from kalm_encoder.errors import FencedError
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.maintenance import Maintainer
 from pipeline.sync import sync

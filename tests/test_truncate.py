@@ -6,7 +6,7 @@ import pytest
 
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import CorruptRowError, InputError
-from pipeline import driver
+from pipeline.committer import Committer
 from pipeline.truncate import truncate
 from pipeline.verify import verify
 from tests.conftest import encode_table, make_texts, write_corpus
@@ -60,7 +60,7 @@ def test_scores_change_little(small_table, model_dir, tmp_path):
 
 def test_an_interrupted_truncate_is_resumed(small_table, tmp_path, monkeypatch):
     target = str(tmp_path / "t.lance")
-    real, calls = driver._Committer.commit_if_due, []
+    real, calls = Committer.commit_if_due, []
 
     def dies(self):
         self.commit()
@@ -70,7 +70,7 @@ def test_an_interrupted_truncate_is_resumed(small_table, tmp_path, monkeypatch):
         real(self)
 
     with monkeypatch.context() as broken:
-        broken.setattr(driver._Committer, "commit_if_due", dies)
+        broken.setattr(Committer, "commit_if_due", dies)
         with pytest.raises(KeyboardInterrupt):
             truncate(str(small_table), target, ratios=(8,), shard_size=10)
     assert truncate(str(small_table), target, ratios=(8,), shard_size=10).shards_encoded == 4

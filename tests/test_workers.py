@@ -10,8 +10,7 @@ from ray import cloudpickle
 
 from kalm_encoder.errors import InputError, KalmError
 from pipeline import workers
-from pipeline.driver import ShardFailure
-from pipeline.encode_shard import ShardResult, WorkerConfig
+from pipeline.shard_work import ShardFailure, ShardResult, WorkerConfig
 from pipeline.shards import Shard
 from pipeline.sources import Fields
 from pipeline.text_files import Slice

@@ -11,7 +11,8 @@ import numpy as np
 from jobs.bench.data import FOLDER, bar, ms_marco_lengths, nano_checkpoint, passages_of
 from kalm_encoder import Reranker
 from kalm_encoder.checkpoint import resolve
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.truncate import truncate
 

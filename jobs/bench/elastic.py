@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from jobs.bench.data import bar
 from kalm_encoder.rows import TableSpec
 from pipeline import workers
-from pipeline.encode_shard import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.shard_work import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.shards import Shard
 from pipeline.sources import Fields
 from pipeline.text_files import Slice

@@ -9,7 +9,8 @@ import time
 
 from jobs.bench.data import FOLDER, bar, nano_checkpoint, passages_of, spread
 from kalm_encoder import Reranker
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 
 QUERY = "how do I read a compressed file line by line without loading all of it"

@@ -24,10 +24,10 @@ import psutil
 from jobs.bench.data import FOLDER, bar
 from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import build_rows
-from pipeline.driver import Outcome, run
-from pipeline.encode_shard import ShardResult, WorkerConfig
+from pipeline.driver import run
 from pipeline.fragments import write_fragment
 from pipeline.job import EncodeJob, plan_job
+from pipeline.shard_work import Outcome, ShardResult, WorkerConfig
 from pipeline.shards import Shard, ShardReader
 
 CURVE = (1_000, 10_000)

@@ -20,7 +20,8 @@ from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageEncoder, PassageTable
 from kalm_encoder.checkpoint import resolve
 from kalm_encoder.checksums import states_checksum
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from pipeline.sync import sync
 

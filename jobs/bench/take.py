@@ -24,7 +24,8 @@ from kalm_encoder import PassageStates, PassageTable, QueryDecoder, Reranker
 from kalm_encoder.checkpoint import resolve
 from kalm_encoder.rows import TableSpec, build_rows
 from kalm_encoder.table import LIVE_TAG
-from pipeline.driver import encode_inline, run
+from pipeline.driver import run
+from pipeline.inline import encode_inline
 from pipeline.job import EncodeJob
 from tests.s3_server import S3, serve
 

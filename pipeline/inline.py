@@ -1,0 +1,40 @@
+"""The executor without Ray: shards are encoded in this process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+from kalm_encoder.errors import KalmError
+from pipeline import logs
+from pipeline.encode_shard import ShardEncoder
+from pipeline.shard_work import IN_FLIGHT, Outcome, ShardFailure, WorkerConfig
+from pipeline.shards import Shard
+
+
+def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
+    """Encode shards in this process, in order, overlapped as in a worker.
+
+    Raises:
+        KalmError: the encoder cannot be loaded.
+    """
+    encoder = ShardEncoder(config)
+
+    def attempt(shard: Shard) -> Outcome:
+        try:
+            with logs.in_shard(shard.id):
+                return encoder.encode(shard)
+        except (KalmError, OSError, RuntimeError) as error:
+            return ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
+
+    waiting = iter(shards)
+    with ThreadPoolExecutor(IN_FLIGHT, "shard") as pool:
+        running = deque(pool.submit(attempt, shard) for shard in islice(waiting, IN_FLIGHT))
+        try:
+            while running:
+                yield running.popleft().result()
+                running.extend(pool.submit(attempt, shard) for shard in islice(waiting, 1))
+        finally:
+            encoder.stop()

@@ -55,7 +55,7 @@ class ShardEncoder:
         if place.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(config.gpu_share)
         if place.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self._device_thread = ThreadPoolExecutor(1, "device")
         if config.threads is not None:
             self._device_thread.submit(torch.set_num_threads, config.threads).result()
@@ -182,7 +182,7 @@ class ShardEncoder:
         return kept, rejects
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let malloc keep what a forward frees, for the next one.
 
     By default glibc gives large blocks back to the system at once, and each activation of each

@@ -30,6 +30,7 @@ from kalm_encoder import PassageEncoder, checkpoint
 from kalm_encoder.pooling import mean_pool
 from kalm_encoder.prompts import render_passage
 from kalm_encoder.started import PassageTokens
+from pipeline.encode_shard import keep_freed_memory
 
 ROWS = 32
 RATIO = 4
@@ -110,7 +111,11 @@ def run_plain(model: str, texts: list[str], order: Callable[..., list[int]]) -> 
 
 
 def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
-    """Encode with PassageEncoder on packed batches of the whole corpus, sorted by length."""
+    """Encode with PassageEncoder on packed batches of the whole corpus, sorted by length.
+
+    With what a worker tells malloc: without it ours is 1.08 times as fast as its ceiling.
+    """
+    keep_freed_memory()
     encoder = PassageEncoder.load(model)
     encoder.encode(WARM_UP, ratio=RATIO)
     tokens = sorted(encoder.tokenise(texts), key=lambda t: -len(t.ids))

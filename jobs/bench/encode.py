@@ -153,10 +153,8 @@ def long_passages(model: str, rounds: int) -> list[str]:
 def main(arguments: Sequence[str] = ()) -> list[str]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=20_000, help="of ms-marco and equal")
-    parser.add_argument(
-        "--distributions", nargs="+", choices=DISTRIBUTIONS, default=["ms-marco", "equal"]
-    )
+    parser.add_argument("--tokens", type=int, default=40_000, help="of ms-marco and equal")
+    parser.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=["ms-marco"])
     parser.add_argument("--model", help="another checkpoint than Nano with random weights")
     chosen = parser.parse_args(arguments)
     FOLDER.mkdir(exist_ok=True)

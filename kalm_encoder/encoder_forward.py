@@ -9,15 +9,16 @@ float32 rounding (tests/test_encoder_forward.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.functional import embedding
 
 from kalm_encoder.layers import feed_forward, norm, rotate
 from kalm_encoder.onednn import pack_linears, product
+from kalm_encoder.packing import Packed
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -28,21 +29,8 @@ BLOCK = 128
 """Queries of a sliding layer computed together: up to BLOCK - 1 keys of each are masked."""
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Where the passages of a packed batch lie.
-
-    Attributes:
-        lengths: tokens of each passage, none 0.
-        starts: (b + 1,) int32 on the device: first token of each passage, then T.
-    """
-
-    lengths: Sequence[int]
-    starts: torch.Tensor
-
-
 Attention = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Spans, float, int | None], torch.Tensor
+    [torch.Tensor, torch.Tensor, torch.Tensor, Packed, float, int | None], torch.Tensor
 ]
 """(T, heads, k) queries, (T, kv heads, k) keys and values, where passages lie, scale, window (None:
 all of a passage is seen) to (T, heads, k)."""
@@ -70,31 +58,34 @@ class PackedForward:
         flash = weight.device.type == "cuda" and weight.element_size() == 2 and varlen_attn
         self._attend: Attention = _attend_varlen if flash else _attend_blocks
 
-    def __call__(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Return the (T, d) last hidden states, after the final norm.
 
         Args:
             ids: (T,) int64 token ids of all passages, one behind the other, on the device.
-            lengths: tokens of each passage, none 0, together T.
+            packed: where they lie.
         """
         model, config = self.model, self.model.config
-        sizes = torch.tensor(lengths).to(ids.device, non_blocking=True)
-        starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        spans = Spans(lengths, starts.int())
-        positions = torch.arange(len(ids), device=ids.device)
-        positions -= starts[:-1].repeat_interleave(sizes, output_size=len(ids))
-        hidden = model.embed_tokens(ids)
+        hidden = _embed(model.embed_tokens, ids)
+        positions = packed.positions[None]
         rotary = {
-            kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions[None], kind)]
+            kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions, kind)]
             for kind in set(config.layer_types)
         }
         for kind, layer in zip(config.layer_types, model.layers, strict=False):
             attention = layer.self_attn
             query, key, value = self._before(layer, hidden, *rotary[kind])
             window = config.sliding_window if kind == "sliding_attention" else None
-            seen = self._attend(query, key, value, spans, attention.scaling, window)
+            seen = self._attend(query, key, value, packed, attention.scaling, window)
             hidden = self._after(layer, hidden, seen.flatten(1))
         return norm(model.norm, hidden)
+
+
+def _embed(module: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return (T, d), as T5Gemma2TextScaledWordEmbedding, which waits for a GPU to find a token."""
+    embedded = embedding(ids, module.weight) * module.embed_scale.to(module.weight.dtype)
+    special = (ids == module.eoi_token_index).unsqueeze(1)
+    return torch.where(special, module.eoi_embedding.to(embedded.dtype), embedded)
 
 
 def _before(
@@ -131,18 +122,19 @@ def _attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    spans: Spans,
+    packed: Packed,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
     """Attention by torch's variable-length flash attention; see `Attention`."""
-    longest = max(spans.lengths)
+    starts = packed.starts.int()
+    longest = max(packed.lengths)
     seen = varlen_attn(
         query,
         key,
         value,
-        spans.starts,
-        spans.starts,
+        starts,
+        starts,
         longest,
         longest,
         scale=scale,
@@ -157,7 +149,7 @@ def _attend_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    spans: Spans,
+    packed: Packed,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
@@ -170,7 +162,7 @@ def _attend_blocks(
     seen = torch.empty_like(query)
     groups = query.shape[1] // key.shape[1]
     start = 0
-    for length in spans.lengths:
+    for length in packed.lengths:
         for first, last, begin, end, hidden in _blocks(length, window):
             rows = slice(start + first, start + last)
             columns = slice(start + begin, start + end)

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from kalm_encoder import checkpoint
 from kalm_encoder.encoder_forward import BLOCK, PackedForward, reach
 from kalm_encoder.onednn import PackedLinear, product, usable
+from kalm_encoder.packing import Packed
 
 TOLERANCE = 2e-5
 
@@ -48,7 +49,7 @@ def padded(model, ids, lengths):
 
 @torch.inference_mode()
 def run(forward, ids, lengths):
-    return forward(ids, lengths)
+    return forward(ids, Packed(lengths, ids.device))
 
 
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=6), seed=st.integers(0, 99))
@@ -108,6 +109,18 @@ def test_sixteen_bit_states_are_as_close_to_float32_as_those_of_the_padded_forwa
 
     theirs = away(padded(model, ids, lengths))
     assert 0 < away(run(PackedForward(model), ids, lengths)) < 1.2 * theirs
+
+
+def test_the_end_of_image_token_has_an_embedding_of_its_own(model_dir):
+    models = load(model_dir), load(model_dir)
+    for model in models:
+        torch.nn.init.constant_(model.embed_tokens.eoi_embedding, 0.5)
+    ids = random_ids([12])
+    ids[5] = models[0].embed_tokens.eoi_token_index
+    want = padded(models[0], ids, [12])
+    torch.testing.assert_close(
+        run(PackedForward(models[1]), ids, [12]), want, atol=TOLERANCE, rtol=0
+    )
 
 
 def test_weights_are_packed_and_not_kept_twice(model_dir, packed):

@@ -173,14 +173,18 @@ class PassageEncoder:
         Returns:
             (T, d) last hidden states after the final norm, on the device, and where they lie.
         """
-        packed = Packed([len(ids) for ids in batch], self.device)
-        ids = send([i for passage in batch for i in passage], self.device)
+        ids, packed = self._send(batch)
         return self._forward(ids, packed), packed
+
+    def _send(self, batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packed]:
+        ids = send([i for passage in batch for i in passage], self.device)
+        return ids, Packed([len(passage) for passage in batch], self.device)
 
     @torch.inference_mode()
     def _start(self, tokens: Sequence[PassageTokens], ratio: int) -> Started:
+        ids, packed = self._send([t.ids for t in tokens])
         began = mark(self.device)
-        hidden, packed = self.forward([t.ids for t in tokens])
+        hidden = self._forward(ids, packed)
         forwarded = mark(self.device)
         pooled = pool_packed(hidden, packed, ratio)
         if self.device.type == "cuda":
@@ -188,7 +192,7 @@ class PassageEncoder:
             pooled = there.copy_(pooled, non_blocking=True)
         marks = (self._ended, began, forwarded, mark(self.device))
         self._ended = marks[-1]
-        return Started(tokens, ratio, pooled, marks)
+        return Started(tokens, ratio, pooled, len(hidden), marks)
 
     @torch.inference_mode()
     def _fitting_budget(self) -> int:

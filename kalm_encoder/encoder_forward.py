@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch.nn.functional import embedding
 
+from kalm_encoder.errors import CheckpointError
 from kalm_encoder.layers import feed_forward, norm, rotate
 from kalm_encoder.onednn import pack_linears, product
 from kalm_encoder.packing import Packed
@@ -44,9 +46,17 @@ class PackedForward:
             oneDNN: its own forward goes on working, its state_dict no longer holds them.
         compile: send what lies between the attentions through torch.compile: two small graphs for
             all layers and lengths, compiled in the first forward.
+
+    Raises:
+        CheckpointError: the model caps attention logits.
     """
 
     def __init__(self, model: Any, *, compile: bool = False) -> None:
+        if model.config.attn_logit_softcapping is not None:
+            raise CheckpointError(
+                f"attn_logit_softcapping {model.config.attn_logit_softcapping}: the encoder of a "
+                "KaLM reranker caps no logits, and capping is not built"
+            )
         self.model = model
         self._before, self._after = _before, _after
         if compile:
@@ -54,8 +64,7 @@ class PackedForward:
             self._after = torch.compile(_after, dynamic=True)
         else:
             pack_linears(model.layers)
-        weight = model.embed_tokens.weight
-        flash = weight.device.type == "cuda" and weight.element_size() == 2 and varlen_attn
+        flash = _has_flash(model.embed_tokens.weight)
         self._attend: Attention = _attend_varlen if flash else _attend_blocks
 
     def __call__(self, ids: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -79,6 +88,17 @@ class PackedForward:
             seen = self._attend(query, key, value, packed, attention.scaling, window)
             hidden = self._after(layer, hidden, seen.flatten(1))
         return norm(model.norm, hidden)
+
+
+def _has_flash(weight: torch.Tensor) -> bool:
+    """Whether variable-length flash attention with a window works on this device and dtype."""
+    return (
+        weight.device.type == "cuda"
+        and weight.element_size() == 2
+        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        and varlen_attn is not None
+        and {"window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+    )
 
 
 def _embed(module: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -127,7 +147,7 @@ def _attend_varlen(
     window: int | None,
 ) -> torch.Tensor:
     """Attention by torch's variable-length flash attention; see `Attention`."""
-    starts = packed.starts.int()
+    starts = packed.starts
     longest = max(packed.lengths)
     seen = varlen_attn(
         query,
@@ -163,7 +183,7 @@ def _attend_blocks(
     groups = query.shape[1] // key.shape[1]
     start = 0
     for length in packed.lengths:
-        for first, last, begin, end, hidden in _blocks(length, window):
+        for first, last, begin, end, hidden in _blocks(length, window, query.device):
             rows = slice(start + first, start + last)
             columns = slice(start + begin, start + end)
             for head in range(key.shape[1]):
@@ -171,8 +191,8 @@ def _attend_blocks(
                 asked = query[rows, heads].reshape(-1, query.shape[2])
                 scores = product(asked, key[columns, head])
                 if hidden is not None:
-                    mask = hidden.to(scores.device).unsqueeze(1)
-                    scores.view(last - first, groups, -1).masked_fill_(mask, -torch.inf)
+                    masked = scores.view(last - first, groups, -1)
+                    masked.masked_fill_(hidden.unsqueeze(1), -torch.inf)
                 weights = torch.softmax(scores, dim=1, dtype=torch.float32).type_as(value)
                 found = product(weights, value[columns, head].T)
                 seen[rows, heads] = found.view(last - first, groups, -1)
@@ -182,7 +202,7 @@ def _attend_blocks(
 
 @lru_cache(maxsize=64)
 def _blocks(
-    length: int, window: int | None
+    length: int, window: int | None, device: torch.device
 ) -> list[tuple[int, int, int, int, torch.Tensor | None]]:
     """Cut the attention of one passage into blocks of queries and the keys in their reach.
 
@@ -197,6 +217,7 @@ def _blocks(
     for first in range(0, length, BLOCK):
         last = min(first + BLOCK, length)
         begin, end = max(0, first - left), min(length, last + right)
-        distance = torch.arange(first, last)[:, None] - torch.arange(begin, end)
+        distance = torch.arange(first, last, device=device)[:, None]
+        distance = distance - torch.arange(begin, end, device=device)
         blocks.append((first, last, begin, end, (distance > left) | (-distance > right)))
     return blocks

@@ -38,8 +38,8 @@ class Packed:
 
     @cached_property
     def starts(self) -> torch.Tensor:
-        """First token of each passage, then T: (b + 1,) int64."""
-        return torch.nn.functional.pad(self.sizes.cumsum(0), (1, 0))
+        """First token of each passage, then T: (b + 1,) int32."""
+        return torch.nn.functional.pad(self.sizes.cumsum(0), (1, 0)).int()
 
     @cached_property
     def positions(self) -> torch.Tensor:

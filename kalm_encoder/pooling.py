@@ -90,7 +90,7 @@ def pool_packed(hidden: torch.Tensor, packed: Packed, ratio: int) -> torch.Tenso
     grouped = wide.new_zeros((total * ratio, wide.shape[1]))
     grouped[slots] = wide
     counts = wide.new_zeros(total * ratio)
-    counts[slots] = 1.0
+    counts.index_fill_(0, slots, 1.0)
     sums = grouped.view(total, ratio, -1).sum(dim=1)
     return sums / counts.view(total, ratio).sum(dim=1, keepdim=True)
 

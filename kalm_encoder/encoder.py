@@ -17,6 +17,7 @@ from kalm_encoder import checkpoint
 from kalm_encoder.batching import plan_packed
 from kalm_encoder.encoder_forward import PackedForward
 from kalm_encoder.errors import CheckpointError, InputError
+from kalm_encoder.packing import Packed, send
 from kalm_encoder.pooling import PassageStates, pool_packed
 from kalm_encoder.prompts import render_passage
 from kalm_encoder.started import PassageTokens, Started, mark
@@ -163,39 +164,44 @@ class PassageEncoder:
         return self.start(tokens[:half], ratio=ratio) + self.start(tokens[half:], ratio=ratio)
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[Sequence[int]]) -> torch.Tensor:
+    def forward(self, batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packed]:
         """Run the text encoder.
 
         Args:
             batch: lists of token ids, none empty, T tokens in all.
 
         Returns:
-            (T, d) last hidden states after the final norm, on the device, packed.
+            (T, d) last hidden states after the final norm, on the device, and where they lie.
         """
-        pinned = self.device.type == "cuda"
-        ids = torch.tensor([i for passage in batch for i in passage], pin_memory=pinned)
-        return self._forward(ids.to(self.device, non_blocking=True), [len(ids) for ids in batch])
+        ids, packed = self._send(batch)
+        return self._forward(ids, packed), packed
+
+    def _send(self, batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packed]:
+        ids = send([i for passage in batch for i in passage], self.device)
+        return ids, Packed([len(passage) for passage in batch], self.device)
 
     @torch.inference_mode()
     def _start(self, tokens: Sequence[PassageTokens], ratio: int) -> Started:
+        ids, packed = self._send([t.ids for t in tokens])
         began = mark(self.device)
-        hidden = self.forward([t.ids for t in tokens])
+        hidden = self._forward(ids, packed)
         forwarded = mark(self.device)
-        pooled = pool_packed(hidden, [len(t.ids) for t in tokens], ratio)
+        pooled = pool_packed(hidden, packed, ratio)
         if self.device.type == "cuda":
             there = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
             pooled = there.copy_(pooled, non_blocking=True)
         marks = (self._ended, began, forwarded, mark(self.device))
         self._ended = marks[-1]
-        return Started(tokens, ratio, pooled, marks)
+        return Started(tokens, ratio, pooled, len(hidden), marks)
 
+    @torch.inference_mode()
     def _fitting_budget(self) -> int:
         """Return how many tokens fit into this GPU's free memory, by the peak of a small batch."""
         length = min(self.max_length, PROBE_TOKENS)
         probe = [[self.tokenizer.pad_token_id] * length] * (PROBE_TOKENS // length)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        pool_packed(self.forward(probe), [length] * len(probe), 1)
+        pool_packed(*self.forward(probe), 1)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)

@@ -9,15 +9,18 @@ float32 rounding (tests/test_encoder_forward.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
+from torch.nn.functional import embedding
 
+from kalm_encoder.errors import CheckpointError
 from kalm_encoder.layers import feed_forward, norm, rotate
 from kalm_encoder.onednn import pack_linears, product
+from kalm_encoder.packing import Packed
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -28,21 +31,8 @@ BLOCK = 128
 """Queries of a sliding layer computed together: up to BLOCK - 1 keys of each are masked."""
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Where the passages of a packed batch lie.
-
-    Attributes:
-        lengths: tokens of each passage, none 0.
-        starts: (b + 1,) int32 on the device: first token of each passage, then T.
-    """
-
-    lengths: Sequence[int]
-    starts: torch.Tensor
-
-
 Attention = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Spans, float, int | None], torch.Tensor
+    [torch.Tensor, torch.Tensor, torch.Tensor, Packed, float, int | None], torch.Tensor
 ]
 """(T, heads, k) queries, (T, kv heads, k) keys and values, where passages lie, scale, window (None:
 all of a passage is seen) to (T, heads, k)."""
@@ -56,9 +46,17 @@ class PackedForward:
             oneDNN: its own forward goes on working, its state_dict no longer holds them.
         compile: send what lies between the attentions through torch.compile: two small graphs for
             all layers and lengths, compiled in the first forward.
+
+    Raises:
+        CheckpointError: the model caps attention logits.
     """
 
     def __init__(self, model: Any, *, compile: bool = False) -> None:
+        if model.config.attn_logit_softcapping is not None:
+            raise CheckpointError(
+                f"attn_logit_softcapping {model.config.attn_logit_softcapping}: the encoder of a "
+                "KaLM reranker caps no logits, and capping is not built"
+            )
         self.model = model
         self._before, self._after = _before, _after
         if compile:
@@ -66,35 +64,48 @@ class PackedForward:
             self._after = torch.compile(_after, dynamic=True)
         else:
             pack_linears(model.layers)
-        weight = model.embed_tokens.weight
-        flash = weight.device.type == "cuda" and weight.element_size() == 2 and varlen_attn
+        flash = _has_flash(model.embed_tokens.weight)
         self._attend: Attention = _attend_varlen if flash else _attend_blocks
 
-    def __call__(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Return the (T, d) last hidden states, after the final norm.
 
         Args:
             ids: (T,) int64 token ids of all passages, one behind the other, on the device.
-            lengths: tokens of each passage, none 0, together T.
+            packed: where they lie.
         """
         model, config = self.model, self.model.config
-        sizes = torch.tensor(lengths).to(ids.device, non_blocking=True)
-        starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        spans = Spans(lengths, starts.int())
-        positions = torch.arange(len(ids), device=ids.device)
-        positions -= starts[:-1].repeat_interleave(sizes, output_size=len(ids))
-        hidden = model.embed_tokens(ids)
+        hidden = _embed(model.embed_tokens, ids)
+        positions = packed.positions[None]
         rotary = {
-            kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions[None], kind)]
+            kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions, kind)]
             for kind in set(config.layer_types)
         }
         for kind, layer in zip(config.layer_types, model.layers, strict=False):
             attention = layer.self_attn
             query, key, value = self._before(layer, hidden, *rotary[kind])
             window = config.sliding_window if kind == "sliding_attention" else None
-            seen = self._attend(query, key, value, spans, attention.scaling, window)
+            seen = self._attend(query, key, value, packed, attention.scaling, window)
             hidden = self._after(layer, hidden, seen.flatten(1))
         return norm(model.norm, hidden)
+
+
+def _has_flash(weight: torch.Tensor) -> bool:
+    """Whether variable-length flash attention with a window works on this device and dtype."""
+    return (
+        weight.device.type == "cuda"
+        and weight.element_size() == 2
+        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        and varlen_attn is not None
+        and {"window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+    )
+
+
+def _embed(module: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return (T, d), as T5Gemma2TextScaledWordEmbedding, which waits for a GPU to find a token."""
+    embedded = embedding(ids, module.weight) * module.embed_scale.to(module.weight.dtype)
+    special = (ids == module.eoi_token_index).unsqueeze(1)
+    return torch.where(special, module.eoi_embedding.to(embedded.dtype), embedded)
 
 
 def _before(
@@ -131,18 +142,19 @@ def _attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    spans: Spans,
+    packed: Packed,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
     """Attention by torch's variable-length flash attention; see `Attention`."""
-    longest = max(spans.lengths)
+    starts = packed.starts
+    longest = max(packed.lengths)
     seen = varlen_attn(
         query,
         key,
         value,
-        spans.starts,
-        spans.starts,
+        starts,
+        starts,
         longest,
         longest,
         scale=scale,
@@ -157,7 +169,7 @@ def _attend_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    spans: Spans,
+    packed: Packed,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
@@ -170,8 +182,8 @@ def _attend_blocks(
     seen = torch.empty_like(query)
     groups = query.shape[1] // key.shape[1]
     start = 0
-    for length in spans.lengths:
-        for first, last, begin, end, hidden in _blocks(length, window):
+    for length in packed.lengths:
+        for first, last, begin, end, hidden in _blocks(length, window, query.device):
             rows = slice(start + first, start + last)
             columns = slice(start + begin, start + end)
             for head in range(key.shape[1]):
@@ -179,8 +191,8 @@ def _attend_blocks(
                 asked = query[rows, heads].reshape(-1, query.shape[2])
                 scores = product(asked, key[columns, head])
                 if hidden is not None:
-                    mask = hidden.to(scores.device).unsqueeze(1)
-                    scores.view(last - first, groups, -1).masked_fill_(mask, -torch.inf)
+                    masked = scores.view(last - first, groups, -1)
+                    masked.masked_fill_(hidden.unsqueeze(1), -torch.inf)
                 weights = torch.softmax(scores, dim=1, dtype=torch.float32).type_as(value)
                 found = product(weights, value[columns, head].T)
                 seen[rows, heads] = found.view(last - first, groups, -1)
@@ -190,7 +202,7 @@ def _attend_blocks(
 
 @lru_cache(maxsize=64)
 def _blocks(
-    length: int, window: int | None
+    length: int, window: int | None, device: torch.device
 ) -> list[tuple[int, int, int, int, torch.Tensor | None]]:
     """Cut the attention of one passage into blocks of queries and the keys in their reach.
 
@@ -205,6 +217,7 @@ def _blocks(
     for first in range(0, length, BLOCK):
         last = min(first + BLOCK, length)
         begin, end = max(0, first - left), min(length, last + right)
-        distance = torch.arange(first, last)[:, None] - torch.arange(begin, end)
+        distance = torch.arange(first, last, device=device)[:, None]
+        distance = distance - torch.arange(begin, end, device=device)
         blocks.append((first, last, begin, end, (distance > left) | (-distance > right)))
     return blocks

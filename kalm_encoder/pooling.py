@@ -6,7 +6,6 @@ r (arXiv 2606.22807, section on MEP); the published code calls it `chunk_size`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,8 @@ from kalm_encoder.errors import InputError
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+    from kalm_encoder.packing import Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +68,31 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> torch.Ten
     return sums / counts.view(b, m, ratio).float().sum(dim=2).clamp(min=1).unsqueeze(-1)
 
 
-def pool_packed(hidden: torch.Tensor, lengths: Sequence[int], ratio: int) -> torch.Tensor:
+def pool_packed(hidden: torch.Tensor, packed: Packed, ratio: int) -> torch.Tensor:
     """Average every `ratio` consecutive token states of each passage of a packed batch.
 
-    As `mean_pool`, without padding. Sums are taken in a fixed order: the same batch gives the same
-    bits.
+    As `mean_pool`, without padding. The device is never waited for, and sums are taken in a fixed
+    order: the same batch gives the same bits.
 
     Args:
         hidden: (T, d) encoder output, the passages one behind the other.
-        lengths: tokens of each passage, together T.
+        packed: where they lie.
         ratio: tokens a group, >= 1.
 
     Returns:
         (G, d) float32, the num_groups(n, ratio) group means of each passage one behind the other.
     """
-    sizes = np.asarray(lengths)
-    groups = -(-sizes // ratio)
-    starts = np.cumsum(sizes) - sizes
-    first = (np.cumsum(groups) - groups) * ratio
-    slots = np.arange(sizes.sum()) + np.repeat(first - starts, sizes)
+    total = sum(num_groups(n, ratio) for n in packed.lengths)
+    groups = (packed.sizes + (ratio - 1)) // ratio
+    first = (groups.cumsum(0) - groups) * ratio
+    slots = packed.positions + packed.spread(first)
     wide = hidden.float()
-    grouped = wide.new_zeros((int(groups.sum()) * ratio, wide.shape[1]))
+    grouped = wide.new_zeros((total * ratio, wide.shape[1]))
     grouped[slots] = wide
-    counts = np.full(groups.sum(), ratio)
-    counts[np.cumsum(groups) - 1] = sizes - (groups - 1) * ratio
-    sums = grouped.view(-1, ratio, wide.shape[1]).sum(dim=1)
-    return sums / sums.new_tensor(counts).unsqueeze(1)
+    counts = wide.new_zeros(total * ratio)
+    counts.index_fill_(0, slots, 1.0)
+    sums = grouped.view(total, ratio, -1).sum(dim=1)
+    return sums / counts.view(total, ratio).sum(dim=1, keepdim=True)
 
 
 def coarsen(

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kalm_encoder.pooling import PassageStates, num_groups
 
@@ -25,33 +27,49 @@ class PassageTokens:
     truncated: bool
 
 
-@dataclass(frozen=True)
 class Started:
     """A batch that was sent to the device.
 
-    Attributes:
+    Args:
         tokens: of its passages.
         ratio: it is pooled at.
         pooled: (G, d) float32 on the CPU, valid once the device is done.
+        computed: tokens the encoder computed, padding included.
         marks: the device's clock when the batch before had ended, this one began, was through
             the encoder, and was pooled.
     """
 
-    tokens: Sequence[PassageTokens]
-    ratio: int
-    pooled: torch.Tensor
-    marks: tuple[Any, Any, Any, Any]
+    def __init__(
+        self,
+        tokens: Sequence[PassageTokens],
+        ratio: int,
+        pooled: torch.Tensor,
+        computed: int,
+        marks: tuple[Any, Any, Any, Any],
+    ) -> None:
+        self.tokens = tokens
+        self.computed = computed
+        self._ratio = ratio
+        self._pooled: torch.Tensor | None = pooled
+        self._marks = marks
+        self._states: list[PassageStates] = []
 
     def result(self) -> list[PassageStates]:
-        """Wait for the device and return one PassageStates a passage."""
-        if not isinstance(self.marks[-1], float):
-            self.marks[-1].synchronize()
-        rows = self.pooled.numpy()
+        """Wait for the device and return one PassageStates a passage; the same ones every time."""
+        if self._pooled is not None:
+            rows = self._pooled.numpy()
+            if not isinstance(self._marks[-1], float):
+                self._marks[-1].synchronize()
+                rows = rows.copy()  # pinned memory is scarce, and the next batch needs it
+            self._states, self._pooled = self._cut(rows), None
+        return self._states
+
+    def _cut(self, rows: NDArray[np.float32]) -> list[PassageStates]:
         states = []
         start = 0
         for passage in self.tokens:
             length = len(passage.ids)
-            end = start + num_groups(length, self.ratio)
+            end = start + num_groups(length, self._ratio)
             states.append(PassageStates(rows[start:end], length, passage.truncated))
             start = end
         return states
@@ -59,7 +77,7 @@ class Started:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of the device, once `result` has returned: idle before, forward, pool."""
-        spans = (_between(a, b) for a, b in pairwise(self.marks))
+        spans = (_between(a, b) for a, b in pairwise(self._marks))
         return dict(zip(("idle", "forward", "pool"), spans, strict=True))
 
 
@@ -67,7 +85,7 @@ def mark(device: torch.device) -> Any:
     """Return this moment on the device's clock: seconds, or an event among a GPU's work."""
     if device.type == "cpu":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 

@@ -17,7 +17,6 @@ from kalm_encoder.errors import (
     FencedError,
     IncompleteError,
     InputError,
-    KalmError,
     TooManyRejectsError,
 )
 from kalm_encoder.rows import TableSpec
@@ -76,7 +75,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
             f"on_duplicate {job.on_duplicate!r} is not one of {', '.join(ON_DUPLICATE)}"
         )
     copy = PlanCopy(job)
-    plan = copy.read() or plan_job(job)
+    plan = copy.read() or plan_job(job, copy.files)
     spec = TableSpec(
         model=files.name if files.revision else str(files.path),
         revision=files.revision,
@@ -223,7 +222,7 @@ def _encode(
             committer.commit_if_due()
     except FencedError:
         raise
-    except (KeyboardInterrupt, KalmError):
+    except BaseException:
         committer.commit()
         raise
     else:

@@ -30,6 +30,8 @@ from pipeline.sources import Passage, Reject
 
 logger = logging.getLogger(__name__)
 
+AHEAD = 2
+"""Batches a GPU is given before the first of them must be done: it never waits for the host."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -117,15 +119,25 @@ class ShardEncoder:
             num_rows=len(kept),
             rejects=(*rejects, *failed),
             num_tokens=num_tokens,
-            padded_tokens=num_tokens,  # batches are packed
+            padded_tokens=sum(s.computed for s in started if isinstance(s, Started)),
             num_truncated=sum(t.truncated for t in tokens),
             seconds=_stages(clock.seconds, started),
             worker=f"{socket.gethostname()}:{os.getpid()}",
         )
 
     def stop(self) -> None:
-        """Let the shards under way fail at their next batch."""
+        """Let the shards under way fail at their next batch; no more can be encoded."""
         self._stopped.set()
+        self._device_thread.shutdown(wait=False)
+
+    def device_is_lost(self) -> bool:
+        """Whether a GPU fails whatever it is given, as after an error that spoiled its context."""
+        if self.encoder.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.encoder.device)
+            except RuntimeError:
+                return True
+        return False
 
     def _start(self, tokens: Sequence[PassageTokens]) -> list[Started | str]:
         """Send a shard to the device, in the device's thread; a passage that fails is its reason.
@@ -140,6 +152,8 @@ class ShardEncoder:
             if self._stopped.is_set():
                 raise KalmError("the encoder was stopped")
             started += self._isolate([tokens[i] for i in batch])
+            if len(started) > AHEAD and isinstance(before := started[-1 - AHEAD], Started):
+                before.result()
         if any(isinstance(s, str) for s in started) and len(tokens) > 1:
             good = next((s.tokens[0] for s in started if isinstance(s, Started)), tokens[0])
             # Raises again where the device itself is broken, by now or from the start.

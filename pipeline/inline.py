@@ -7,7 +7,6 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-from kalm_encoder.errors import KalmError
 from pipeline import logs
 from pipeline.encode_shard import ShardEncoder
 from pipeline.shard_work import IN_FLIGHT, Outcome, ShardFailure, WorkerConfig
@@ -26,7 +25,7 @@ def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Ou
         try:
             with logs.in_shard(shard.id):
                 return encoder.encode(shard)
-        except (KalmError, OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, it is that shard's, and is told with its name
             return ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
 
     waiting = iter(shards)
@@ -34,7 +33,8 @@ def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Ou
         running = deque(pool.submit(attempt, shard) for shard in islice(waiting, IN_FLIGHT))
         try:
             while running:
-                yield running.popleft().result()
+                outcome = running.popleft().result()
                 running.extend(pool.submit(attempt, shard) for shard in islice(waiting, 1))
+                yield outcome
         finally:
             encoder.stop()

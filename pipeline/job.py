@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.shards import Plan, plan_shards
@@ -58,15 +59,19 @@ class EncodeJob:
     storage_options: dict[str, str] | None = field(default=None, repr=False)
 
 
-def plan_job(job: EncodeJob) -> Plan:
+def plan_job(job: EncodeJob, files: Sequence[str] | None = None) -> Plan:
     """Cut the inputs of a job into shards.
+
+    Args:
+        job: what was asked for.
+        files: its inputs, where they have been listed already.
 
     Raises:
         InputError: no usable input.
     """
     began = time.monotonic()
     plan = plan_shards(
-        expand_inputs(job.inputs, job.storage_options),
+        expand_inputs(job.inputs, job.storage_options) if files is None else files,
         shard_size=job.shard_size,
         limit=job.limit,
         fields=job.fields,

@@ -19,11 +19,13 @@ from typing import Any
 from lance.file import LanceFileSession
 
 from kalm_encoder.table import first_line
+from pipeline.run_records import STORE_ERRORS
 
 logger = logging.getLogger(__name__)
 
 FILE = "_kalm/live.json"
 WRITE_EVERY_S = 3.0
+JOIN_S = 5.0
 SILENT_AFTER_S = 15.0
 """A run that has not written for so long has died, stands still, or cannot reach the store."""
 ENCODING, FINISHING = "encoding", "finishing"
@@ -50,7 +52,7 @@ class LiveFile:
     def close(self, *, last_words: bool = True) -> None:
         """Stop; write once more unless somebody else writes there now."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(JOIN_S)
         if last_words:
             self._write()
 
@@ -66,7 +68,7 @@ class LiveFile:
                 file = Path(folder, "live.json")
                 file.write_text(json.dumps(seen), encoding="utf-8")
                 self._session.upload_file(str(file), FILE)
-        except OSError as error:
+        except STORE_ERRORS as error:
             if not self._warned:
                 logger.warning("`kalm status --watch` sees nothing: %s", first_line(error))
             self._warned = True

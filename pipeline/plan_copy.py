@@ -2,8 +2,8 @@
 
 A copy is named after the identity of every input file (name, size, and time of change or ETag) and
 the settings that cut them, in `<table>/_kalm/plan/`. Other files or settings look under another
-name and find nothing: then the corpus is planned again. A file that changed and kept its
-identity is found when its shard is read, by its content hash.
+name and find nothing: then the corpus is planned again. A file that changed and kept its identity
+is found by its content hash when a shard of it is read; shards that are done are not read again.
 
 A store that refuses the copy costs a warning and the time of planning, never the job.
 """
@@ -28,6 +28,7 @@ from lance.file import LanceFileSession
 
 from kalm_encoder.table import first_line
 from pipeline.job import EncodeJob
+from pipeline.run_records import STORE_ERRORS
 from pipeline.shards import Plan, Shard
 from pipeline.sources import Fields, expand_inputs, file_format, fsspec_options
 from pipeline.text_files import Slice
@@ -39,7 +40,7 @@ FORMAT = 1
 """Of the copy and of the way corpora are cut: raise it when either changes."""
 STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified")
 """What file systems call the mark that changes with a file; the first that is there."""
-UNREADABLE = OSError, RuntimeError, ValueError, KeyError, IndexError, pa.ArrowException
+UNREADABLE = *STORE_ERRORS, KeyError, IndexError, pa.ArrowException
 """What a store that fails (LanceFileSession.contains: RuntimeError) or a damaged copy raises."""
 SCHEMA = pa.schema(
     {
@@ -55,7 +56,11 @@ SCHEMA = pa.schema(
 
 
 class PlanCopy:
-    """Where the plan of a job is kept."""
+    """Where the plan of a job is kept.
+
+    Attributes:
+        files: the job's inputs, as listed once.
+    """
 
     def __init__(self, job: EncodeJob) -> None:
         """Name the copy of a job's plan.
@@ -64,9 +69,9 @@ class PlanCopy:
             InputError: no usable input.
         """
         self._uri, self._options = job.uri, job.storage_options
-        self._files = expand_inputs(job.inputs, job.storage_options)
+        self.files = expand_inputs(job.inputs, job.storage_options)
         with ThreadPoolExecutor(thread_name_prefix="identity") as pool:
-            marks = list(pool.map(lambda file: _identity(file, job.storage_options), self._files))
+            marks = list(pool.map(lambda file: _identity(file, job.storage_options), self.files))
         self._path: str | None = None
         self._kept = False
         if all(marks):
@@ -84,7 +89,7 @@ class PlanCopy:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "plan.parquet")
                 session.download_file(self._path, str(file))
-                plan = _from_table(pq.read_table(file), self._files)
+                plan = _from_table(pq.read_table(file), self.files)
         except UNREADABLE as error:
             logger.warning("the kept plan cannot be used, planning again: %s", first_line(error))
             return None
@@ -102,10 +107,10 @@ class PlanCopy:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "plan.parquet")
-                pq.write_table(_to_table(plan, self._files), file, compression="zstd")
+                pq.write_table(_to_table(plan, self.files), file, compression="zstd")
                 session = LanceFileSession(self._uri, storage_options=self._options)
                 session.upload_file(str(file), self._path)
-        except OSError as error:
+        except UNREADABLE as error:
             logger.warning("the plan is not kept, a resume plans again: %s", first_line(error))
 
 

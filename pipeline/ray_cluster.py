@@ -93,9 +93,10 @@ def connect(
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot join Ray at {address!r}: {error}") from error
-    if threading.current_thread() is threading.main_thread():
-        # Ray puts a handler of its own in its place, with which SIGTERM aborts the process.
-        signal.signal(signal.SIGTERM, on_sigterm)
+    finally:
+        if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+            # Ray puts a handler of its own in its place, with which SIGTERM aborts the process.
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @contextlib.contextmanager

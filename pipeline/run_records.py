@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STORE_ERRORS = OSError, RuntimeError, ValueError
+"""What a LanceFileSession raises where the store fails."""
+
 FOLDER = "_kalm/runs"
 WRITE_EVERY_S = 30.0
 PART_RECORDS = 1000
@@ -115,7 +118,7 @@ class RunRecorder:
         try:
             for path in self._session.list(FOLDER):
                 self._session.delete_file(path)
-        except OSError as error:
+        except STORE_ERRORS as error:
             logger.warning("records of earlier runs are still there: %s", first_line(error))
 
     def add(self, result: ShardResult) -> ShardRecord:
@@ -174,7 +177,7 @@ class RunRecorder:
                 file = Path(folder, "records.jsonl")
                 file.write_text("".join(self._lines), encoding="utf-8")
                 self._session.upload_file(str(file), f"{FOLDER}/{self.run}-{self._part:05d}.jsonl")
-        except OSError as error:
+        except STORE_ERRORS as error:
             logger.warning("the records of this run are not written yet: %s", first_line(error))
             return
         self._written = len(self._lines)

@@ -55,7 +55,12 @@ class Worker:
         if self._encoder is None:
             raise KalmError("the worker was asked to encode before it was loaded")
         with logs.in_shard(shard.id):
-            return self._encoder.encode(shard)
+            try:
+                return self._encoder.encode(shard)
+            except RuntimeError:
+                if self._encoder.device_is_lost():
+                    os._exit(1)  # it would fail every other shard too: another process takes over
+                raise
 
 
 def on_ray(options: RayOptions) -> Executor:
@@ -68,9 +73,9 @@ def _encode_on_ray(
 ) -> Generator[Outcome]:
     if not shards:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        connect(options, Path(folder))
     try:
+        with tempfile.TemporaryDirectory() as folder:
+            connect(options, Path(folder))
         with closing(Pool(Worker, options, config, shards)) as pool:
             while pool.busy():
                 yield from pool.turn() or [None]

@@ -6,6 +6,7 @@ import torch
 
 from kalm_encoder import PassageEncoder
 from kalm_encoder.encoder import GPU_TOKEN_BUDGET, token_budget
+from kalm_encoder.encoder_forward import PackedForward
 from kalm_encoder.pooling import num_groups
 from tests.conftest import SCRIPTS, make_texts
 
@@ -39,15 +40,15 @@ def test_out_of_memory_halves_the_budget_for_good(model_dir, monkeypatch):
     texts = make_texts(60, seed=5)
     expected = encoder.encode(texts)
     sizes = []
-    forward = PassageEncoder.forward
+    forward = PackedForward.__call__
 
-    def small_memory(self, batch):
-        sizes.append(sum(map(len, batch)))
+    def small_memory(self, ids, packed):
+        sizes.append(len(ids))
         if sizes[-1] > 900:
             raise torch.OutOfMemoryError("pretend")
-        return forward(self, batch)
+        return forward(self, ids, packed)
 
-    monkeypatch.setattr(PassageEncoder, "forward", small_memory)
+    monkeypatch.setattr(PackedForward, "__call__", small_memory)
     for _ in range(2):
         for got, want in zip(encoder.encode(texts), expected, strict=True):
             np.testing.assert_allclose(got.states, want.states, atol=1e-5)
@@ -64,10 +65,10 @@ def test_the_budget_of_a_gpu_fits_its_free_memory():
 
 
 def test_one_passage_that_does_not_fit_is_an_error(encoder, monkeypatch):
-    def no_memory(self, batch):
+    def no_memory(self, ids, packed):
         raise torch.OutOfMemoryError("pretend")
 
-    monkeypatch.setattr(PassageEncoder, "forward", no_memory)
+    monkeypatch.setattr(PackedForward, "__call__", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         encoder.encode(["a", "b"])
 

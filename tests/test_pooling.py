@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.packing import Packed
 from kalm_encoder.pooling import coarsen, mean_pool, num_groups, pool_packed
 
 
@@ -39,7 +40,9 @@ def test_padding_never_enters_a_mean(lengths, ratio, seed):
         m = num_groups(len(row), ratio)
         np.testing.assert_allclose(pooled[i, :m], pool_one(row, ratio), atol=1e-5)
         assert not pooled[i, m:].any()
-    packed = pool_packed(torch.from_numpy(np.concatenate(rows)), lengths, ratio).numpy()
+    packed = pool_packed(
+        torch.from_numpy(np.concatenate(rows)), Packed(lengths, torch.device("cpu")), ratio
+    ).numpy()
     np.testing.assert_allclose(
         packed, np.concatenate([pool_one(row, ratio) for row in rows]), atol=1e-5
     )

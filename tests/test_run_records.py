@@ -62,7 +62,7 @@ def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_p
     assert waited[:4] == sorted(waited[:4], reverse=True), "the first to come waits longest"
     assert all(s.at_s + s.waited_s <= commits[i // 4].at_s + 0.01 for i, s in enumerate(shards))
     spent = sum(c.seconds + c.results_s for c in commits)
-    assert all(c.results_s > 0 for c in commits), "the driver waits while shards are encoded"
+    assert sum(c.results_s for c in commits) > 0, "the driver waits while shards are encoded"
     assert spent <= summary.elapsed_s
 
 

@@ -55,7 +55,7 @@ def test_at_constant_speed_the_eta_is_right_from_the_first_one_on(workers, round
         assert abs(eta.value - (end - now)) <= off + 1e-6 * end
         assert math.isclose(pace.tokens_per_s(now), workers * speed, rel_tol=1e-6)
         assert eta.low - 1e-6 * end <= end - now <= eta.high + 1e-6 * end
-    assert told > 20
+    assert told > 10  # of 150 looks; the shortest run lasts 16 s behind a start-up of 45
 
 
 @settings(max_examples=12, deadline=None)

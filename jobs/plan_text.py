@@ -148,12 +148,11 @@ def comparison_text(lines: Sequence[Line]) -> str:
     """Return planned against actual, aligned."""
     rows = [["", "planned", "actual", "difference", "within"]]
     for line in lines:
-        form = (lambda v: f"{v:.1%}") if line.share else (lambda v: f"{v:,.0f}")
         planned, actual = (
-            "-" if value is None else form(value) for value in (line.planned, line.actual)
+            "-" if value is None else f"{value:,.0f}" for value in (line.planned, line.actual)
         )
         off = "-" if line.difference is None else f"{line.difference:+.2%}"
-        interval = line.interval and " to ".join(map(form, line.interval))
+        interval = line.interval and " to ".join(f"{v:,.0f}" for v in line.interval)
         rows.append([line.name, planned, actual, off, _judged(line, interval)])
     return "\n".join(table(rows))
 

@@ -30,10 +30,12 @@ def usable(weight: torch.Tensor) -> bool:
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return x @ weight.T, (n, k) and (m, k) to (n, m), by the fastest exact way there is."""
-    if usable(weight):
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        return found
-    return linear(x, weight)
+    return _product(x, weight) if usable(weight) else linear(x, weight)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return found
 
 
 class PackedLinear(torch.nn.Module):
@@ -46,10 +48,7 @@ class PackedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (…, out_features) of (…, in_features)."""
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, None, "none", [], ""
-        )
-        return found
+        return _product(x, self._weight)
 
 
 def pack_linears(module: Any) -> None:

@@ -23,22 +23,18 @@ class Line:
         planned: None where the plan does not know it.
         actual: None where the table does not.
         interval: of a plan that was extrapolated.
-        share: whether it is a share of 1.
     """
 
     name: str
     planned: float | None
     actual: float | None
     interval: tuple[float, float] | None = None
-    share: bool = False
 
     @property
     def difference(self) -> float | None:
-        """Actual less planned: relative to the plan, or of shares the bare difference."""
+        """Actual less planned, relative to the plan."""
         if self.planned is None or self.actual is None:
             return None
-        if self.share:
-            return self.actual - self.planned
         return self.actual / self.planned - 1 if self.planned else None
 
     @property

@@ -23,7 +23,7 @@ from pipeline.pace import Pace, eta_facts, eta_text
 from pipeline.run_records import RunRecorder
 from pipeline.run_totals import Work
 from pipeline.shard_work import ShardResult
-from pipeline.shards import Plan, Shard
+from pipeline.shards import Plan, Shard, is_columnar
 
 if TYPE_CHECKING:
     from pipeline.shard_work import Outcome
@@ -60,8 +60,7 @@ class Progress:
         self._workers: dict[str, Work] = {}
         self._seen_at: dict[str, float] = {}
         self._shards_before = len(plan.shards) - len(pending)
-        # Slices of text files are measured in bytes, more than rows; those of others in rows.
-        self._by_bytes = all(shard.rows.length > shard.rows.num_rows for shard in pending)
+        self._by_bytes = not any(is_columnar(shard.path) for shard in pending)
         self._pace = Pace(sum(map(self._size, pending)))
         self._commits, self._commit_s, self._results_s, self._waited = 0, 0.0, 0.0, 0.0
         self._state, self._reason, self._lock = live.ENCODING, "", threading.Lock()

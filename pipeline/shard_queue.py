@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from pipeline.logs import in_shard
 from pipeline.shard_work import ShardFailure
-from pipeline.shards import Shard
-from pipeline.sources import COMPRESSIONS, file_format
+from pipeline.shards import Shard, is_columnar
+from pipeline.sources import COMPRESSIONS
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def _sizes(shards: Iterable[Shard]) -> dict[int, float]:
     """Return by number the length over the median in the same unit: bytes of text, or rows."""
     units: dict[bool, list[Shard]] = {}
     for shard in shards:
-        units.setdefault(file_format(shard.path) in ("parquet", "lance"), []).append(shard)
+        units.setdefault(is_columnar(shard.path), []).append(shard)
     sizes: dict[int, float] = {}
     for group in units.values():
         median = statistics.median(shard.rows.length for shard in group)

@@ -116,7 +116,7 @@ def _scans(
     """
 
     def scan(path: str, left: int | None) -> tuple[Fields, list[Slice]]:
-        scan_file = columnar_files.scan if _is_columnar(path) else text_scan.scan
+        scan_file = columnar_files.scan if is_columnar(path) else text_scan.scan
         return scan_file(path, shard_size, left, options, storage_options)
 
     if limit is None:
@@ -146,7 +146,7 @@ class ShardReader:
             InputError: the file changed since it was planned, or is gone.
         """
         if self._file is None or self._path != shard.path:
-            module = columnar_files if _is_columnar(shard.path) else text_files
+            module = columnar_files if is_columnar(shard.path) else text_files
             self._file = module.open_file(shard.path, self._storage_options)
             self._path = shard.path
         return to_rows(self._file.read(shard.rows, shard.fields), shard.fields, shard.path)
@@ -171,5 +171,6 @@ def to_rows(
     return passages, rejects
 
 
-def _is_columnar(path: str) -> bool:
+def is_columnar(path: str) -> bool:
+    """Whether slices of a file are measured in rows; those of text files are in bytes."""
     return file_format(path) in ("parquet", "lance")

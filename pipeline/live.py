@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from lance.file import LanceFileSession
 
 from kalm_encoder.table import first_line
-from pipeline.run_records import STORE_ERRORS
+from pipeline.side_files import STORE_ERRORS, read_text, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +62,7 @@ class LiveFile:
     def _write(self) -> None:
         seen = {**self._look(), "updated_at": datetime.now(UTC).isoformat(timespec="milliseconds")}
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "live.json")
-                file.write_text(json.dumps(seen), encoding="utf-8")
-                self._session.upload_file(str(file), FILE)
+            write_text(self._session, FILE, json.dumps(seen))
         except STORE_ERRORS as error:
             if not self._warned:
                 logger.warning("`kalm status --watch` sees nothing: %s", first_line(error))
@@ -83,8 +78,5 @@ def read_live(uri: str, storage_options: dict[str, str] | None = None) -> dict[s
     session = LanceFileSession(uri, storage_options=storage_options)
     if not session.contains(FILE):
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "live.json")
-        session.download_file(FILE, str(file))
-        seen: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    seen: dict[str, Any] = json.loads(read_text(session, FILE))
     return seen

@@ -28,8 +28,8 @@ from lance.file import LanceFileSession
 
 from kalm_encoder.table import first_line
 from pipeline.job import EncodeJob
-from pipeline.run_records import STORE_ERRORS
 from pipeline.shards import Plan, Shard
+from pipeline.side_files import STORE_ERRORS
 from pipeline.sources import Fields, expand_inputs, file_format, fsspec_options
 from pipeline.text_files import Slice
 

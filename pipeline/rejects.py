@@ -7,7 +7,6 @@ file by the same one.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from lance.file import LanceFileSession
 
 from pipeline.shards import Shard
+from pipeline.side_files import read_text, write_text
 from pipeline.sources import Reject
 
 FOLDER = "_kalm/rejects"
@@ -36,10 +36,7 @@ class RejectStore:
         if not rejects:
             return
         lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects]
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "rejects.jsonl")
-            file.write_text("".join(lines), encoding="utf-8")
-            self._session.upload_file(str(file), f"{FOLDER}/{name}.jsonl")
+        write_text(self._session, f"{FOLDER}/{name}.jsonl", "".join(lines))
 
     def read(self) -> list[Reject]:
         """Return all rejects, in the order of their shards."""
@@ -69,8 +66,5 @@ class RejectStore:
         return sorted(self._session.list(FOLDER))
 
     def _read(self, path: str) -> list[Reject]:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "rejects.jsonl")
-            self._session.download_file(path, str(file))
-            lines = file.read_text(encoding="utf-8").split("\n")
-            return [Reject(**json.loads(line)) for line in lines if line]
+        lines = read_text(self._session, path).split("\n")
+        return [Reject(**json.loads(line)) for line in lines if line]

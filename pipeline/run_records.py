@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lance.file import LanceFileSession
 
 from kalm_encoder.table import first_line
+from pipeline.side_files import STORE_ERRORS, read_text, write_text
 
 if TYPE_CHECKING:
     from pipeline.shard_work import ShardResult
 
 logger = logging.getLogger(__name__)
-
-STORE_ERRORS = OSError, RuntimeError, ValueError
-"""What a LanceFileSession raises where the store fails."""
 
 FOLDER = "_kalm/runs"
 WRITE_EVERY_S = 30.0
@@ -173,10 +169,8 @@ class RunRecorder:
         if len(self._lines) == self._written:
             return
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "records.jsonl")
-                file.write_text("".join(self._lines), encoding="utf-8")
-                self._session.upload_file(str(file), f"{FOLDER}/{self.run}-{self._part:05d}.jsonl")
+            path = f"{FOLDER}/{self.run}-{self._part:05d}.jsonl"
+            write_text(self._session, path, "".join(self._lines))
         except STORE_ERRORS as error:
             logger.warning("the records of this run are not written yet: %s", first_line(error))
             return
@@ -204,10 +198,6 @@ def _lines(
 ) -> Iterator[tuple[str | None, dict[str, Any]]]:
     session = LanceFileSession(uri, storage_options=storage_options)
     for path in sorted(session.list(FOLDER)):
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "records.jsonl")
-            session.download_file(path, str(file))
-            text = file.read_text(encoding="utf-8")
-        for line in text.splitlines():
+        for line in read_text(session, path).splitlines():
             record = json.loads(line)
             yield record.pop("kind", None), record

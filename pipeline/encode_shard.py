@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import lance
 import numpy as np
 import torch
 
@@ -23,7 +22,7 @@ from kalm_encoder.pooling import PassageStates
 from kalm_encoder.rows import build_rows
 from kalm_encoder.started import PassageTokens, Started
 from kalm_encoder.table import first_line
-from pipeline.fragments import write_fragment
+from pipeline.fragments import open_to_write, write_fragment
 from pipeline.shard_work import ShardResult, WorkerConfig
 from pipeline.shards import Shard, ShardReader
 from pipeline.sources import Passage, Reject
@@ -71,7 +70,7 @@ class ShardEncoder:
             )
         ).result()
         self.spec = spec
-        self._dataset = lance.dataset(config.uri, storage_options=config.storage_options)
+        self._dataset = open_to_write(config.uri, config.storage_options)
         self._storage_options = config.storage_options
         self._readers = threading.local()
         logger.info(

@@ -57,7 +57,7 @@ class Maintainer(TableWriter):
         if compact:
             self.retry(self._compact)
         self.retry(self._index)
-        self.merge({STATE: COMPLETE, ROWS: str(self.dataset.count_rows())})
+        self.change({STATE: COMPLETE, ROWS: str(self.dataset.count_rows())})
 
     def begin_change(self, *, rows: bool = True) -> None:
         """Take the table to change it, or to finish a change that was interrupted.

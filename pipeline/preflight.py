@@ -1,14 +1,14 @@
 """Whether this Lance and this store can be trusted with commits; and what is wrong if not.
 
-The commit protocol stands on two refusals: Lance must refuse a fragment id that is there already,
-and the store must refuse to create an object that is there already. A store that ignores the second
-loses commits without a word, so it is refused before anything is written.
+The commit protocol stands on refusals: Lance must refuse a fragment id that is there already and
+whatever is older than the commit by which a driver took the table over, and the store must refuse
+to create an object that is there already. A store that ignores the last loses commits without a
+word, so it is refused before anything is written.
 """
 
 from __future__ import annotations
 
 import re
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ from typing import Any
 import fsspec
 import lance
 import pyarrow as pa
+from lance.commit import CommitConflictError
 from lance.dataset import LanceOperation
+from lance.schema import LanceSchema
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table import first_line
@@ -56,14 +58,14 @@ def check_writable(uri: str, storage_options: dict[str, str] | None) -> None:
     Raises:
         InputError: says which, and the remedy.
     """
-    for check in (_refuses_double_fragments(), *_through_fsspec(uri, storage_options)):
+    for check in (*_what_lance_refuses(), *_through_fsspec(uri, storage_options)):
         if check.problem:
             raise InputError(f"cannot write safely to {uri}: {check.name}: {check.problem}")
 
 
 def examine(uri: str, storage_options: dict[str, str] | None) -> Iterator[Check]:
     """Try everything a job does on the store of `uri`, beside the table, and clean up."""
-    yield _refuses_double_fragments()
+    yield from _what_lance_refuses()
     yield from _through_fsspec(uri, storage_options)
     probe = f"{uri.rstrip('/')}/{PROBES}/{uuid.uuid4().hex}.lance"
     rows = pa.table({"n": [1, 2, 3]})
@@ -84,24 +86,38 @@ def explain(error: BaseException) -> str:
     return first_line(error)
 
 
-def _refuses_double_fragments() -> Check:
-    with tempfile.TemporaryDirectory() as folder:
-        rows = pa.table({"n": [1]})
-        dataset = lance.write_dataset(rows.slice(0, 0), f"{folder}/t.lance")
-        commits = 0
-        try:
-            for _ in range(2):
-                fragment = with_id(write_fragment(rows, dataset), 1)
-                dataset = lance.LanceDataset.commit(
-                    dataset.uri, LanceOperation.Append([fragment]), read_version=dataset.version
-                )
-                commits += 1
-        except OSError as error:
-            if commits == 1 and "fragment" in str(error):
-                return Check("lance: refuse a fragment id twice", None)
-            return Check("lance: refuse a fragment id twice", first_line(error))
+def _what_lance_refuses() -> Iterator[Check]:
+    """Commit what must be refused, to a table in memory of this Lance's own."""
+    rows = pa.table({"n": [1]})
+    empty = lance.write_dataset(rows.slice(0, 0), f"memory://{uuid.uuid4().hex}")
+    schema = LanceSchema.from_pyarrow(rows.schema.with_metadata({"owner": "another"}))
+    hand_over = LanceOperation.Project(schema)
+
+    def append(number: int, dataset: lance.LanceDataset) -> lance.LanceDataset:
+        fragment = with_id(write_fragment(rows, dataset), number)
+        return _commit(LanceOperation.Append([fragment]), dataset)
+
+    first = append(1, empty)
+    yield _refused("a fragment id twice", lambda: append(1, first))
+    _commit(hand_over, first)
+    yield _refused("shards of a driver that was replaced", lambda: append(2, first))
+    yield _refused("two drivers at once", lambda: _commit(hand_over, first))
+
+
+def _commit(operation: LanceOperation.BaseOperation, read: lance.LanceDataset) -> Any:
+    return lance.LanceDataset.commit(read, operation, read_version=read.version)
+
+
+def _refused(what: str, commit: Callable[[], Any]) -> Check:
+    name = f"lance: refuse {what}"
+    try:
+        commit()
+    except (CommitConflictError, OSError) as error:
+        if re.search("fragment|conflict", str(error)):
+            return Check(name, None)
+        return Check(name, first_line(error))
     return Check(
-        "lance: refuse a fragment id twice",
+        name,
         f"pylance {lance.__version__} accepts it and shards could be doubled: "
         "pip install 'pylance>=13'",
     )

@@ -1,10 +1,15 @@
 """One process's hold on a table: an epoch of its own and a chain of versions.
 
 Whoever wants to change a table first writes an epoch and its own name into the schema metadata.
-The commit that does so is a no-op Merge, and a Merge conflicts with every other operation made from
-an older version, so whoever held the table before is fenced off: its next commit is refused by
-Lance. For this to hold, each commit names the version this process last made as the one it read,
-and whoever re-reads the table looks first whose it is.
+The commit that does so conflicts with every other operation made from an older version, so whoever
+held the table before is fenced off: its next commit is refused by Lance. For this to hold, each
+commit names the version this process last made as the one it read, and whoever re-reads the table
+looks first whose it is.
+
+Two operations of Lance can be that commit. A Merge that changes no data conflicts with everything,
+but names every fragment: 200 MB and 5 s more at 100,000. A Project names none; it conflicts with
+Append, Merge, Project and Overwrite in both directions but lets Delete, Update and Rewrite through.
+While shards are added none of these is committed, so there it is the Project, else the Merge.
 """
 
 from __future__ import annotations
@@ -66,7 +71,11 @@ class TableWriter:
         return self.metadata[OWNER] == self.owner
 
     def refresh(self, dataset: lance.LanceDataset) -> None:
-        """Go on from this version."""
+        """Go on from this version, whoever made it."""
+        self.follow(dataset)
+
+    def follow(self, dataset: lance.LanceDataset) -> None:
+        """Go on from a version of which only the metadata is new."""
         self.dataset = dataset
         metadata = dataset.schema.metadata or {}
         self.metadata: dict[str, str] = {k.decode(): v.decode() for k, v in metadata.items()}
@@ -85,7 +94,7 @@ class TableWriter:
         for attempt in range(ATTEMPTS):
             claim = {EPOCH: str(self.epoch + 1), OWNER: self.owner}
             try:
-                self._merge_once({**(metadata or {}), **claim})
+                self._change_once({**(metadata or {}), **claim})
             except (CommitConflictError, OSError) as error:
                 logger.warning("cannot take %s over: %s", self.uri, first_line(error))
                 self.refresh(self._reopen(error))
@@ -98,7 +107,7 @@ class TableWriter:
             _back_off(attempt)
         raise KalmError(f"{self.uri} is being written by {ATTEMPTS} other drivers: stop them")
 
-    def merge(self, metadata: dict[str, str]) -> None:
+    def change(self, metadata: dict[str, str]) -> None:
         """Change schema metadata in a commit that conflicts with every other one.
 
         Raises:
@@ -108,14 +117,19 @@ class TableWriter:
 
         def step() -> None:
             if not self.metadata.items() >= metadata.items():
-                self._merge_once(metadata)
+                self._change_once(metadata)
 
         self.retry(step)
 
-    def _merge_once(self, metadata: dict[str, str]) -> None:
+    def _change_once(self, metadata: dict[str, str]) -> None:
         schema = self.dataset.schema.with_metadata({**self.metadata, **metadata})
-        fragments = [f.metadata for f in self.dataset.get_fragments()]
-        self.apply(LanceOperation.Merge(fragments, LanceSchema.from_pyarrow(schema)))
+        lance_schema = LanceSchema.from_pyarrow(schema)
+        if self.state == LOADING:
+            operation = LanceOperation.Project(lance_schema)
+        else:
+            fragments = [f.metadata for f in self.dataset.get_fragments()]
+            operation = LanceOperation.Merge(fragments, lance_schema)
+        self.follow(self.commit_operation(operation))
 
     def apply(self, operation: LanceOperation.BaseOperation) -> None:
         """Commit an operation against the version this process last saw, and go on from its own."""

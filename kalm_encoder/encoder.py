@@ -8,6 +8,7 @@ host between batches. The encoder knows nothing of files, shards or tables.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from kalm_encoder.started import PassageTokens, Started, mark
 
 logger = logging.getLogger(__name__)
 
-CPU_TOKEN_BUDGET = 2048
+CPU_TOKEN_BUDGET = 1024
 GPU_TOKEN_BUDGET = 65536
 """The most tokens of a forward on a GPU; less where its free memory holds less."""
 MEMORY_SHARE = 0.8
@@ -34,6 +35,8 @@ PROBE_TOKENS = 4096
 
 class PassageEncoder:
     """The text encoder of one checkpoint on one device.
+
+    Several threads may use it at once.
 
     Attributes:
         model: the text encoder, in eval mode; taken over, see `PackedForward`.
@@ -59,7 +62,8 @@ class PassageEncoder:
         self.max_length = max_length
         self.device: torch.device = model.embed_tokens.weight.device
         self._forward = PackedForward(model, compile=compile)
-        self._ended = mark(self.device)
+        self._loaded = mark(self.device)
+        self._last = threading.local()
         self.token_budget = token_budget or (
             CPU_TOKEN_BUDGET if self.device.type == "cpu" else self._fitting_budget()
         )
@@ -190,8 +194,9 @@ class PassageEncoder:
         if self.device.type == "cuda":
             there = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
             pooled = there.copy_(pooled, non_blocking=True)
-        marks = (self._ended, began, forwarded, mark(self.device))
-        self._ended = marks[-1]
+        before = getattr(self._last, "ended", self._loaded)
+        marks = (before, began, forwarded, mark(self.device))
+        self._last.ended = marks[-1]
         return Started(tokens, ratio, pooled, len(hidden), marks)
 
     @torch.inference_mode()

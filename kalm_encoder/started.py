@@ -6,6 +6,7 @@ once they have passed. A CPU is done when the call returns.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Started:
         ratio: it is pooled at.
         pooled: (G, d) float32 on the CPU, valid once the device is done.
         computed: tokens the encoder computed, padding included.
-        marks: the device's clock when the batch before had ended, this one began, was through
-            the encoder, and was pooled.
+        marks: the device's clock when the batch before in this thread had ended, this one began,
+            was through the encoder, and was pooled.
     """
 
     def __init__(
@@ -53,16 +54,21 @@ class Started:
         self._pooled: torch.Tensor | None = pooled
         self._marks = marks
         self._states: list[PassageStates] = []
+        self._taking = threading.Lock()
 
     def result(self) -> list[PassageStates]:
-        """Wait for the device and return one PassageStates a passage; the same ones every time."""
-        if self._pooled is not None:
-            rows = self._pooled.numpy()
-            if not isinstance(self._marks[-1], float):
-                self._marks[-1].synchronize()
-                rows = rows.copy()  # pinned memory is scarce, and the next batch needs it
-            self._states, self._pooled = self._cut(rows), None
-        return self._states
+        """Wait for the device and return one PassageStates a passage; the same ones every time.
+
+        Any thread may call it.
+        """
+        with self._taking:
+            if self._pooled is not None:
+                rows = self._pooled.numpy()
+                if not isinstance(self._marks[-1], float):
+                    self._marks[-1].synchronize()
+                    rows = rows.copy()  # pinned memory is scarce, and the next batch needs it
+                self._states, self._pooled = self._cut(rows), None
+            return self._states
 
     def _cut(self, rows: NDArray[np.float32]) -> list[PassageStates]:
         states = []

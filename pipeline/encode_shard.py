@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextvars
 import ctypes
 import logging
 import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from kalm_encoder.rows import build_rows
 from kalm_encoder.started import PassageTokens, Started
 from kalm_encoder.table import first_line
 from pipeline.fragments import open_to_write, write_fragment
+from pipeline.lanes import Lanes
 from pipeline.shard_work import ShardResult, WorkerConfig
 from pipeline.shards import Shard, ShardReader
 from pipeline.sources import Passage, Reject
@@ -38,9 +38,7 @@ class ShardEncoder:
     """A loaded encoder and an open table: what a worker process holds.
 
     `encode` may run in several threads: reading, tokenising and writing overlap. The model is
-    loaded and run in one thread of its own: OpenMP keeps a team for each thread that ever ran a
-    parallel region, and with more than one team on the same cores every barrier sleeps (measured:
-    8 % slower).
+    loaded and run in lanes of its own.
     """
 
     def __init__(self, config: WorkerConfig, device: str | None = None) -> None:
@@ -57,10 +55,9 @@ class ShardEncoder:
             torch.cuda.set_per_process_memory_fraction(config.gpu_share)
         if place.type == "cpu":
             keep_freed_memory()
-        self._device_thread = ThreadPoolExecutor(1, "device")
-        if config.threads is not None:
-            self._device_thread.submit(torch.set_num_threads, config.threads).result()
-        self.encoder = self._device_thread.submit(
+        self._lanes = Lanes(place, config.threads)
+        self._ahead: deque[Started] = deque()
+        self.encoder = self._lanes.submit(
             lambda: PassageEncoder(
                 files.load_text_encoder(place, checkpoint.choose_dtype(None, place)),
                 files.tokenizer(),
@@ -93,8 +90,7 @@ class ShardEncoder:
         clock.lap("read")
         tokens = self.encoder.tokenise([p.text for p in passages])
         clock.lap("tokenise")
-        context = contextvars.copy_context()  # log lines of the device's thread name the shard
-        started = self._device_thread.submit(context.run, self._start, tokens).result()
+        started = self._start(tokens)
         states = _collect(started)
         clock.lap("device")
         kept, failed = self._split_storable(shard, passages, states)
@@ -120,14 +116,14 @@ class ShardEncoder:
             num_tokens=num_tokens,
             padded_tokens=sum(s.computed for s in started if isinstance(s, Started)),
             num_truncated=sum(t.truncated for t in tokens),
-            seconds=_stages(clock.seconds, started),
+            seconds=_stages(clock.seconds, started, self._lanes.count),
             worker=f"{socket.gethostname()}:{os.getpid()}",
         )
 
     def stop(self) -> None:
         """Let the shards under way fail at their next batch; no more can be encoded."""
         self._stopped.set()
-        self._device_thread.shutdown(wait=False)
+        self._lanes.stop()
 
     def device_is_lost(self) -> bool:
         """Whether a GPU fails whatever it is given, as after an error that spoiled its context."""
@@ -139,24 +135,32 @@ class ShardEncoder:
         return False
 
     def _start(self, tokens: Sequence[PassageTokens]) -> list[Started | str]:
-        """Send a shard to the device, in the device's thread; a passage that fails is its reason.
+        """Send a shard to the device; a passage that fails is its reason.
 
         Raises:
             KalmError: `stop` was called.
             RuntimeError: whatever the encoder raised, where it fails for every passage: then the
                 device is at fault, not the passages.
         """
-        started: list[Started | str] = []
-        for batch in self.encoder.batches([len(t.ids) for t in tokens]):
-            if self._stopped.is_set():
-                raise KalmError("the encoder was stopped")
-            started += self._isolate([tokens[i] for i in batch])
-            if len(started) > AHEAD and isinstance(before := started[-1 - AHEAD], Started):
-                before.result()
+        batches = self.encoder.batches([len(t.ids) for t in tokens])
+        sent = [self._lanes.submit(self._run, [tokens[i] for i in batch]) for batch in batches]
+        started = [one for batch in sent for one in batch.result()]
         if any(isinstance(s, str) for s in started) and len(tokens) > 1:
             good = next((s.tokens[0] for s in started if isinstance(s, Started)), tokens[0])
             # Raises again where the device itself is broken, by now or from the start.
-            self.encoder.encode_batch([good], ratio=self.spec.ratios[0])
+            again = self._lanes.submit(self.encoder.encode_batch, [good], ratio=self.spec.ratios[0])
+            again.result()
+        return started
+
+    def _run(self, batch: Sequence[PassageTokens]) -> list[Started | str]:
+        """Start a batch, in a lane; a GPU must be done with the one AHEAD of it."""
+        if self._stopped.is_set():
+            raise KalmError("the encoder was stopped")
+        started = self._isolate(batch)
+        if self.encoder.device.type == "cuda":
+            self._ahead.extend(s for s in started if isinstance(s, Started))
+            while len(self._ahead) > AHEAD:
+                self._ahead.popleft().result()
         return started
 
     def _isolate(self, batch: Sequence[PassageTokens]) -> list[Started | str]:
@@ -215,14 +219,19 @@ def _collect(started: Sequence[Started | str]) -> list[PassageStates | str]:
     ]
 
 
-def _stages(host: dict[str, float], started: Sequence[Started | str]) -> dict[str, float]:
-    """Return the seconds of a shard by stage, from the host's laps and the device's clock."""
+def _stages(
+    host: dict[str, float], started: Sequence[Started | str], lanes: int
+) -> dict[str, float]:
+    """Return the seconds of a shard by stage, from the host's laps and the device's clock.
+
+    Lanes work side by side: a second of one of n is the nth part of one of the device.
+    """
     seconds = {"read": host["read"], "tokenise": host["tokenise"]}
     device = dict.fromkeys(("idle", "forward", "pool"), 0.0)
     for batch in started:
         if isinstance(batch, Started):
             for stage, spent in batch.seconds.items():
-                device[stage] += spent
+                device[stage] += spent / lanes
     busy = device["forward"] + device["pool"]
     seconds["queued"] = max(0.0, host["device"] - busy)
     return {**seconds, **device, "write": host["write"]}

@@ -1,4 +1,5 @@
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -29,6 +30,15 @@ def test_long_passages_are_cut_and_say_so(model_dir):
     assert (cut.num_tokens, cut.truncated, cut.states.shape) == (32, True, (8, 128))
     assert not whole.truncated
     assert whole.states.shape[0] == num_groups(whole.num_tokens, 4)
+
+
+def test_several_threads_may_use_one_encoder(encoder):
+    texts = make_texts(60, seed=4)
+    alone = encoder.encode(texts)
+    with ThreadPoolExecutor(4) as pool:
+        for together in pool.map(encoder.encode, [texts] * 4):
+            for one, other in zip(together, alone, strict=True):
+                np.testing.assert_allclose(one.states, other.states, atol=1e-5)
 
 
 def test_no_texts_give_no_states(encoder):

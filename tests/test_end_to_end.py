@@ -17,7 +17,7 @@ from tests.conftest import make_texts, write_corpus
 
 PASSAGES, SHARD_SIZE = 2400, 80
 ON_RAY = ("--cpus-per-worker", 1, "--commit-every", 0)
-"""A worker a CPU: two threads of one worker wait for each other where a CPU is busy."""
+"""A worker a CPU: several workers, each with shards of its own."""
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,17 @@
 import builtins
 import json
 import logging
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import lance
+import numpy as np
 import pytest
 
 from jobs.plan import plan
 from jobs.status import _draw, status, table_facts
+from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
 from kalm_eval.run_figure import bin_records
 from pipeline import committer, run_records
@@ -49,6 +52,25 @@ def test_the_records_add_up_to_the_table(made):
     assert sum(r.rows for r in records) == facts["passages"] == 60
     assert found.padding == pytest.approx(summary.padding)
     assert 0 < found.seconds <= summary.elapsed_s + 1
+
+
+def test_lanes_make_the_same_rows_and_share_one_clock(model_dir, corpus, tmp_path):
+    rows = []
+    for threads in (1, 3):
+        uri = str(tmp_path / f"{threads}.lance")
+        job = EncodeJob(
+            inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=30, token_budget=200
+        )
+        run(
+            job, lambda config, shards, n=threads: encode_inline(replace(config, threads=n), shards)
+        )
+        assert verify(uri).num_problems == 0
+        rows.append(PassageTable.open(uri).take([f"p{i}" for i in range(60)]))
+        found = totals(read_records(uri))
+        device = sum(found.stages[stage] for stage in ("forward", "pool", "idle"))
+        assert 0 < device <= found.seconds + 1
+    for one, other in zip(*rows, strict=True):
+        np.testing.assert_allclose(one.states, other.states, atol=2e-3)
 
 
 def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_path, monkeypatch):

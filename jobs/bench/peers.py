@@ -1,7 +1,7 @@
 """Other ways to encode a corpus, one a process: `python -m jobs.bench.peers PEER MODEL CORPUS`.
 
 ceiling                the bare encoder: tokenised beforehand, all passages sorted by length, full
-                       token budgets; forward and pooling, nothing else
+                       token budgets, in lanes; forward and pooling, nothing else
 reference              mteb's KaLMRerankerWrapper, encoder part only: 32 pairs of query and
                        passage, sorted by characters, padded
 ray_data               Ray Data map_batches: 32 rows in corpus order, one actor with all CPUs
@@ -31,6 +31,7 @@ from kalm_encoder.pooling import mean_pool
 from kalm_encoder.prompts import render_passage
 from kalm_encoder.started import PassageTokens
 from pipeline.encode_shard import keep_freed_memory
+from pipeline.lanes import Lanes
 
 ROWS = 32
 RATIO = 4
@@ -120,10 +121,12 @@ def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
     encoder.encode(WARM_UP, ratio=RATIO)
     tokens = sorted(encoder.tokenise(texts), key=lambda t: -len(t.ids))
     lengths = [len(t.ids) for t in tokens]
-    batches = encoder.batches(lengths)
+    batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
+    lanes = Lanes(encoder.device)
     began = time.perf_counter()
-    for batch in batches:
-        encoder.encode_batch([tokens[i] for i in batch], ratio=RATIO)
+    sent = [lanes.submit(encoder.encode_batch, batch, ratio=RATIO) for batch in batches]
+    for batch in sent:
+        batch.result()
     seconds = time.perf_counter() - began
     return {"tokens": sum(lengths), "computed": sum(lengths), "seconds": seconds}
 

@@ -1,0 +1,65 @@
+"""The threads of a device: how many, how wide, and what they leave alone."""
+
+import threading
+from contextvars import ContextVar
+
+import pytest
+import torch
+
+from pipeline.lanes import MOST_LANES, Lanes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "count", "width"),
+    [
+        ("cpu", 1, 1, 1),
+        ("cpu", 3, 3, 1),
+        ("cpu", 2 * MOST_LANES, MOST_LANES, 2),
+        ("cuda", 3, 1, 3),
+    ],
+)
+def test_lanes_share_the_threads_and_run_at_once(device, threads, count, width):
+    usual = torch.get_num_threads()
+    lanes = Lanes(torch.device(device), threads)
+    meet = threading.Barrier(count)
+
+    def look():
+        meet.wait(10)  # passed only if all lanes are in here
+        torch.ones(1 << 20).sum()  # a parallel region must not bring back the default
+        return torch.get_num_threads()
+
+    assert [f.result(10) for f in [lanes.submit(look) for _ in range(count)]] == [width] * count
+    assert lanes.count == count
+    lanes.stop()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        lanes.submit(look)
+    assert torch.get_num_threads() == usual
+
+
+def test_later_threads_have_what_they_would_have_had():
+    usual = torch.get_num_threads()
+    Lanes(CPU, usual + 1).stop()
+    found = []
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [usual]
+
+
+def test_by_default_all_threads_are_used():
+    lanes = Lanes(CPU)
+    width = lanes.submit(torch.get_num_threads).result()
+    assert lanes.count * width == torch.get_num_threads()
+    lanes.stop()
+
+
+def test_work_sees_the_callers_context_and_hands_its_error_back():
+    shard = ContextVar("shard", default="none")
+    lanes = Lanes(CPU, 1)
+    shard.set("s7")
+    assert lanes.submit(shard.get).result() == "s7"
+    with pytest.raises(ZeroDivisionError):
+        lanes.submit(divmod, 1, 0).result()
+    lanes.stop()

@@ -1,8 +1,9 @@
-"""Float32 matrix products on x86 CPUs through oneDNN instead of MKL.
+"""Float32 matrix products on CPUs with AVX-512 through oneDNN instead of MKL.
 
 torch sends float32 products to MKL, which on AMD processors keeps to AVX2: 115 GFLOP/s a core
-where oneDNN, compiling for AVX-512, reaches 265 (jobs/bench/RESULTS.md). The operators are those
-that torch.compile itself emits for a CPU. Results differ by float32 rounding alone.
+where oneDNN, compiling for AVX-512, reaches 265. Without AVX-512 MKL is the faster one, 80 against
+71 (jobs/bench/RESULTS.md). The operators are those that torch.compile itself emits for a CPU.
+Results differ by float32 rounding alone.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ LIKELY_ROWS = 1024
 """Rows that packed weights are laid out for; other numbers work as well."""
 
 
+AVAILABLE = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch._C._has_mkldnn
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+FASTER = AVAILABLE and "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def usable(weight: torch.Tensor) -> bool:
-    """Whether products with this weight can go through oneDNN here."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and platform.machine() in ("x86_64", "AMD64")
-        and torch._C._has_mkldnn
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    """Whether products with this weight go through oneDNN here."""
+    return FASTER and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -52,7 +55,7 @@ class PackedLinear(torch.nn.Module):
 
 
 def pack_linears(module: Any) -> None:
-    """Replace each Linear without bias in a module by a PackedLinear, where oneDNN is usable.
+    """Replace each Linear without bias in a module by a PackedLinear, where oneDNN is faster.
 
     The weights are moved, not kept twice.
     """

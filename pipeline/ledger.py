@@ -20,7 +20,7 @@ from lance.dataset import LanceOperation
 from kalm_encoder.errors import InputError, KalmError, MismatchError, TableError
 from kalm_encoder.rows import TableSpec
 from kalm_encoder.table import LIVE_TAG, first_line
-from pipeline.fragments import check_written, open_to_write, with_id
+from pipeline.fragments import check_written, with_id
 from pipeline.shards import Plan
 from pipeline.writer import EPOCH, LOADING, OWNER, SEALED, STATE, TableWriter
 
@@ -88,10 +88,6 @@ class Ledger(TableWriter):
         if ledger.state == LOADING and not ledger.is_mine:
             ledger.take_over()
         return ledger
-
-    def open(self) -> lance.LanceDataset:
-        """Open the latest version."""
-        return open_to_write(self.uri, self.storage_options)
 
     @property
     def sealed(self) -> bool:

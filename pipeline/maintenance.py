@@ -120,7 +120,7 @@ class Maintainer(TableWriter):
                 self.dataset.create_scalar_index("text", "INVERTED", with_position=False)
             if columns:
                 self.dataset.optimize.optimize_indices()
-        self.refresh(open_dataset(self.uri, self.storage_options))
+        self.refresh(self.open())
 
 
 def publish(uri: str, storage_options: dict[str, str] | None, version: int | None = None) -> int:

@@ -25,7 +25,8 @@ from lance.dataset import LanceOperation
 from lance.schema import LanceSchema
 
 from kalm_encoder.errors import FencedError, KalmError, TableError
-from kalm_encoder.table import first_line, open_dataset
+from kalm_encoder.table import first_line
+from pipeline.fragments import open_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class TableWriter:
 
     def open(self) -> lance.LanceDataset:
         """Open the latest version."""
-        return open_dataset(self.uri, self.storage_options)
+        return open_to_write(self.uri, self.storage_options)
 
     @property
     def state(self) -> str:

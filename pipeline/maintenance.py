@@ -28,6 +28,8 @@ FRAGMENT_BYTES = 2 << 30
 LARGE_FRAGMENT_BYTES = 128 << 20
 """Of the mean fragment: a freshly encoded table of such ones is left as it is."""
 DELETE_AT_ONCE = 10_000
+COMPACT_AT_ONCE = 10_000
+"""Fragments, each about 8 kB of memory."""
 Item = TypeVar("Item")
 
 
@@ -107,8 +109,17 @@ class Maintainer(TableWriter):
             return
         rows = max(1, self.dataset.count_rows())
         target = min(1 << 20, max(1, FRAGMENT_BYTES * rows // max(1, size)))
-        self.dataset.optimize.compact_files(target_rows_per_fragment=target, batch_size=1024)
-        self.refresh(self.dataset)
+        ids = [f.id for f in fragments]
+        rounds = max(1, -(-len(ids) // COMPACT_AT_ONCE))
+        # Of equal size: one that has nothing to merge would stay in front of those made anew.
+        for some in _pieces(ids, max(1, -(-len(ids) // rounds))):
+            others = {f.fragment_id for f in self.dataset.get_fragments()} - set(some)
+            self.dataset.optimize.compact_files(
+                target_rows_per_fragment=target,
+                batch_size=1024,
+                excluded_fragment_ids=sorted(others),
+            )
+            self.refresh(self.dataset)
 
     def _index(self) -> None:
         """Index ids and text, where there are rows; add to the indexes what they do not cover."""
@@ -195,9 +206,9 @@ def compact(uri: str, storage_options: dict[str, str] | None) -> None:
     publish(uri, storage_options)
 
 
-def _pieces(values: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    for start in range(0, len(values), DELETE_AT_ONCE):
-        yield values[start : start + DELETE_AT_ONCE]
+def _pieces(values: Sequence[Item], size: int = DELETE_AT_ONCE) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
 
 
 def _tag(dataset: Any, name: str, version: int) -> None:

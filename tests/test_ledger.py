@@ -181,6 +181,17 @@ def test_only_small_fragments_are_merged(plan, uri, monkeypatch, large, left):
     assert len(lance.dataset(uri).get_fragments()) == 1
 
 
+def test_many_fragments_are_merged_some_at_a_time_in_order(plan, uri, monkeypatch):
+    monkeypatch.setattr(maintenance, "COMPACT_AT_ONCE", 3)
+    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger.commit([encode(plan, uri, n) for n in range(5)])
+    ledger.seal()
+    before = lance.dataset(uri).to_table()
+    Maintainer(uri).finish()
+    assert [f.count_rows() for f in lance.dataset(uri).get_fragments()] == [9, 6]
+    assert lance.dataset(uri).to_table().equals(before)
+
+
 def test_publishing_twice_changes_nothing(plan, uri):
     ledger = Ledger.begin(uri, SPEC, plan)
     ledger.commit([encode(plan, uri, n) for n in range(5)])

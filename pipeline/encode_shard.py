@@ -143,8 +143,8 @@ class ShardEncoder:
                 device is at fault, not the passages.
         """
         batches = self.encoder.batches([len(t.ids) for t in tokens])
-        sent = [self._lanes.submit(self._run, [tokens[i] for i in batch]) for batch in batches]
-        started = [one for batch in sent for one in batch.result()]
+        parts = self._lanes.map(self._run, ([tokens[i] for i in batch] for batch in batches))
+        started = [one for part in parts for one in part]
         if any(isinstance(s, str) for s in started) and len(tokens) > 1:
             good = next((s.tokens[0] for s in started if isinstance(s, Started)), tokens[0])
             # Raises again where the device itself is broken, by now or from the start.

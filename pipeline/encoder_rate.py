@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kalm_encoder.encoder import PassageEncoder
 from pipeline.lanes import Lanes
@@ -57,12 +58,8 @@ def _encode(encoder: PassageEncoder, lanes: Lanes, texts: Sequence[str]) -> int:
     """Encode texts as a worker does, but keep nothing; return their tokens."""
     tokens = encoder.tokenise(texts)
     lengths = [len(t.ids) for t in tokens]
-    sent = [
-        lanes.submit(encoder.encode_batch, [tokens[i] for i in batch], ratio=RATIO)
-        for batch in encoder.batches(lengths)
-    ]
-    for batch in sent:
-        batch.result()
+    batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
+    lanes.map(partial(encoder.encode_batch, ratio=RATIO), batches)
     return sum(lengths)
 
 

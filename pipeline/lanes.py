@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -15,6 +15,7 @@ MOST_LANES = 8
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Lanes:
@@ -55,6 +56,11 @@ class Lanes:
         """
         context = contextvars.copy_context()
         return self._pool.submit(lambda: context.run(work, *args, **kwargs))
+
+    def map(self, work: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
+        """Do some work on each item, in as many lanes as are free; wait for all, in their order."""
+        sent = [self.submit(work, item) for item in items]
+        return [one.result() for one in sent]
 
     def stop(self) -> None:
         """Take no more work; what was submitted is still done."""

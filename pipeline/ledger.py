@@ -179,7 +179,7 @@ class Ledger(TableWriter):
 
         def step() -> None:
             if self.dataset.schema.metadata != schema.metadata:
-                self.apply(LanceOperation.Overwrite(schema, []))
+                self.refresh(self.commit_operation(LanceOperation.Overwrite(schema, [])))
 
         self.retry(step)
         logger.info("%s: generation %d begins", self.uri, number)

@@ -132,10 +132,6 @@ class TableWriter:
             operation = LanceOperation.Merge(fragments, lance_schema)
         self.follow(self.commit_operation(operation))
 
-    def apply(self, operation: LanceOperation.BaseOperation) -> None:
-        """Commit an operation against the version this process last saw, and go on from its own."""
-        self.refresh(self.commit_operation(operation))
-
     def commit_operation(self, operation: LanceOperation.BaseOperation) -> lance.LanceDataset:
         """Commit an operation against the version this process last saw; return the new one."""
         return lance.LanceDataset.commit(

@@ -1,6 +1,7 @@
 """The threads of a device: how many, how wide, and what they leave alone."""
 
 import threading
+import time
 from contextvars import ContextVar
 
 import pytest
@@ -52,6 +53,13 @@ def test_by_default_all_threads_are_used():
     lanes = Lanes(CPU)
     width = lanes.submit(torch.get_num_threads).result()
     assert lanes.count * width == torch.get_num_threads()
+    lanes.stop()
+
+
+def test_results_come_in_the_order_of_the_items():
+    lanes = Lanes(CPU, 3)
+    waits = [0.05, 0.0, 0.02, 0.0, 0.01]
+    assert lanes.map(lambda wait: time.sleep(wait) or wait, waits) == waits
     lanes.stop()
 
 

@@ -21,6 +21,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,9 +125,7 @@ def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
     batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
     lanes = Lanes(encoder.device)
     began = time.perf_counter()
-    sent = [lanes.submit(encoder.encode_batch, batch, ratio=RATIO) for batch in batches]
-    for batch in sent:
-        batch.result()
+    lanes.map(partial(encoder.encode_batch, ratio=RATIO), batches)
     seconds = time.perf_counter() - began
     return {"tokens": sum(lengths), "computed": sum(lengths), "seconds": seconds}
 

@@ -33,4 +33,4 @@ type:  ## strict types of kalm_encoder and pipeline
 	$(BIN)/mypy
 
 bench:  ## speed and memory with Nano dimensions and random weights, against peers (about 30 minutes)
-	$(BIN)/python -m jobs.bench.run
+	$(BIN)/python -m tests.bench.run

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from kalm_encoder.rerank import Reranker
+    from kalm_encoder.rerank.reranker import Reranker
 
 QUESTIONS = (
     "sort a list by a key",
@@ -33,8 +33,8 @@ def demo(
     from transformers.utils import logging as transformers_logging
 
     from jobs.encode import encode
-    from kalm_encoder.checkpoint import DEMO_CHECKPOINT, DEMO_NAME
-    from kalm_encoder.rerank import Reranker
+    from kalm_encoder.model.checkpoint import DEMO_CHECKPOINT, DEMO_NAME
+    from kalm_encoder.rerank.reranker import Reranker
 
     transformers_logging.disable_progress_bar()
     began = time.monotonic()
@@ -61,7 +61,7 @@ def demo(
 def _answer(reranker: Reranker, question: str) -> None:
     """Print the first passages of full-text search, and of both stages together."""
     from jobs.rerank import beginning
-    from kalm_encoder.fusion import fuse
+    from kalm_encoder.rerank.fusion import fuse
 
     first = dict(reranker.table.search(question, CANDIDATES))
     results = reranker.rerank(question, list(first))
@@ -90,7 +90,7 @@ def quality(checkpoint: Path) -> str:
 
 def standard_library_docs() -> Iterator[dict[str, str]]:
     """Yield {_id, title, text} for each docstring of the standard library, repeated texts once."""
-    from kalm_train.documentation import standard_library, without_copies
+    from jobs.demo_training.documentation import standard_library, without_copies
 
     for document in without_copies(standard_library(), of=()):
         yield {"_id": document.name, "title": document.name, "text": document.text}

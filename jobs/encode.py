@@ -10,7 +10,7 @@ from jobs.options import StorageOptions, executor, parse_storage_options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.driver import Summary
+    from pipeline.run.driver import Summary
 
 
 def encode(
@@ -70,9 +70,9 @@ def encode(
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
     execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
-    from pipeline.driver import run
-    from pipeline.job import EncodeJob
-    from pipeline.sources import FieldOptions
+    from pipeline.corpus.inputs import FieldOptions
+    from pipeline.run.driver import run
+    from pipeline.run.job import EncodeJob
 
     if not 0 <= max_rejected <= 1:
         raise InputError(f"--max-rejected {max_rejected} must be a share between 0 and 1")
@@ -97,7 +97,7 @@ def encode(
         storage_options=parse_storage_options(storage_option),
     )
     if retry_rejects:
-        from pipeline.sync import retry_rejects as retry
+        from pipeline.upkeep.sync import retry_rejects as retry
 
         again = retry(job, execute)
         if again:

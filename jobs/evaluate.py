@@ -14,8 +14,8 @@ from jobs.rerank import parse_cascade
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from kalm_eval.collection import Collection
-    from kalm_eval.results import Evaluation
+    from jobs.evaluation.collection import Collection
+    from jobs.evaluation.results import Evaluation
 
 DEMO_RATIOS = "1,2,4,8,16,32,64"
 
@@ -66,14 +66,14 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the means as JSON.")] = False,
 ) -> None:
     """Rank with every ratio, store dtype and cascade asked for, and judge each ranking."""
-    from kalm_encoder.checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_NOTE, resolve
+    from kalm_encoder.model.checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_NOTE, resolve
 
     execute = executor(workers, None, address)
     try:
-        from kalm_eval.experiment import Request
-        from kalm_eval.experiment import evaluate as evaluate_all
-        from kalm_eval.metrics import DEFAULT
-        from kalm_eval.report import write_report
+        from jobs.evaluation.experiment import Request
+        from jobs.evaluation.experiment import evaluate as evaluate_all
+        from jobs.evaluation.metrics import DEFAULT
+        from jobs.evaluation.report import write_report
     except ImportError as error:
         raise InputError(
             f"evaluation needs {error.name}: pip install 'kalm-preencode[batch,eval]'"
@@ -81,7 +81,7 @@ def evaluate(
     if demo:
         if folder is not None or corpus:
             raise InputError("--demo brings its own collection: give no folder and no --corpus")
-        from kalm_train.held_out import write_collection
+        from jobs.demo_training.held_out import write_collection
 
         folder = out / "held-out-documentation"
         write_collection(folder)
@@ -131,7 +131,7 @@ def _collection(
     queries: Path | None,
     qrels: Path | None,
 ) -> Collection:
-    from kalm_eval.collection import read_files, read_folder
+    from jobs.evaluation.collection import read_files, read_folder
 
     if folder is not None:
         if corpus or queries or qrels:

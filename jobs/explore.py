@@ -34,15 +34,15 @@ def explore(
     Further tables are other store dtypes or ratios of the first, as `kalm truncate` makes; one
     decoder serves all. KALM_API_KEY in the environment, if set, is the key the page asks for.
     """
-    from kalm_encoder.checkpoint import DEMO_NAME, DEMO_NOTE
+    from kalm_encoder.model.checkpoint import DEMO_NAME, DEMO_NOTE
 
     try:
-        from kalm_serve.app import Limits, create_app, listen
-        from kalm_serve.engine import Engine
-        from kalm_serve.explore import Explorer
-        from kalm_serve.explore_tables import open_tables
-        from kalm_serve.live import LiveTable, Settings
-        from kalm_serve.metrics import Metrics
+        from kalm_encoder.service.app import Limits, create_app, listen
+        from kalm_encoder.service.engine import Engine
+        from kalm_encoder.service.explore.comparing import Explorer
+        from kalm_encoder.service.explore.tables import open_tables
+        from kalm_encoder.service.live import LiveTable, Settings
+        from kalm_encoder.service.metrics import Metrics
     except ImportError as error:
         raise InputError(
             f"exploring needs {error.name}: pip install 'kalm-preencode[serve]'"

@@ -23,8 +23,8 @@ def rejects(
     """List the input rows that were rejected, with file, line and reason."""
     from dataclasses import asdict
 
-    from kalm_encoder.table import open_dataset
-    from pipeline.rejects import RejectStore
+    from kalm_encoder.table.reader import open_dataset
+    from pipeline.table.rejects import RejectStore
 
     options = parse_storage_options(storage_option)
     open_dataset(uri, options)
@@ -45,7 +45,7 @@ def delete(
     storage_option: StorageOptions = None,
 ) -> None:
     """Delete passages by id; readers switch when all are gone."""
-    from pipeline.maintenance import delete as delete_rows
+    from pipeline.table.finish import delete as delete_rows
 
     try:
         ids = [line for line in ids_file.read_text(encoding="utf-8").split("\n") if line]
@@ -62,21 +62,21 @@ def publish(
     storage_option: StorageOptions = None,
 ) -> None:
     """Let readers see a complete version: move the tag `live` to it."""
-    from pipeline.maintenance import publish as move
+    from pipeline.table.finish import publish as move
 
     print(f"version {move(uri, parse_storage_options(storage_option), version)} is live")
 
 
 def rollback(uri: Table, storage_option: StorageOptions = None) -> None:
     """Let readers see again what was live before."""
-    from pipeline.maintenance import rollback as move
+    from pipeline.table.finish import rollback as move
 
     print(f"version {move(uri, parse_storage_options(storage_option))} is live again")
 
 
 def compact(uri: Table, storage_option: StorageOptions = None) -> None:
     """Merge small data files and bring the indexes up to date."""
-    from pipeline.maintenance import compact as merge
+    from pipeline.table.finish import compact as merge
 
     merge(uri, parse_storage_options(storage_option))
     print(f"{uri} is compact")
@@ -89,7 +89,7 @@ def gc(
     storage_option: StorageOptions = None,
 ) -> None:
     """Remove old versions that no tag names, and files of crashed attempts."""
-    from pipeline.garbage import collect_garbage
+    from pipeline.upkeep.garbage import collect_garbage
 
     found = collect_garbage(
         uri,
@@ -108,7 +108,7 @@ def doctor(
     storage_option: StorageOptions = None,
 ) -> None:
     """Try everything a job does on this store, and explain what is wrong. Exit code 1 if it is."""
-    from pipeline.preflight import examine
+    from pipeline.table.preflight import examine
 
     checks = list(examine(uri, parse_storage_options(storage_option)))
     for check in checks:

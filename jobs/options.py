@@ -10,7 +10,7 @@ import typer
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.shard_work import Executor
+    from pipeline.messages import Executor
 
 StorageOptions = Annotated[
     list[str] | None,
@@ -62,11 +62,11 @@ def executor(
         InputError: the libraries for encoding are not installed.
     """
     try:
-        from pipeline.inline import encode_inline
+        from pipeline.workers.local import encode_inline
 
         if workers == 0:
             return encode_inline
-        from pipeline.workers import RayOptions, on_ray
+        from pipeline.workers.on_ray.actor import RayOptions, on_ray
     except ImportError as error:
         raise InputError(
             f"encoding needs {error.name}: pip install 'kalm-preencode[batch]'"

@@ -14,10 +14,10 @@ from jobs.options import StorageOptions, check_folder, parse_storage_options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from kalm_encoder.checkpoint import Checkpoint
-    from pipeline.encoder_rate import Rate
-    from pipeline.flops import Shape
-    from pipeline.sample import Sample
+    from kalm_encoder.model.checkpoint import Checkpoint
+    from pipeline.estimate.flops import Shape
+    from pipeline.estimate.rate import Rate
+    from pipeline.estimate.sample import Sample
 
 QUERY_TOKENS = 20
 MEASURE_S = 20.0
@@ -57,16 +57,16 @@ def plan(
     """Sample a corpus and say what encoding it will take: tokens, bytes, hours."""
     check_folder(out)
     from jobs.plan_text import plan_text
-    from kalm_encoder import checkpoint
-    from kalm_encoder.encoder import check_max_length
+    from kalm_encoder.model import checkpoint
+    from kalm_encoder.model.encoder import check_max_length
     from kalm_encoder.prompts import render_query
-    from kalm_encoder.rows import TableSpec
+    from kalm_encoder.table.rows import TableSpec
 
     try:
-        from pipeline.corpus_sample import sample_corpus
-        from pipeline.forecast import Request, forecast
-        from pipeline.sources import FieldOptions, expand_inputs
-        from pipeline.storage_estimate import measure_rows
+        from pipeline.corpus.inputs import FieldOptions, expand_inputs
+        from pipeline.estimate.forecast import Request, forecast
+        from pipeline.estimate.sampling import sample_corpus
+        from pipeline.estimate.storage import measure_rows
     except ImportError as error:
         raise InputError(
             f"planning needs {error.name}: pip install 'kalm-preencode[batch]'"
@@ -145,7 +145,7 @@ def _check(
 
 def _shapes(files: Checkpoint) -> tuple[str, dict[str, Shape]]:
     """Return the name of the planned model, and dimensions of it, Nano, Small and Large."""
-    from pipeline.flops import MODELS, Shape
+    from pipeline.estimate.flops import MODELS, Shape
 
     shape = Shape.of(files.config.decoder)
     known = [name for name, other in MODELS.items() if other.params == shape.params]
@@ -161,9 +161,9 @@ def _rate(
     measure: bool,
 ) -> Rate | None:
     """Return the rate a user entered, or that of the real encoder here, or None."""
-    from kalm_encoder import checkpoint
-    from kalm_encoder.encoder import PassageEncoder
-    from pipeline.encoder_rate import Rate, measure_rate
+    from kalm_encoder.model import checkpoint
+    from kalm_encoder.model.encoder import PassageEncoder
+    from pipeline.estimate.rate import Rate, measure_rate
 
     if tokens_per_s is not None:
         return Rate(tokens_per_s, tokens_per_s, tokens_per_s)

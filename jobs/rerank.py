@@ -34,7 +34,7 @@ def rerank(
     storage_option: StorageOptions = None,
 ) -> None:
     """Rerank candidates by P(yes), from stored states: the encoder is never loaded."""
-    from kalm_encoder.rerank import Reranker
+    from kalm_encoder.rerank.reranker import Reranker
 
     if sum(option is not None for option in (ids, ids_file, search)) != 1:
         raise InputError("give the candidates with one of --ids, --ids-file or --search")

@@ -14,8 +14,8 @@ from jobs.options import StorageOptions, parse_storage_options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from kalm_serve.app import Limits
-    from kalm_serve.live import Settings
+    from kalm_encoder.service.app import Limits
+    from kalm_encoder.service.live import Settings
 
 KEY = "KALM_API_KEY"
 
@@ -63,10 +63,10 @@ def serve(
     KALM_API_KEY in the environment, if set, is the bearer key requests need.
     """
     try:
-        from kalm_serve.app import Limits, create_app, listen
-        from kalm_serve.engine import Engine
-        from kalm_serve.live import LiveTable, Settings
-        from kalm_serve.metrics import Metrics
+        from kalm_encoder.service.app import Limits, create_app, listen
+        from kalm_encoder.service.engine import Engine
+        from kalm_encoder.service.live import LiveTable, Settings
+        from kalm_encoder.service.metrics import Metrics
     except ImportError as error:
         raise InputError(
             f"serving needs {error.name}: pip install 'kalm-preencode[serve]'"
@@ -114,15 +114,15 @@ def _on_ray(
     try:
         import ray
 
-        from kalm_serve import ray_serve
-        from pipeline.ray_cluster import RayOptions, connect
+        from kalm_encoder.service import ray_serve
+        from pipeline.workers.on_ray.cluster import RayOptions, connect
     except ImportError as error:
         raise InputError(
             f"--ray needs {error.name}: pip install 'kalm-preencode[serve-ray]'"
         ) from error
 
     with tempfile.TemporaryDirectory() as folder:
-        connect(RayOptions(address), Path(folder), packages=("kalm_encoder", "kalm_serve"))
+        connect(RayOptions(address), Path(folder), packages=("kalm_encoder",))
     try:
         ray_serve.listen(settings, limits, host, port, replicas=replicas, tei=tei)
     finally:

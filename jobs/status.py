@@ -13,7 +13,7 @@ from jobs.options import StorageOptions, check_folder, parse_storage_options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.plan_check import Line
+    from pipeline.estimate.check import Line
 
 
 def status(
@@ -66,10 +66,10 @@ def status(
 
 def _draw(figure: Path, uri: str, storage_options: dict[str, str] | None) -> None:
     """Draw what the table's run records hold."""
-    from pipeline.run_records import read_records
+    from pipeline.run.records import read_records
 
     try:
-        from kalm_eval.run_figure import draw_runs
+        from jobs.evaluation.run_figure import draw_runs
     except ImportError as error:
         raise InputError(
             f"a figure needs {error.name}: pip install 'kalm-preencode[batch,eval]'"
@@ -81,9 +81,9 @@ def _compare(
     plan: Path, uri: str, facts: dict[str, Any], storage_options: dict[str, str] | None
 ) -> tuple[list[Line], str | None]:
     """Set a saved plan against what the table and its run records hold; with a hint."""
-    from pipeline.plan_check import compare, hint, read_plan
-    from pipeline.run_records import read_records
-    from pipeline.run_totals import totals
+    from pipeline.estimate.check import compare, hint, read_plan
+    from pipeline.run.records import read_records
+    from pipeline.run.run_totals import totals
 
     runs = totals(read_records(uri, storage_options))
     lines = compare(read_plan(plan), facts, runs)
@@ -94,10 +94,10 @@ def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, A
     """Collect what `kalm status` prints; reads metadata and one small column."""
     import pyarrow.compute as pc
 
-    from kalm_encoder.rows import TableSpec
-    from kalm_encoder.table import LIVE_TAG, open_dataset
-    from pipeline.ledger import EMPTY_SHARDS, GENERATION, NUM_ROWS, NUM_SHARDS, PLAN
-    from pipeline.writer import COMPLETE, EPOCH, LOADING, STATE
+    from kalm_encoder.table.reader import LIVE_TAG, open_dataset
+    from kalm_encoder.table.rows import TableSpec
+    from pipeline.table.claim import COMPLETE, EPOCH, LOADING, STATE
+    from pipeline.table.ledger import EMPTY_SHARDS, GENERATION, NUM_ROWS, NUM_SHARDS, PLAN
 
     dataset = open_dataset(uri, storage_options)
     spec = TableSpec.from_metadata(dataset.schema.metadata, uri)

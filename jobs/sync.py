@@ -39,12 +39,12 @@ def sync(
 ) -> None:
     """Encode new and changed passages, by id and text; readers switch when all is done."""
     execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
-    from kalm_encoder.rows import TableSpec
-    from kalm_encoder.table import open_dataset
-    from pipeline import sync as syncing
-    from pipeline.comparison import Comparison
-    from pipeline.job import EncodeJob, plan_job
-    from pipeline.sources import FieldOptions
+    from kalm_encoder.table.reader import open_dataset
+    from kalm_encoder.table.rows import TableSpec
+    from pipeline.corpus.inputs import FieldOptions
+    from pipeline.run.job import EncodeJob, plan_job
+    from pipeline.upkeep import sync as syncing
+    from pipeline.upkeep.compare import Comparison
 
     options = parse_storage_options(storage_option)
     spec = TableSpec.from_metadata(open_dataset(to, options).schema.metadata, to)

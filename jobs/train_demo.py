@@ -18,7 +18,7 @@ def train_demo(
     """Train a small reranker on the documentation of this Python and its packages, on CPU."""
     import torch
 
-    from kalm_train.training import Recipe, Trainer, training_documents
+    from jobs.demo_training.training import Recipe, Trainer, training_documents
 
     torch.set_num_threads(threads)
     recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)

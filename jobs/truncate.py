@@ -21,7 +21,7 @@ def truncate(
     storage_option: StorageOptions = None,
 ) -> None:
     """Write a table at coarser ratios or in fewer bits. Run the same command again to resume."""
-    from pipeline.truncate import truncate as convert
+    from pipeline.upkeep.truncate import truncate as convert
 
     summary = convert(
         uri,

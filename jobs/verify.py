@@ -27,7 +27,7 @@ def verify(
     storage_option: StorageOptions = None,
 ) -> None:
     """Check all rows: checksums, finite values, shapes, unique ids. Exit code 1 if any is bad."""
-    from pipeline.verify import verify as check
+    from pipeline.upkeep.verify import verify as check
 
     report = check(
         uri,

@@ -52,7 +52,7 @@ def _follow(
     Whether a run is silent is judged by this machine's clock, from when its `updated_at` last
     changed: clocks of two machines differ. Only a file that looks old at first is given less time.
     """
-    from pipeline.live import ENDED, SILENT_AFTER_S, WRITE_EVERY_S, read_live
+    from pipeline.run.live import ENDED, SILENT_AFTER_S, WRITE_EVERY_S, read_live
 
     began = changed = time.monotonic()
     before = None
@@ -87,7 +87,7 @@ def _follow(
 
 def line(facts: dict[str, Any]) -> str:
     """Return a run in one line."""
-    from pipeline.pace import eta_text
+    from pipeline.run.pace import eta_text
 
     time_of_day = facts["updated_at"][11:19]
     if facts["state"] != "encoding":
@@ -131,7 +131,7 @@ def screen_of(facts: dict[str, Any]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.pace import eta_text
+    from pipeline.run.pace import eta_text
 
     elapsed = facts["elapsed_s"]
     head = [

@@ -3,13 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from kalm_encoder.version import __version__
+
 if TYPE_CHECKING:
-    from kalm_encoder.decoder import QueryDecoder
-    from kalm_encoder.encoder import PassageEncoder
     from kalm_encoder.errors import KalmError
-    from kalm_encoder.pooling import PassageStates
-    from kalm_encoder.rerank import Reranker, RerankResult
-    from kalm_encoder.table import PassageTable
+    from kalm_encoder.matryoshka import PassageStates
+    from kalm_encoder.model.decoder import QueryDecoder
+    from kalm_encoder.model.encoder import PassageEncoder
+    from kalm_encoder.rerank.reranker import Reranker, RerankResult
+    from kalm_encoder.table.reader import PassageTable
 
 __all__ = [
     "KalmError",
@@ -19,17 +21,16 @@ __all__ = [
     "QueryDecoder",
     "RerankResult",
     "Reranker",
+    "__version__",
 ]
-__version__ = "0.1.0"
-
 _MODULES = {
     "KalmError": "errors",
-    "PassageEncoder": "encoder",
-    "PassageStates": "pooling",
-    "PassageTable": "table",
-    "QueryDecoder": "decoder",
-    "RerankResult": "rerank",
-    "Reranker": "rerank",
+    "PassageEncoder": "model.encoder",
+    "PassageStates": "matryoshka",
+    "PassageTable": "table.reader",
+    "QueryDecoder": "model.decoder",
+    "RerankResult": "rerank.reranker",
+    "Reranker": "rerank.reranker",
 }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
-from kalm_encoder.rows import TableSpec
+from kalm_encoder.table.rows import TableSpec
+from pipeline.corpus.inputs import Reject
+from pipeline.corpus.shards import Shard
 from pipeline.logs import LogOptions
-from pipeline.shards import Shard
-from pipeline.sources import Reject
 
 IN_FLIGHT = 3
 """Shards a worker has at once: one is read or tokenised, one on the device, one written."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageEncoder, QueryDecoder
-from pipeline.driver import Summary, run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
+from pipeline.run.driver import Summary, run
+from pipeline.run.job import EncodeJob
+from pipeline.workers.local import encode_inline
+from tests.support.random_model import make_checkpoint
 
 transformers_logging.disable_progress_bar()
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import xxhash
 
-from kalm_train.documentation import held_out, standard_library, without_copies
-from kalm_train.questions import KINDS, collection
-from kalm_train.training import TEST_ONE_IN
+from jobs.demo_training.documentation import held_out, standard_library, without_copies
+from jobs.demo_training.questions import KINDS, collection
+from jobs.demo_training.training import TEST_ONE_IN
 
 QUERIES = 100
 """Queries of each kind."""

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, pad
 
-from kalm_encoder.decoder_forward import Fresh, last_hidden
-from kalm_encoder.pooling import mean_pool, num_groups
+from kalm_encoder.matryoshka import num_groups
+from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
+from kalm_encoder.model.pooling import mean_pool
 
 LISTWISE, BINARY = 1.0, 0.5
 """Weights of the two parts."""
@@ -71,7 +72,7 @@ def margins(
         states: (b, m, d) pooled states.
         real: (b, m) bool, False for padding.
     """
-    hidden, _ = last_hidden(decoder, torch.tensor([list(prompt)]), Fresh(states, real))
+    hidden, _ = last_hidden(decoder, torch.tensor([list(prompt)]), PassageMemory(states, real))
     logits = hidden.float() @ answers.float().T
     return logits[:, 0] - logits[:, 1]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from kalm_train.documentation import Document
+from jobs.demo_training.documentation import Document
 
 KINDS = ("name", "summary", "sentence")
 MIN_WORDS, MAX_WORDS = 4, 30

@@ -20,20 +20,20 @@ import torch
 from lance.query import MatchQuery
 from transformers import T5Gemma2ForConditionalGeneration
 
-from kalm_encoder.checkpoint import answer_token_id
-from kalm_encoder.prompts import render_passage, render_query
-from kalm_train import objective
-from kalm_train.architecture import DEMO, configuration
-from kalm_train.documentation import (
+from jobs.demo_training import objective
+from jobs.demo_training.architecture import DEMO, configuration
+from jobs.demo_training.documentation import (
     Document,
     held_out,
     installed_packages,
     standard_library,
     without_copies,
 )
-from kalm_train.questions import KINDS, Question, cut
-from kalm_train.start import RESERVED, rarity, start_as_matcher, word_vectors
-from kalm_train.tokenizer import train_tokenizer
+from jobs.demo_training.questions import KINDS, Question, cut
+from jobs.demo_training.start import RESERVED, rarity, start_as_matcher, word_vectors
+from jobs.demo_training.tokenizer import train_tokenizer
+from kalm_encoder.model.checkpoint import answer_token_id
+from kalm_encoder.prompts import render_passage, render_query
 
 logger = logging.getLogger(__name__)
 

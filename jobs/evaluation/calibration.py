@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jobs.evaluation.results import ScoreSample
 from kalm_encoder.errors import InputError
-from kalm_eval.results import ScoreSample
 
 BINS = 20
 

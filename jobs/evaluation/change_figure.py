@@ -8,8 +8,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from kalm_eval.numerals import count, signed, value
-from kalm_eval.svg import COLOURS, drawing, inline_svg, plot_area
+from jobs.evaluation.numerals import count, signed, value
+from jobs.evaluation.svg import COLOURS, drawing, inline_svg, plot_area
 
 MAX_BARS = 400
 """Queries drawn; of more, this many that are evenly spaced in the order of their change."""

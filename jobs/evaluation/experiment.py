@@ -17,25 +17,25 @@ from pathlib import Path
 
 import xxhash
 
-from kalm_encoder import checkpoint
-from kalm_encoder.cascade import Stage
-from kalm_encoder.decoder import QueryDecoder
+from jobs.evaluation import metrics
+from jobs.evaluation.collection import Collection
+from jobs.evaluation.judging import Ranking, evaluation_of
+from jobs.evaluation.results import Evaluation
+from jobs.evaluation.runs import Run, read_run, write_run
 from kalm_encoder.errors import InputError, TableError
-from kalm_encoder.fusion import fuse
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION
-from kalm_encoder.rerank import Reranker, RerankResult
-from kalm_encoder.table import PassageTable
-from kalm_eval import metrics
-from kalm_eval.collection import Collection
-from kalm_eval.judging import Ranking, evaluation_of
-from kalm_eval.results import Evaluation
-from kalm_eval.runs import Run, read_run, write_run
-from pipeline.driver import run
-from pipeline.job import EncodeJob
-from pipeline.shard_work import Executor
-from pipeline.sources import absolute
-from pipeline.sync import sync
-from pipeline.truncate import truncate
+from kalm_encoder.rerank.cascade import Stage
+from kalm_encoder.rerank.fusion import fuse
+from kalm_encoder.rerank.reranker import Reranker, RerankResult
+from kalm_encoder.table.reader import PassageTable
+from pipeline.corpus.inputs import absolute
+from pipeline.messages import Executor
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.upkeep.sync import sync
+from pipeline.upkeep.truncate import truncate
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Request:
         cascades: each is scored with each dtype.
         depth: candidates a query, of the full-text search or the run.
         first_run: a TREC run to take candidates from; None searches the stored texts (BM25).
-        fuse: also add each reranking to the first stage (see `kalm_encoder.fusion`).
+        fuse: also add each reranking to the first stage (see `kalm_encoder.rerank.fusion`).
         instruction: the task; None takes the model's default.
         max_length: tokens a passage is cut to.
         measures: as ir-measures spells them; settings are compared by the first.
@@ -121,14 +121,14 @@ def evaluate(request: Request, execute: Executor) -> Evaluation:
 
     Args:
         request: what to evaluate.
-        execute: encodes passages; see `pipeline.driver`.
+        execute: encodes passages; see `pipeline.run.driver`.
 
     Returns:
         The evaluation; run files of all settings are in `folder`/runs.
 
     Raises:
         InputError: bad input, or candidates of which none is stored.
-        KalmError: as `pipeline.driver.run`.
+        KalmError: as `pipeline.run.driver.run`.
     """
     tables = _tables(request, execute)
     table = tables[request.store_dtypes[0]]

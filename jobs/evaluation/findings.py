@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from kalm_eval.numerals import interval, p_value, signed, size, value
-from kalm_eval.results import Difference, Evaluation, SettingResult
+from jobs.evaluation.numerals import interval, p_value, signed, size, value
+from jobs.evaluation.results import Difference, Evaluation, SettingResult
 
 Verdict = Literal["better", "worse", "not distinguishable"]
 PREFERRED_METRIC = "nDCG@10"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kalm_encoder.table import PassageTable
-from kalm_eval.calibration import score_sample
-from kalm_eval.collection import Collection
-from kalm_eval.results import Candidate, Evaluation, Example, ScoreSample, SettingResult
-from kalm_eval.statistics import bootstrap_interval, compare
+from jobs.evaluation.calibration import score_sample
+from jobs.evaluation.collection import Collection
+from jobs.evaluation.results import Candidate, Evaluation, Example, ScoreSample, SettingResult
+from jobs.evaluation.statistics import bootstrap_interval, compare
+from kalm_encoder.table.reader import PassageTable
 
 EXAMPLES = 6
 """Queries shown that were helped, and as many that were hurt."""

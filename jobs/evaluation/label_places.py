@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from kalm_eval.svg import FONT_SIZE
+from jobs.evaluation.svg import FONT_SIZE
 
 NEAR = (
     (8, 0, "left", "center_baseline"),

@@ -19,15 +19,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalm_encoder import checkpoint
-from kalm_encoder.decoder import QueryDecoder
 from kalm_encoder.errors import InputError
-from kalm_encoder.rerank import Reranker
-from kalm_encoder.table import PassageTable
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.shard_work import Executor
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.decoder import QueryDecoder
+from kalm_encoder.rerank.reranker import Reranker
+from kalm_encoder.table.reader import PassageTable
+from pipeline.messages import Executor
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.workers.local import encode_inline
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -82,7 +82,7 @@ class KaLMSearch:
 
         Raises:
             MismatchError: the table there has another corpus or other settings.
-            KalmError: as `pipeline.driver.run`.
+            KalmError: as `pipeline.run.driver.run`.
         """
         table = self.table_path(task_metadata.name, hf_subset, hf_split)
         table.parent.mkdir(parents=True, exist_ok=True)

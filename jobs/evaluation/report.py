@@ -20,12 +20,12 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kalm_eval import numerals
-from kalm_eval.change_figure import MAX_BARS, change_figure
-from kalm_eval.findings import headline, main_setting, meanings, primary_metric, verdict
-from kalm_eval.results import Difference, Evaluation, SettingResult
-from kalm_eval.score_figure import score_figure
-from kalm_eval.tradeoff_figure import Point, tradeoff_figure
+from jobs.evaluation import numerals
+from jobs.evaluation.change_figure import MAX_BARS, change_figure
+from jobs.evaluation.findings import headline, main_setting, meanings, primary_metric, verdict
+from jobs.evaluation.results import Difference, Evaluation, SettingResult
+from jobs.evaluation.score_figure import score_figure
+from jobs.evaluation.tradeoff_figure import Point, tradeoff_figure
 
 MAX_QUERIES = 300
 """Rows of the table of queries: those with the largest change."""
@@ -118,7 +118,7 @@ def render_report(evaluation: Evaluation) -> str:
 
 
 def _package_text(name: str) -> str:
-    return files("kalm_eval").joinpath(name).read_text(encoding="utf-8")
+    return files("jobs.evaluation").joinpath(name).read_text(encoding="utf-8")
 
 
 def _cut(text: str, length: int) -> str:

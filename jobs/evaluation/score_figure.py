@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from kalm_eval.numerals import count, value
-from kalm_eval.results import ScoreSample
-from kalm_eval.svg import COLOURS, drawing, inline_svg, plot_area
+from jobs.evaluation.numerals import count, value
+from jobs.evaluation.results import ScoreSample
+from jobs.evaluation.svg import COLOURS, drawing, inline_svg, plot_area
 
 WIDTH, HEIGHT = 340, 420
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.evaluation.results import Difference
 from kalm_encoder.errors import InputError
-from kalm_eval.results import Difference
 
 DRAWS = 1 << 22
 """Random numbers held at a time, so that memory does not grow with queries times resamples."""

@@ -12,9 +12,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from kalm_eval.label_places import LabelPlaces
-from kalm_eval.numerals import count, milliseconds, value
-from kalm_eval.svg import COLOURS, drawing, inline_svg, plot_area
+from jobs.evaluation.label_places import LabelPlaces
+from jobs.evaluation.numerals import count, milliseconds, value
+from jobs.evaluation.svg import COLOURS, drawing, inline_svg, plot_area
 
 MARKERS = {"reranked": "o", "cascade": "D", "fused": "s"}
 TICKS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One machine, with one GPU, several or none:
 #
-#     recipes/one-machine.sh corpus.jsonl --to passages.lance \
+#     jobs/recipes/one-machine.sh corpus.jsonl --to passages.lance \
 #       --model KaLM-Embedding/KaLM-Reranker-V1-Nano-R2
 #
 # The plain command starts Ray on this machine for as long as it runs: one worker a GPU, without a

@@ -3,7 +3,7 @@
 #
 #     export RAY_API_SERVER_ADDRESS=http://HEAD:8265
 #     export RAY_AUTH_TOKEN=…                  # where the cluster asks for one
-#     recipes/ray-job.sh s3://bucket/corpus/*.jsonl.zst --to s3://bucket/passages.lance \
+#     jobs/recipes/ray-job.sh s3://bucket/corpus/*.jsonl.zst --to s3://bucket/passages.lance \
 #       --model KaLM-Embedding/KaLM-Reranker-V1-Nano-R2
 #
 # This checkout travels to the cluster; its dependencies must be installed on every node, and

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a Slurm allocation: Ray on every node, `kalm encode` on the first of them.
 #
-#     sbatch --nodes=4 recipes/slurm.sh '/shared/corpus/*.jsonl.zst' --to /shared/passages.lance \
+#     sbatch --nodes=4 jobs/recipes/slurm.sh '/shared/corpus/*.jsonl.zst' --to /shared/passages.lance \
 #       --model KaLM-Embedding/KaLM-Reranker-V1-Nano-R2
 #
 # `kalm` and `ray` must be on PATH on every node (activate your environment before sbatch), corpus,

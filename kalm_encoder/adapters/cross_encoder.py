@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from kalm_encoder.errors import MismatchError
-from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rerank import Reranker
+from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.rerank.reranker import Reranker
 
 if TYPE_CHECKING:
-    from kalm_encoder.encoder import PassageEncoder
-    from kalm_encoder.table import PassageTable
+    from kalm_encoder.model.encoder import PassageEncoder
+    from kalm_encoder.table.reader import PassageTable
 
 
 class KaLMCrossEncoder:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from kalm_encoder.rerank import Reranker, RerankResult
+from kalm_encoder.rerank.reranker import Reranker, RerankResult
 
 
 class RerankFields(BaseModel):

@@ -14,7 +14,7 @@ import pyarrow as pa
 from lancedb.rerankers import Reranker as LanceDBReranker
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.rerank import Reranker
+from kalm_encoder.rerank.reranker import Reranker
 
 SCORE = "_relevance_score"
 

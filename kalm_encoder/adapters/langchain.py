@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from langchain_core.documents import BaseDocumentCompressor, Document
 
+from kalm_encoder.adapters.framework_fields import RerankFields
 from kalm_encoder.errors import InputError
-from kalm_encoder.framework_fields import RerankFields
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import Callbacks

@@ -12,8 +12,8 @@ from __future__ import annotations
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
+from kalm_encoder.adapters.framework_fields import RerankFields
 from kalm_encoder.errors import InputError
-from kalm_encoder.framework_fields import RerankFields
 
 
 class KaLMNodePostprocessor(RerankFields, BaseNodePostprocessor):

@@ -24,9 +24,9 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2TextEncoder,
 )
 
-from kalm_encoder import __version__
 from kalm_encoder.errors import CheckpointError, InputError
-from kalm_encoder.weights import read_tensors, weight_index
+from kalm_encoder.model.weights import read_tensors, weight_index
+from kalm_encoder.version import __version__
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
-DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
+DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_checkpoint"
 """A small trained checkpoint that comes with the package; see the README.md in it."""
 DEMO_NAME = "kalm-demo"
 """What it is called where a model is asked for."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from kalm_encoder.decoder_forward import Fresh, last_hidden
 from kalm_encoder.errors import InputError
+from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 
 LEAST_ROWS, MOST_ROWS = 2, 128  # torch would compile a batch of one apart
 LEAST_STATES, MOST_STATES = 8, 256
@@ -93,7 +93,9 @@ class CompiledForward:
             tokens = weight.new_zeros((1, prompt), dtype=torch.long)
             passages = weight.new_zeros((rows, states, weight.shape[1]))
             try:
-                self(tokens, Fresh(passages, weight.new_ones((1, states), dtype=torch.bool)))
+                self(
+                    tokens, PassageMemory(passages, weight.new_ones((1, states), dtype=torch.bool))
+                )
             except torch._dynamo.exc.TorchDynamoException as error:
                 raise InputError(
                     f"torch cannot compile here, leave compile out: {error}"
@@ -101,7 +103,7 @@ class CompiledForward:
         return len(chosen)
 
     @torch.inference_mode()
-    def __call__(self, prompts: torch.Tensor, memory: Fresh) -> torch.Tensor:
+    def __call__(self, prompts: torch.Tensor, memory: PassageMemory) -> torch.Tensor:
         """Return (b, d), as `last_hidden` does.
 
         Args:
@@ -139,7 +141,7 @@ def _last_hidden(
     real: torch.Tensor,
 ) -> torch.Tensor:
     """What is compiled: tensors in, a tensor out."""
-    return last_hidden(model, prompts, Fresh(states, real), positions=positions)[0]
+    return last_hidden(model, prompts, PassageMemory(states, real), positions=positions)[0]
 
 
 def _power(count: int, least: int) -> int:

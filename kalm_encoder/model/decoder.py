@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kalm_encoder import checkpoint
-from kalm_encoder.batching import plan_batches
-from kalm_encoder.compiled_forward import PROMPT_STEP, CompiledForward
-from kalm_encoder.decoder_forward import Fresh, last_hidden
 from kalm_encoder.errors import InputError, NonFiniteError
-from kalm_encoder.hot_passages import HotPassages
-from kalm_encoder.pairs import Pair, Prompt, memory_of
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.batching import plan_batches
+from kalm_encoder.model.compiled_forward import PROMPT_STEP, CompiledForward
+from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
+from kalm_encoder.model.hot_passages import HotPassages
+from kalm_encoder.model.pairs import Pair, Prompt, memory_of
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION, before_query, render_query
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ class QueryDecoder:
         keep = pairs[0].prompt.prefix if wanted else 0
         tokens = torch.tensor(rows, device=self.device)
         kept = None
-        if self.compiled is not None and isinstance(memory, Fresh):
+        if self.compiled is not None and isinstance(memory, PassageMemory):
             hidden = self.compiled(tokens, memory)
         else:
             hidden, kept = last_hidden(self.model, tokens, memory, keep=keep)

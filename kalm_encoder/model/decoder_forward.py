@@ -2,11 +2,11 @@
 
 Rows usually share one prompt, and only its last position is read. So the first layer projects a
 shared prompt once for all rows, the last layer computes queries, output and feed-forward for the
-last position alone, and the mask has one row a passage only where lengths differ. What a prompt
-attends to beside itself is a *memory*: the passage's keys and values, projected now (`Fresh`), or
-kept from before together with those of the prompt's beginning (`Kept`). The layers' own weights are
-used; what they compute is T5Gemma2's merged attention (self and cross in one softmax, keys and
-values of both from the same projections).
+last position alone, and the mask has one row per passage only where lengths differ. What a prompt
+attends to beside itself is a *memory*: the passage's keys and values, projected now
+(`PassageMemory`), or kept from before together with those of the prompt's beginning (`KeptMemory`).
+The layers' own weights are used; what they compute is T5Gemma2's merged attention (self and cross
+in one softmax, keys and values of both from the same projections).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from kalm_encoder.layers import feed_forward, norm, rotate
+from kalm_encoder.model.layers import feed_forward, norm, rotate
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
+class PassageMemory:
     """Passages whose keys and values are projected in each layer.
 
     Attributes:
@@ -41,7 +41,7 @@ class Fresh:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptMemory:
     """Keys and values kept from an earlier forward, of a prompt's first tokens and the passage.
 
     Attributes:
@@ -66,7 +66,7 @@ class Kept:
 def last_hidden(
     model: Any,
     prompts: torch.Tensor,
-    memory: Fresh | Kept,
+    memory: PassageMemory | KeptMemory,
     *,
     keep: int = 0,
     positions: torch.Tensor | None = None,
@@ -83,7 +83,7 @@ def last_hidden(
 
     Returns:
         (b, d) after the final norm, and with `keep` a (b, layers, 2, keep + m, kv heads, head_dim)
-        tensor, each row of it, its padding cut off, an entry for `Kept`; else None.
+        tensor, each row of it, its padding cut off, an entry for `KeptMemory`; else None.
     """
     config = model.config
     layers = model.layers[: config.num_hidden_layers]
@@ -179,7 +179,7 @@ def _to_keep(
 
 
 def _masks(
-    config: Any, positions: torch.Tensor, memory: Fresh | Kept, dtype: torch.dtype
+    config: Any, positions: torch.Tensor, memory: PassageMemory | KeptMemory, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return additive masks (1 or b, 1, heads / kv heads, p, n + p), by kind of layer."""
     p, groups = len(positions), config.num_attention_heads // config.num_key_value_heads

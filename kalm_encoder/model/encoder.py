@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from kalm_encoder import checkpoint
-from kalm_encoder.batching import plan_packed
-from kalm_encoder.encoder_forward import PackedForward
 from kalm_encoder.errors import CheckpointError, InputError
-from kalm_encoder.packing import Packed, send
-from kalm_encoder.pooling import PassageStates, pool_packed
+from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.batching import plan_packed
+from kalm_encoder.model.encoder_forward import PackedForward
+from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens, mark
+from kalm_encoder.model.packing import Packed, send
+from kalm_encoder.model.pooling import pool_packed
 from kalm_encoder.prompts import render_passage
-from kalm_encoder.started import PassageTokens, Started, mark
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class PassageEncoder:
         if ratio < 1:
             raise InputError(f"ratio {ratio} must be at least 1")
         tokens = self.tokenise(texts)
-        started: list[Started] = []
+        started: list[BatchInFlight] = []
         for batch in self.batches([len(t.ids) for t in tokens]):
             started += self.start([tokens[i] for i in batch], ratio=ratio)
         return [states for batch in started for states in batch.result()]
@@ -139,7 +140,7 @@ class PassageEncoder:
         """Encode one batch; see `start`."""
         return [states for batch in self.start(tokens, ratio=ratio) for states in batch.result()]
 
-    def start(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[Started]:
+    def start(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[BatchInFlight]:
         """Send a batch to the device, and on a GPU do not wait for it.
 
         Where memory runs out the token budget is halved, for this batch and all later ones, and
@@ -186,7 +187,7 @@ class PassageEncoder:
         return ids, Packed([len(passage) for passage in batch], self.device)
 
     @torch.inference_mode()
-    def _start(self, tokens: Sequence[PassageTokens], ratio: int) -> Started:
+    def _start(self, tokens: Sequence[PassageTokens], ratio: int) -> BatchInFlight:
         ids, packed = self._send([t.ids for t in tokens])
         began = mark(self.device)
         hidden = self._forward(ids, packed)
@@ -198,7 +199,7 @@ class PassageEncoder:
         before = getattr(self._last, "ended", self._loaded)
         marks = (before, began, forwarded, mark(self.device))
         self._last.ended = marks[-1]
-        return Started(tokens, ratio, pooled, len(hidden), marks)
+        return BatchInFlight(tokens, ratio, pooled, len(hidden), marks)
 
     @torch.inference_mode()
     def _fitting_budget(self) -> int:

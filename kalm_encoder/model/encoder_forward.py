@@ -4,7 +4,7 @@ The tokens of a batch lie behind one another, (T, d), so what works token by tok
 work. Attention runs passage by passage, without a mask where a layer sees all of a passage, and in
 the sliding layers of longer passages block by block over the tokens in reach; on a GPU in 16 bit
 torch's variable-length flash attention does both. Equal to the model's own padded forward to
-float32 rounding (tests/test_encoder_forward.py).
+float32 rounding (tests/encoder/model/test_encoder_forward.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch.nn.functional import embedding
 
 from kalm_encoder.errors import CheckpointError
-from kalm_encoder.layers import feed_forward, norm, rotate
-from kalm_encoder.onednn import pack_linears, product
-from kalm_encoder.packing import Packed
+from kalm_encoder.model.layers import feed_forward, norm, rotate
+from kalm_encoder.model.onednn import pack_linears, product
+from kalm_encoder.model.packing import Packed
 
 try:
     from torch.nn.attention.varlen import varlen_attn

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kalm_encoder.pooling import PassageStates, num_groups
+from kalm_encoder.matryoshka import PassageStates, num_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class PassageTokens:
     truncated: bool
 
 
-class Started:
+class BatchInFlight:
     """A batch that was sent to the device.
 
     Args:

@@ -2,7 +2,7 @@
 
 torch sends float32 products to MKL, which on AMD processors keeps to AVX2: 115 GFLOP/s a core
 where oneDNN, compiling for AVX-512, reaches 265. Without AVX-512 MKL is the faster one, 80 against
-71 (jobs/bench/RESULTS.md). The operators are those that torch.compile itself emits for a CPU.
+71 (docs/benchmarks.md). The operators are those that torch.compile itself emits for a CPU.
 Results differ by float32 rounding alone.
 """
 

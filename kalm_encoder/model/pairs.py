@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kalm_encoder.decoder_forward import Fresh, Kept
+from kalm_encoder.model.decoder_forward import KeptMemory, PassageMemory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +58,9 @@ class Pair:
         return len(self.prompt.ids) - self.held + self.num_states
 
 
-def memory_of(pairs: Sequence[Pair], device: torch.device, dtype: torch.dtype) -> Fresh | Kept:
+def memory_of(
+    pairs: Sequence[Pair], device: torch.device, dtype: torch.dtype
+) -> PassageMemory | KeptMemory:
     """Return the passages of a batch: recalled entries, or states padded to one length.
 
     Args:
@@ -73,7 +75,7 @@ def memory_of(pairs: Sequence[Pair], device: torch.device, dtype: torch.dtype) -
     real = real.to(device)
     entries = [pair.passage for pair in pairs if isinstance(pair.passage, torch.Tensor)]
     if entries:
-        return Kept(entries, pairs[0].prompt.prefix, real)
+        return KeptMemory(entries, pairs[0].prompt.prefix, real)
     shape = (len(pairs), longest, pairs[0].passage.shape[1])
     padded = np.zeros(shape, dtype=pairs[0].passage.dtype)  # type: ignore[arg-type]
     for row, pair in zip(padded, pairs, strict=True):
@@ -81,4 +83,4 @@ def memory_of(pairs: Sequence[Pair], device: torch.device, dtype: torch.dtype) -
     states = torch.from_numpy(padded)
     if device.type == "cuda":
         states = states.pin_memory()
-    return Fresh(states.to(device, non_blocking=True).to(dtype), real)
+    return PassageMemory(states.to(device, non_blocking=True).to(dtype), real)

@@ -10,13 +10,14 @@ from typing import Protocol
 
 import torch
 
-from kalm_encoder.cascade import Stage, plan_stages
-from kalm_encoder.decoder import QueryDecoder
-from kalm_encoder.errors import InputError
-from kalm_encoder.match import check_match
-from kalm_encoder.pairs import Pair, Prompt
-from kalm_encoder.pooling import PassageStates, coarsen
-from kalm_encoder.table import PassageTable
+from kalm_encoder.errors import InputError, MismatchError
+from kalm_encoder.matryoshka import PassageStates, coarsen
+from kalm_encoder.model.decoder import QueryDecoder
+from kalm_encoder.model.pairs import Pair, Prompt
+from kalm_encoder.prompts import TEMPLATE
+from kalm_encoder.rerank.cascade import Stage, plan_stages
+from kalm_encoder.table.reader import PassageTable
+from kalm_encoder.table.rows import FORMAT_VERSION
 
 CHUNK = 128
 """Candidates read together, while the decoder works on those before."""
@@ -229,3 +230,31 @@ class Reranker:
                 states = coarsen(given[i].states, given[i].num_tokens, finest, ratio)
                 pairs[i] = Pair(prompt, states)
         return [pairs[i] for i in ids]
+
+
+def check_match(table: PassageTable, decoder: Scorer, *, max_length: int | None = None) -> None:
+    """Refuse a table that this decoder cannot score.
+
+    Raises:
+        MismatchError: names the first differing field, both values and the remedy.
+    """
+    spec = table.spec
+    again = "encode the corpus again"
+    expected = [
+        ("format_version", spec.format_version, FORMAT_VERSION, again),
+        ("template", spec.template, TEMPLATE, again),
+        ("dim", spec.dim, decoder.dim, f"load {spec.model}, or {again}"),
+        ("max_length", spec.max_length, max_length or spec.max_length, again),
+        (
+            "fingerprint",
+            spec.fingerprint,
+            decoder.fingerprint,
+            f"load the model the table was made with ({spec.model}, revision "
+            f"{spec.revision or 'local'}), or {again} with this one",
+        ),
+    ]
+    for field, stored, wanted, remedy in expected:
+        if stored != wanted:
+            raise MismatchError(
+                field, f"{table.uri} has {field} {stored!r}, the query side {wanted!r}: {remedy}"
+            )

@@ -7,8 +7,8 @@ import uuid
 from typing import Any
 
 from kalm_encoder import PassageTable, __version__
-from kalm_serve.engine import Engine, Scored
-from kalm_serve.shapes import Document, Options, RerankRequest, ScoreRequest, TeiRequest
+from kalm_encoder.service.engine import Engine, Scored
+from kalm_encoder.service.shapes import Document, Options, RerankRequest, ScoreRequest, TeiRequest
 
 
 def rerank(engine: Engine, request: RerankRequest) -> dict[str, Any]:

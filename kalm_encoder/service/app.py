@@ -16,16 +16,16 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 
-from kalm_encoder import __version__
 from kalm_encoder.errors import KalmError
-from kalm_serve import answers
-from kalm_serve.engine import Engine
-from kalm_serve.explore import Explorer
-from kalm_serve.explore_page import Page, add_routes
-from kalm_serve.limits import BodyLimit
-from kalm_serve.metrics import Metrics
-from kalm_serve.problems import ERRORS, HANDLERS
-from kalm_serve.shapes import RerankRequest, ScoreRequest, TeiRequest
+from kalm_encoder.service import answers
+from kalm_encoder.service.engine import Engine
+from kalm_encoder.service.explore.comparing import Explorer
+from kalm_encoder.service.explore.routes import Page, add_routes
+from kalm_encoder.service.limits import BodyLimit
+from kalm_encoder.service.metrics import Metrics
+from kalm_encoder.service.problems import ERRORS, HANDLERS
+from kalm_encoder.service.shapes import RerankRequest, ScoreRequest, TeiRequest
+from kalm_encoder.version import __version__
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kalm_encoder.decoder import Pair, Prompt, QueryDecoder
+from kalm_encoder.model.decoder import Pair, Prompt, QueryDecoder
 
 Scores = list[tuple[float, float]]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from kalm_encoder import PassageStates, PassageTable
 from kalm_encoder.errors import InputError
-from kalm_serve.filters import check_filter
-from kalm_serve.live import LiveTable, Version
-from kalm_serve.shapes import Document, Options
+from kalm_encoder.service.filters import check_filter
+from kalm_encoder.service.live import LiveTable, Version
+from kalm_encoder.service.shapes import Document, Options
 
 
 @dataclass(frozen=True, slots=True)

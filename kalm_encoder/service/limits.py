@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kalm_serve.problems import problem
+from kalm_encoder.service.problems import problem
 
 
 class BodyLimit:

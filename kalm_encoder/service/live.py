@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
 from kalm_encoder.errors import InputError
-from kalm_serve.batcher import BatchingDecoder
+from kalm_encoder.service.batcher import BatchingDecoder
 
 logger = logging.getLogger(__name__)
 

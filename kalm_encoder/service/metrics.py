@@ -10,7 +10,7 @@ from prometheus_client import generate_latest as generate
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
-    from kalm_serve.live import LiveTable
+    from kalm_encoder.service.live import LiveTable
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 PAIRS = (1, 4, 16, 64, 256, 1024)

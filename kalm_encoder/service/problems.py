@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from kalm_encoder.errors import InputError, MissingIdsError
-from kalm_serve.shapes import problems
+from kalm_encoder.service.shapes import problems
 
 logger = logging.getLogger(__name__)
 

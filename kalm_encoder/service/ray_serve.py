@@ -18,10 +18,10 @@ from fastapi import FastAPI
 from ray import serve
 
 from kalm_encoder.errors import InputError, KalmError
-from kalm_serve.app import Limits, create_app
-from kalm_serve.engine import Engine
-from kalm_serve.live import LiveTable, Settings
-from kalm_serve.metrics import Metrics
+from kalm_encoder.service.app import Limits, create_app
+from kalm_encoder.service.engine import Engine
+from kalm_encoder.service.live import LiveTable, Settings
+from kalm_encoder.service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 NAME = "kalm"

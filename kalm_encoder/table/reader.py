@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from lance.query import MatchQuery
 
 from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError
-from kalm_encoder.pooling import PassageStates
-from kalm_encoder.row_index import ADDRESS, RowIndex
-from kalm_encoder.row_reader import read_rows, verified
-from kalm_encoder.rows import TableSpec
+from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.row_index import ADDRESS, RowIndex
+from kalm_encoder.table.row_reader import read_rows, verified
+from kalm_encoder.table.rows import TableSpec
 
 logger = logging.getLogger(__name__)
 LIVE_TAG = "live"

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from kalm_encoder.checksums import states_checksum
 from kalm_encoder.errors import CorruptRowError
-from kalm_encoder.pooling import PassageStates, coarsen, num_groups
-from kalm_encoder.rows import TableSpec
+from kalm_encoder.matryoshka import PassageStates, coarsen, num_groups
+from kalm_encoder.table.checksums import states_checksum
+from kalm_encoder.table.rows import TableSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kalm_encoder import __version__
-from kalm_encoder.checksums import row_checksum, states_checksum, text_hash
-from kalm_encoder.codecs import CODECS, FloatCodec, IntCodec
 from kalm_encoder.errors import InputError, TableError
-from kalm_encoder.pooling import PassageStates, coarsen, num_groups
+from kalm_encoder.matryoshka import PassageStates, coarsen, num_groups
 from kalm_encoder.prompts import TEMPLATE
+from kalm_encoder.table.checksums import row_checksum, states_checksum, text_hash
+from kalm_encoder.table.codecs import CODECS, FloatCodec, IntCodec
+from kalm_encoder.version import __version__
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.sources import FieldOptions, Fields, file_format, fsspec_options
-from pipeline.text_files import Slice
+from pipeline.corpus.inputs import FieldOptions, Fields, file_format, fsspec_options
+from pipeline.corpus.text import Slice
 
 
 class ParquetFile:

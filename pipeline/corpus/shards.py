@@ -15,9 +15,11 @@ from typing import Any
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline import columnar_files, text_files, text_scan
-from pipeline.sources import FieldOptions, Fields, Passage, Reject, file_format, to_passage
-from pipeline.text_files import Slice
+from pipeline.corpus import columnar as columnar_files
+from pipeline.corpus import text as text_files
+from pipeline.corpus import text_scan
+from pipeline.corpus.inputs import FieldOptions, Fields, Passage, Reject, file_format, to_passage
+from pipeline.corpus.text import Slice
 
 MAX_SHARDS = (1 << 20) - 1
 """Lance fragment ids are number + 1 in 20 bits; the bits above count generations."""

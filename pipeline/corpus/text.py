@@ -22,7 +22,7 @@ import fsspec
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.sources import (
+from pipeline.corpus.inputs import (
     ID_FIELDS,
     TEXT_FIELDS,
     FieldOptions,

@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.sources import FieldOptions, Fields
-from pipeline.text_files import Record, Slice, detect, is_plain, open_text, records
+from pipeline.corpus.inputs import FieldOptions, Fields
+from pipeline.corpus.text import Record, Slice, detect, is_plain, open_text, records
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

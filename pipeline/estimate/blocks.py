@@ -15,10 +15,11 @@ from typing import Any
 import fsspec
 
 from kalm_encoder.errors import InputError
-from pipeline import columnar_files, text_files
-from pipeline.columnar_files import slice_hash
-from pipeline.sources import Fields, fsspec_options
-from pipeline.text_files import Record, Slice
+from pipeline.corpus import columnar as columnar_files
+from pipeline.corpus import text as text_files
+from pipeline.corpus.columnar import slice_hash
+from pipeline.corpus.inputs import Fields, fsspec_options
+from pipeline.corpus.text import Record, Slice
 
 AT_ONCE, CHUNK, WARM_UP = 1 << 10, 1 << 13, 1 << 18
 Records = list[tuple[int, dict[str, Any] | str]]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeline.estimate import Estimate, Part, mean, quantiles, total
-from pipeline.sample import Block, Sample
+from pipeline.estimate.intervals import Estimate, Part, mean, quantiles, total
+from pipeline.estimate.sample import Block, Sample
 
 SHARES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kalm_encoder.codecs import CODECS
-from kalm_encoder.rows import TableSpec
-from pipeline.census import Census, percentiles
-from pipeline.encoder_rate import Rate
-from pipeline.estimate import Estimate
-from pipeline.flops import Shape, decoder_flops, encoder_flops
-from pipeline.sample import Sample
-from pipeline.storage_estimate import RowCost
+from kalm_encoder.table.codecs import CODECS
+from kalm_encoder.table.rows import TableSpec
+from pipeline.estimate.census import Census, percentiles
+from pipeline.estimate.flops import Shape, decoder_flops, encoder_flops
+from pipeline.estimate.intervals import Estimate
+from pipeline.estimate.rate import Rate
+from pipeline.estimate.sample import Sample
+from pipeline.estimate.storage import RowCost
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096)

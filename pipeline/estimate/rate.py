@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from kalm_encoder.encoder import PassageEncoder
-from pipeline.lanes import Lanes
+from kalm_encoder.model.encoder import PassageEncoder
+from pipeline.workers.device_threads import DeviceThreads
 
 LEAST_RUNS = 3
 RATIO = 4
@@ -41,7 +41,7 @@ def measure_rate(encoder: PassageEncoder, texts: Sequence[str], seconds: float) 
         texts: passages, used in turn, from the first again where they run out.
         seconds: to spend; three runs are made in any case, after one that is not counted.
     """
-    lanes = Lanes(encoder.device)
+    lanes = DeviceThreads(encoder.device)
     groups = _groups(encoder, texts, 4 * lanes.count * encoder.token_budget)
     _encode(encoder, lanes, groups[0])
     rates: list[float] = []
@@ -54,7 +54,7 @@ def measure_rate(encoder: PassageEncoder, texts: Sequence[str], seconds: float) 
     return Rate(statistics.median(rates), min(rates), max(rates), len(rates), encoder.device.type)
 
 
-def _encode(encoder: PassageEncoder, lanes: Lanes, texts: Sequence[str]) -> int:
+def _encode(encoder: PassageEncoder, lanes: DeviceThreads, texts: Sequence[str]) -> int:
     """Encode texts as a worker does, but keep nothing; return their tokens."""
     tokens = encoder.tokenise(texts)
     lengths = [len(t.ids) for t in tokens]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.sources import Passage
+from pipeline.corpus.inputs import Passage
 
 TEXT, COLUMNS, ORDERED = "plain text", "Parquet and Lance", "compressed or quoted"
 

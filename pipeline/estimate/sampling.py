@@ -19,14 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from kalm_encoder.encoder import passage_ids
 from kalm_encoder.errors import InputError
-from pipeline import columnar_files, text_files
-from pipeline.blocks import WARM_UP, OrderedFile, Piece, count_lines, read_piece, text_size
-from pipeline.columnar_files import LanceTable
-from pipeline.sample import COLUMNS, ORDERED, TEXT, Block, Sample, Stratum
-from pipeline.shards import to_rows
-from pipeline.sources import COMPRESSIONS, FieldOptions, Fields, file_format
+from kalm_encoder.model.encoder import passage_ids
+from pipeline.corpus import columnar as columnar_files
+from pipeline.corpus import text as text_files
+from pipeline.corpus.columnar import LanceTable
+from pipeline.corpus.inputs import COMPRESSIONS, FieldOptions, Fields, file_format
+from pipeline.corpus.shards import to_rows
+from pipeline.estimate.blocks import WARM_UP, OrderedFile, Piece, count_lines, read_piece, text_size
+from pipeline.estimate.sample import COLUMNS, ORDERED, TEXT, Block, Sample, Stratum
 
 LEAST_BLOCKS, MOST_BLOCKS = 30, 20_000
 """Of a kind of files: below, an interval means nothing, so that many are read whatever the time."""

@@ -16,10 +16,10 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from kalm_encoder.pooling import PassageStates, num_groups
-from kalm_encoder.rows import TableSpec, build_rows
-from pipeline.ledger import create_table
-from pipeline.sources import Passage
+from kalm_encoder.matryoshka import PassageStates, num_groups
+from kalm_encoder.table.rows import TableSpec, build_rows
+from pipeline.corpus.inputs import Passage
+from pipeline.table.ledger import create_table
 
 SAMPLE_BYTES = 64 << 20
 """Of states, in the sample table."""

@@ -11,29 +11,29 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kalm_encoder import checkpoint
-from kalm_encoder.encoder import check_max_length
 from kalm_encoder.errors import (
     FencedError,
     IncompleteError,
     InputError,
     TooManyRejectsError,
 )
-from kalm_encoder.rows import TableSpec
-from kalm_encoder.table import open_dataset
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.encoder import check_max_length
+from kalm_encoder.table.reader import open_dataset
+from kalm_encoder.table.rows import TableSpec
 from pipeline import logs
-from pipeline.committer import Committer
-from pipeline.duplicates import ON_DUPLICATE, repeated_rows
-from pipeline.job import EncodeJob, plan_job
-from pipeline.ledger import REJECTED, Ledger
-from pipeline.maintenance import Maintainer, publish
-from pipeline.plan_copy import PlanCopy
-from pipeline.preflight import check_writable
-from pipeline.progress import Progress
-from pipeline.rejects import RejectStore
-from pipeline.shard_work import Executor, Outcome, ShardFailure, WorkerConfig
-from pipeline.shards import Plan
-from pipeline.sources import absolute
+from pipeline.corpus.inputs import absolute
+from pipeline.corpus.shards import Plan
+from pipeline.messages import Executor, Outcome, ShardFailure, WorkerConfig
+from pipeline.run.job import EncodeJob, plan_job
+from pipeline.run.kept_plan import PlanCopy
+from pipeline.run.progress import Progress
+from pipeline.table.committer import Committer
+from pipeline.table.duplicates import ON_DUPLICATE, repeated_rows
+from pipeline.table.finish import Maintainer, publish
+from pipeline.table.ledger import REJECTED, Ledger
+from pipeline.table.preflight import check_writable
+from pipeline.table.rejects import RejectStore
 
 logger = logging.getLogger(__name__)
 

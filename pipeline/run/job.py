@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.shards import Plan, plan_shards
-from pipeline.sources import FieldOptions, expand_inputs
+from pipeline.corpus.inputs import FieldOptions, expand_inputs
+from pipeline.corpus.shards import Plan, plan_shards
 
 logger = logging.getLogger(__name__)
 

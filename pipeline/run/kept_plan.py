@@ -26,12 +26,12 @@ import pyarrow.parquet as pq
 import xxhash
 from lance.file import LanceFileSession
 
-from kalm_encoder.table import first_line
-from pipeline.job import EncodeJob
-from pipeline.shards import Plan, Shard
-from pipeline.side_files import STORE_ERRORS
-from pipeline.sources import Fields, expand_inputs, file_format, fsspec_options
-from pipeline.text_files import Slice
+from kalm_encoder.table.reader import first_line
+from pipeline.corpus.inputs import Fields, expand_inputs, file_format, fsspec_options
+from pipeline.corpus.shards import Plan, Shard
+from pipeline.corpus.text import Slice
+from pipeline.run.job import EncodeJob
+from pipeline.table.side_files import STORE_ERRORS
 
 logger = logging.getLogger(__name__)
 

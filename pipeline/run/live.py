@@ -16,8 +16,8 @@ from typing import Any
 
 from lance.file import LanceFileSession
 
-from kalm_encoder.table import first_line
-from pipeline.side_files import STORE_ERRORS, read_text, write_text
+from kalm_encoder.table.reader import first_line
+from pipeline.table.side_files import STORE_ERRORS, read_text, write_text
 
 logger = logging.getLogger(__name__)
 

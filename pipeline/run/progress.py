@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, Self
 from tqdm import tqdm
 
 from kalm_encoder.errors import FencedError
-from kalm_encoder.table import first_line
-from pipeline import live, logs
-from pipeline.live import LiveFile
-from pipeline.pace import Pace, eta_facts, eta_text
-from pipeline.run_records import RunRecorder
-from pipeline.run_totals import Work
-from pipeline.shard_work import ShardResult
-from pipeline.shards import Plan, Shard, is_columnar
+from kalm_encoder.table.reader import first_line
+from pipeline import logs
+from pipeline.corpus.shards import Plan, Shard, is_columnar
+from pipeline.messages import ShardResult
+from pipeline.run import live
+from pipeline.run.live import LiveFile
+from pipeline.run.pace import Pace, eta_facts, eta_text
+from pipeline.run.records import RunRecorder
+from pipeline.run.run_totals import Work
 
 if TYPE_CHECKING:
-    from pipeline.shard_work import Outcome
+    from pipeline.messages import Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from lance.file import LanceFileSession
 
-from kalm_encoder.table import first_line
-from pipeline.side_files import STORE_ERRORS, read_text, write_text
+from kalm_encoder.table.reader import first_line
+from pipeline.table.side_files import STORE_ERRORS, read_text, write_text
 
 if TYPE_CHECKING:
-    from pipeline.shard_work import ShardResult
+    from pipeline.messages import ShardResult
 
 logger = logging.getLogger(__name__)
 

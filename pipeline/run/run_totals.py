@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.run_records import ShardRecord
+from pipeline.run.records import ShardRecord
 
 DEVICE = ("forward", "pool")
 """Stages in which the device computes."""

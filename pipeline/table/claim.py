@@ -25,8 +25,8 @@ from lance.dataset import LanceOperation
 from lance.schema import LanceSchema
 
 from kalm_encoder.errors import FencedError, KalmError, TableError
-from kalm_encoder.table import first_line
-from pipeline.fragments import open_to_write
+from kalm_encoder.table.reader import first_line
+from pipeline.table.fragments import open_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ LOADING, SEALED, CHANGING, COMPLETE = "loading", "sealed", "changing", "complete
 ATTEMPTS = 10
 
 
-class TableWriter:
+class TableClaim:
     """The write side of one table.
 
     Attributes:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.ledger import Ledger
-    from pipeline.shard_work import ShardResult
+    from pipeline.messages import ShardResult
+    from pipeline.table.ledger import Ledger
 
 COMMIT_SHARE = 0.04
 """Of the time of a run that commits may take."""

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from kalm_encoder.errors import InputError, MissingIdsError
-from kalm_encoder.rows import TableSpec
-from kalm_encoder.table import LIVE_TAG, first_line, ids_in, open_dataset
-from pipeline.duplicates import repeated_rows
-from pipeline.ledger import ON_DUPLICATE, PLAN
-from pipeline.writer import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableWriter
+from kalm_encoder.table.reader import LIVE_TAG, first_line, ids_in, open_dataset
+from kalm_encoder.table.rows import TableSpec
+from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
+from pipeline.table.duplicates import repeated_rows
+from pipeline.table.ledger import ON_DUPLICATE, PLAN
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ COMPACT_AT_ONCE = 10_000
 Item = TypeVar("Item")
 
 
-class Maintainer(TableWriter):
+class Maintainer(TableClaim):
     """The write side of a table that is sealed."""
 
     def __init__(self, uri: str, storage_options: dict[str, str] | None = None) -> None:

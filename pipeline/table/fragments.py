@@ -12,7 +12,7 @@ from lance.file import LanceFileReader
 from lance.fragment import FragmentMetadata, write_fragments
 
 from kalm_encoder.errors import KalmError
-from kalm_encoder.table import first_line, open_dataset
+from kalm_encoder.table.reader import first_line, open_dataset
 
 CHECKED_AT_ONCE = 32
 CACHE_BYTES = 1 << 20

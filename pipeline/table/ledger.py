@@ -18,14 +18,14 @@ import pyarrow as pa
 from lance.dataset import LanceOperation
 
 from kalm_encoder.errors import InputError, KalmError, MismatchError, TableError
-from kalm_encoder.rows import TableSpec
-from kalm_encoder.table import LIVE_TAG, first_line
-from pipeline.fragments import check_written, with_id
-from pipeline.shards import Plan
-from pipeline.writer import EPOCH, LOADING, OWNER, SEALED, STATE, TableWriter
+from kalm_encoder.table.reader import LIVE_TAG, first_line
+from kalm_encoder.table.rows import TableSpec
+from pipeline.corpus.shards import Plan
+from pipeline.table.claim import EPOCH, LOADING, OWNER, SEALED, STATE, TableClaim
+from pipeline.table.fragments import check_written, with_id
 
 if TYPE_CHECKING:
-    from pipeline.shard_work import ShardResult
+    from pipeline.messages import ShardResult
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ EMPTY_SHARDS, GENERATION = "kalm.empty_shards", "kalm.generation"
 ON_DUPLICATE, REJECTED = "kalm.on_duplicate", "kalm.rejected"
 
 
-class Ledger(TableWriter):
+class Ledger(TableClaim):
     """The write side of one table while shards are added.
 
     Attributes:

@@ -23,9 +23,9 @@ from lance.dataset import LanceOperation
 from lance.schema import LanceSchema
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.table import first_line
-from pipeline.fragments import with_id, write_fragment
-from pipeline.sources import fsspec_options
+from kalm_encoder.table.reader import first_line
+from pipeline.corpus.inputs import fsspec_options
+from pipeline.table.fragments import with_id, write_fragment
 
 PROBES = "_kalm/probes"
 EXPLANATIONS = (

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from lance.file import LanceFileSession
 
-from pipeline.shards import Shard
-from pipeline.side_files import read_text, write_text
-from pipeline.sources import Reject
+from pipeline.corpus.inputs import Reject
+from pipeline.corpus.shards import Shard
+from pipeline.table.side_files import read_text, write_text
 
 FOLDER = "_kalm/rejects"
 

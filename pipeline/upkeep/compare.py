@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
-from kalm_encoder.checksums import text_hash
 from kalm_encoder.errors import InputError
-from kalm_encoder.table import ids_in, open_dataset
-from pipeline.duplicates import repeated
-from pipeline.job import EncodeJob
-from pipeline.shards import Plan, ShardReader
-from pipeline.sources import Passage, Reject
+from kalm_encoder.table.checksums import text_hash
+from kalm_encoder.table.reader import ids_in, open_dataset
+from pipeline.corpus.inputs import Passage, Reject
+from pipeline.corpus.shards import Plan, ShardReader
+from pipeline.run.job import EncodeJob
+from pipeline.table.duplicates import repeated
 
 
 @dataclass

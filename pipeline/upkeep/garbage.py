@@ -9,9 +9,9 @@ import pyarrow as pa
 from lance.file import LanceFileSession
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.table import open_dataset
-from pipeline.sync import FOLDER as STAGED
-from pipeline.writer import COMPLETE, TableWriter
+from kalm_encoder.table.reader import open_dataset
+from pipeline.table.claim import COMPLETE, TableClaim
+from pipeline.upkeep.sync import FOLDER as STAGED
 
 SAFE_AGE = timedelta(days=7)
 LEAST_AGE = timedelta(hours=1)
@@ -45,7 +45,7 @@ def collect_garbage(
     """
     if older_than < timedelta(0):
         raise InputError(f"an age of {older_than} is negative")
-    writer = TableWriter(uri, storage_options)
+    writer = TableClaim(uri, storage_options)
     safe = LEAST_AGE if writer.state == COMPLETE else SAFE_AGE
     options = {"older_than": older_than, "error_if_tagged_old_versions": False}
     if dry_run:

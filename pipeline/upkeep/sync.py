@@ -17,19 +17,19 @@ import pyarrow as pa
 import xxhash
 from lance.file import LanceFileSession
 
-from kalm_encoder import checkpoint
-from kalm_encoder.checksums import text_hash
 from kalm_encoder.errors import MismatchError
-from kalm_encoder.table import open_dataset
-from pipeline.comparison import Changes, Comparison
-from pipeline.driver import Summary, run
-from pipeline.job import EncodeJob, plan_job
-from pipeline.maintenance import Maintainer, publish
-from pipeline.rejects import RejectStore
-from pipeline.shard_work import Executor
-from pipeline.shards import ShardReader
-from pipeline.sources import FieldOptions, Passage
-from pipeline.writer import COMPLETE
+from kalm_encoder.model import checkpoint
+from kalm_encoder.table.checksums import text_hash
+from kalm_encoder.table.reader import open_dataset
+from pipeline.corpus.inputs import FieldOptions, Passage
+from pipeline.corpus.shards import ShardReader
+from pipeline.messages import Executor
+from pipeline.run.driver import Summary, run
+from pipeline.run.job import EncodeJob, plan_job
+from pipeline.table.claim import COMPLETE
+from pipeline.table.finish import Maintainer, publish
+from pipeline.table.rejects import RejectStore
+from pipeline.upkeep.compare import Changes, Comparison
 
 logger = logging.getLogger(__name__)
 

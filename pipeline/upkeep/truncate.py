@@ -12,17 +12,17 @@ from dataclasses import replace
 import lance
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.row_reader import read_rows
-from kalm_encoder.rows import build_rows
-from kalm_encoder.table import PassageTable
-from pipeline.columnar_files import slice_hash
-from pipeline.driver import Summary, load
-from pipeline.fragments import write_fragment
-from pipeline.job import EncodeJob
-from pipeline.shard_work import Outcome, ShardResult, WorkerConfig
-from pipeline.shards import Plan, Shard
-from pipeline.sources import Fields, absolute
-from pipeline.text_files import Slice
+from kalm_encoder.table.reader import PassageTable
+from kalm_encoder.table.row_reader import read_rows
+from kalm_encoder.table.rows import build_rows
+from pipeline.corpus.columnar import slice_hash
+from pipeline.corpus.inputs import Fields, absolute
+from pipeline.corpus.shards import Plan, Shard
+from pipeline.corpus.text import Slice
+from pipeline.messages import Outcome, ShardResult, WorkerConfig
+from pipeline.run.driver import Summary, load
+from pipeline.run.job import EncodeJob
+from pipeline.table.fragments import write_fragment
 
 
 def truncate(

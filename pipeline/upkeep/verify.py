@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kalm_encoder.checksums import row_checksum, states_checksum, text_hash
-from kalm_encoder.decoder import QueryDecoder
-from kalm_encoder.encoder import PassageEncoder
 from kalm_encoder.errors import InputError, KalmError
-from kalm_encoder.pooling import num_groups
-from kalm_encoder.row_reader import states_arrays
-from kalm_encoder.rows import TableSpec
-from kalm_encoder.table import PassageTable, first_line
-from pipeline.comparison import Comparison
-from pipeline.duplicates import repeated_rows
-from pipeline.job import EncodeJob, plan_job
-from pipeline.ledger import NUM_ROWS
-from pipeline.maintenance import ROWS
-from pipeline.writer import COMPLETE, STATE
+from kalm_encoder.matryoshka import num_groups
+from kalm_encoder.model.decoder import QueryDecoder
+from kalm_encoder.model.encoder import PassageEncoder
+from kalm_encoder.table.checksums import row_checksum, states_checksum, text_hash
+from kalm_encoder.table.reader import PassageTable, first_line
+from kalm_encoder.table.row_reader import states_arrays
+from kalm_encoder.table.rows import TableSpec
+from pipeline.run.job import EncodeJob, plan_job
+from pipeline.table.claim import COMPLETE, STATE
+from pipeline.table.duplicates import repeated_rows
+from pipeline.table.finish import ROWS
+from pipeline.table.ledger import NUM_ROWS
+from pipeline.upkeep.compare import Comparison
 
 BATCH_ROWS = 1024
 SHOWN = 100

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-MOST_LANES = 8
+MOST_DEVICE_THREADS = 8
 """Each holds the activations of a batch; beyond it lanes get more than one thread each."""
 
 P = ParamSpec("P")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 
-class Lanes:
+class DeviceThreads:
     """Threads of their own for a device: one for a GPU, one a core for a CPU.
 
     On a CPU each runs a forward alone. Where several threads share a forward, each product ends
@@ -36,7 +36,7 @@ class Lanes:
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
         usual = torch.get_num_threads()
         threads = threads or usual
-        self.count = min(threads, MOST_LANES) if device.type == "cpu" else 1
+        self.count = min(threads, MOST_DEVICE_THREADS) if device.type == "cpu" else 1
         self._width = threads // self.count
         self._all_ready = threading.Barrier(self.count)
         self._pool = ThreadPoolExecutor(self.count, "device", initializer=self._begin)

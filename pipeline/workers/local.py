@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from pipeline import logs
-from pipeline.encode_shard import ShardEncoder
-from pipeline.shard_work import IN_FLIGHT, Outcome, ShardFailure, WorkerConfig
-from pipeline.shards import Shard
+from pipeline.corpus.shards import Shard
+from pipeline.messages import IN_FLIGHT, Outcome, ShardFailure, WorkerConfig
+from pipeline.workers.shard_encoder import ShardEncoder
 
 
 def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:

@@ -14,18 +14,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kalm_encoder import checkpoint
-from kalm_encoder.encoder import PassageEncoder
 from kalm_encoder.errors import KalmError, MismatchError
-from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rows import build_rows
-from kalm_encoder.started import PassageTokens, Started
-from kalm_encoder.table import first_line
-from pipeline.fragments import open_to_write, write_fragment
-from pipeline.lanes import Lanes
-from pipeline.shard_work import ShardResult, WorkerConfig
-from pipeline.shards import Shard, ShardReader
-from pipeline.sources import Passage, Reject
+from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.encoder import PassageEncoder
+from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
+from kalm_encoder.table.reader import first_line
+from kalm_encoder.table.rows import build_rows
+from pipeline.corpus.inputs import Passage, Reject
+from pipeline.corpus.shards import Shard, ShardReader
+from pipeline.messages import ShardResult, WorkerConfig
+from pipeline.table.fragments import open_to_write, write_fragment
+from pipeline.workers.device_threads import DeviceThreads
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class ShardEncoder:
             torch.cuda.set_per_process_memory_fraction(config.gpu_share)
         if place.type == "cpu":
             keep_freed_memory()
-        self._lanes = Lanes(place, config.threads)
-        self._ahead: deque[Started] = deque()
+        self._lanes = DeviceThreads(place, config.threads)
+        self._ahead: deque[BatchInFlight] = deque()
         self.encoder = self._lanes.submit(
             lambda: PassageEncoder(
                 files.load_text_encoder(place, checkpoint.choose_dtype(None, place)),
@@ -114,7 +114,7 @@ class ShardEncoder:
             num_rows=len(kept),
             rejects=(*rejects, *failed),
             num_tokens=num_tokens,
-            padded_tokens=sum(s.computed for s in started if isinstance(s, Started)),
+            padded_tokens=sum(s.computed for s in started if isinstance(s, BatchInFlight)),
             num_truncated=sum(t.truncated for t in tokens),
             seconds=_stages(clock.seconds, started, self._lanes.count),
             worker=f"{socket.gethostname()}:{os.getpid()}",
@@ -134,7 +134,7 @@ class ShardEncoder:
                 return True
         return False
 
-    def _start(self, tokens: Sequence[PassageTokens]) -> list[Started | str]:
+    def _start(self, tokens: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
         """Send a shard to the device; a passage that fails is its reason.
 
         Raises:
@@ -146,24 +146,24 @@ class ShardEncoder:
         parts = self._lanes.map(self._run, ([tokens[i] for i in batch] for batch in batches))
         started = [one for part in parts for one in part]
         if any(isinstance(s, str) for s in started) and len(tokens) > 1:
-            good = next((s.tokens[0] for s in started if isinstance(s, Started)), tokens[0])
+            good = next((s.tokens[0] for s in started if isinstance(s, BatchInFlight)), tokens[0])
             # Raises again where the device itself is broken, by now or from the start.
             again = self._lanes.submit(self.encoder.encode_batch, [good], ratio=self.spec.ratios[0])
             again.result()
         return started
 
-    def _run(self, batch: Sequence[PassageTokens]) -> list[Started | str]:
+    def _run(self, batch: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
         """Start a batch, in a lane; a GPU must be done with the one AHEAD of it."""
         if self._stopped.is_set():
             raise KalmError("the encoder was stopped")
         started = self._isolate(batch)
         if self.encoder.device.type == "cuda":
-            self._ahead.extend(s for s in started if isinstance(s, Started))
+            self._ahead.extend(s for s in started if isinstance(s, BatchInFlight))
             while len(self._ahead) > AHEAD:
                 self._ahead.popleft().result()
         return started
 
-    def _isolate(self, batch: Sequence[PassageTokens]) -> list[Started | str]:
+    def _isolate(self, batch: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
         """Start a batch; where that fails its halves, down to the passages that are at fault."""
         try:
             return list(self.encoder.start(batch, ratio=self.spec.ratios[0]))
@@ -210,7 +210,7 @@ def keep_freed_memory() -> None:
         logger.warning("malloc keeps its defaults: encoding on this CPU will be slower")
 
 
-def _collect(started: Sequence[Started | str]) -> list[PassageStates | str]:
+def _collect(started: Sequence[BatchInFlight | str]) -> list[PassageStates | str]:
     """Wait for the device; return the states of every passage, or the reason it has none."""
     return [
         outcome
@@ -220,16 +220,16 @@ def _collect(started: Sequence[Started | str]) -> list[PassageStates | str]:
 
 
 def _stages(
-    host: dict[str, float], started: Sequence[Started | str], lanes: int
+    host: dict[str, float], started: Sequence[BatchInFlight | str], lanes: int
 ) -> dict[str, float]:
     """Return the seconds of a shard by stage, from the host's laps and the device's clock.
 
-    Lanes work side by side: a second of one of n is the nth part of one of the device.
+    DeviceThreads work side by side: a second of one of n is the nth part of one of the device.
     """
     seconds = {"read": host["read"], "tokenise": host["tokenise"]}
     device = dict.fromkeys(("idle", "forward", "pool"), 0.0)
     for batch in started:
-        if isinstance(batch, Started):
+        if isinstance(batch, BatchInFlight):
             for stage, spent in batch.seconds.items():
                 device[stage] += spent / lanes
     busy = device["forward"] + device["pool"]

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.corpus.inputs import COMPRESSIONS
+from pipeline.corpus.shards import Shard, is_columnar
 from pipeline.logs import in_shard
-from pipeline.shard_work import ShardFailure
-from pipeline.shards import Shard, is_columnar
-from pipeline.sources import COMPRESSIONS
+from pipeline.messages import ShardFailure
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class ShardQueue:
             self._suspects.append(_Suspect(shard, node))
         return failures
 
-    def pardon(self, nodes: Container[str]) -> None:
+    def clear_suspects(self, nodes: Container[str]) -> None:
         """Clear suspects whose worker died a moment before its node did.
 
         Args:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from jobs.demo import standard_library_docs
-from jobs.demo_model import make_checkpoint
-from kalm_train.architecture import NANO
+from jobs.demo_training.architecture import NANO
+from tests.support.random_model import make_checkpoint
 
 FOLDER = Path("bench-data")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.bench.data import FOLDER, bar, ms_marco_lengths, nano_checkpoint, passages_of
 from kalm_encoder import Reranker
-from kalm_encoder.checkpoint import resolve
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.truncate import truncate
+from kalm_encoder.model.checkpoint import resolve
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.upkeep.truncate import truncate
+from pipeline.workers.local import encode_inline
+from tests.bench.data import FOLDER, bar, ms_marco_lengths, nano_checkpoint, passages_of
 
 PASSAGES, SCORED = 1000, 60
 QUERY = "how do I read a compressed file line by line without loading all of it"

@@ -13,17 +13,17 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+from pipeline.workers.on_ray.actor.on_ray import actor as workers
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from jobs.bench.data import bar
-from kalm_encoder.rows import TableSpec
-from pipeline import workers
-from pipeline.shard_work import IN_FLIGHT, ShardResult, WorkerConfig
-from pipeline.shards import Shard
-from pipeline.sources import Fields
-from pipeline.text_files import Slice
-from pipeline.workers import RayOptions, Worker, on_ray
+from kalm_encoder.table.rows import TableSpec
+from pipeline.corpus.inputs import Fields
+from pipeline.corpus.shards import Shard
+from pipeline.corpus.text import Slice
+from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
+from tests.bench.data import bar
 
 WORKERS_PER_NODE, SHARD_S, SHARDS = 2, 0.2, 600
 SPEC = TableSpec(model="none", revision=None, fingerprint="", dim=1, max_length=1, ratios=(1,))

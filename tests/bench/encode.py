@@ -4,7 +4,7 @@ Each peer (see peers.py) is a process of its own, one at a time, with the thread
 default; the ceiling runs before and after ours, and figures are compared within a round. What a
 command spends on starting Ray and loading the model is printed beside tokens/s, not part of it.
 
-    python -m jobs.bench.encode --rounds 1 --distributions ms-marco equal web adversarial
+    python -m tests.bench.encode --rounds 1 --distributions ms-marco equal web adversarial
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from jobs.bench import data
-from jobs.bench.data import DISTRIBUTIONS, FOLDER, bar, spread
-from jobs.bench.encode_runs import Run, run_ours, run_peer, run_process
-from jobs.bench.peers import ORDERS, RATIO, ROWS, fixed_rows, padded_size
-from kalm_encoder.checkpoint import resolve
-from kalm_encoder.pooling import num_groups
+from kalm_encoder.matryoshka import num_groups
+from kalm_encoder.model.checkpoint import resolve
+from tests.bench import data
+from tests.bench.data import DISTRIBUTIONS, FOLDER, bar, spread
+from tests.bench.encode_runs import Run, run_ours, run_peer, run_process
+from tests.bench.peers import ORDERS, RATIO, ROWS, fixed_rows, padded_size
 
 OURS, INLINE, CEILING = "kalm encode", "kalm encode --workers 0", "ceiling"
 PADDING_ROWS = 1024
@@ -141,7 +141,7 @@ def store_bars(runs: Sequence[Run], table: Path) -> list[str]:
 
 def long_passages(model: str, rounds: int) -> list[str]:
     """Print and judge our forward against the model's own on long passages."""
-    printed, _ = run_process("jobs.bench.peers", "long_passages", model, rounds)
+    printed, _ = run_process("tests.bench.peers", "long_passages", model, rounds)
     bars = []
     for name, times in json.loads(printed.splitlines()[-1]).items():
         wall, cpu = ([t[kind] for t in times] for kind in ("wall", "cpu"))

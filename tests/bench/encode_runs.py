@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.bench.peers import RATIO
+from tests.bench.peers import RATIO
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def run_process(module: str, *arguments: object) -> tuple[str, float]:
 
 def run_peer(peer: str, model: str, corpus: Path) -> Run:
     """Run one of peers.py."""
-    printed, wall = run_process("jobs.bench.peers", peer, model, corpus)
+    printed, wall = run_process("tests.bench.peers", peer, model, corpus)
     counts = json.loads(printed.splitlines()[-1])
     padding = 1 - counts["tokens"] / counts["computed"]
     return Run(counts["tokens"] / counts["seconds"], padding, wall)

@@ -4,7 +4,7 @@ Nano, Small and Large dimensions with random weights, made on the device, no che
 `of rate` is 2 x non-embedding parameters x real tokens a second over the measured rate of large
 square products in the same dtype: padding, attention and everything else count as waste.
 
-    python -m jobs.bench.gpu --sizes Nano Large --seconds 10
+    python -m tests.bench.gpu --sizes Nano Large --seconds 10
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2TextEncoder,
 )
 
-from jobs.bench.data import bar, ms_marco_lengths
-from jobs.bench.peers import RATIO, plain_states
-from kalm_encoder import PassageEncoder, checkpoint
-from kalm_encoder.started import PassageTokens
-from kalm_train.architecture import LARGE, NANO, SMALL, TINY, Dimensions, configuration
-from pipeline.flops import Shape
+from jobs.demo_training.architecture import LARGE, NANO, SMALL, TINY, Dimensions, configuration
+from kalm_encoder import PassageEncoder
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.in_flight import PassageTokens
+from pipeline.estimate.flops import Shape
+from tests.bench.data import bar, ms_marco_lengths
+from tests.bench.peers import RATIO, plain_states
 
 SIZES = {"Nano": NANO, "Small": SMALL, "Large": LARGE}
 GOALS = {"Nano": 0.35, "Large": 0.5}

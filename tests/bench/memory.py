@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from jobs.bench.data import bar, nano_checkpoint
+from tests.bench.data import bar, nano_checkpoint
 
 SCRIPT = """
 import gc, sys, psutil

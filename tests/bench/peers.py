@@ -1,4 +1,4 @@
-"""Other ways to encode a corpus, one a process: `python -m jobs.bench.peers PEER MODEL CORPUS`.
+"""Other ways to encode a corpus, one a process: `python -m tests.bench.peers PEER MODEL CORPUS`.
 
 ceiling                the bare encoder: tokenised beforehand, all passages sorted by length, full
                        token budgets, in lanes; forward and pooling, nothing else
@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kalm_encoder import PassageEncoder, checkpoint
-from kalm_encoder.pooling import mean_pool
+from kalm_encoder import PassageEncoder
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.in_flight import PassageTokens
+from kalm_encoder.model.pooling import mean_pool
 from kalm_encoder.prompts import render_passage
-from kalm_encoder.started import PassageTokens
-from pipeline.encode_shard import keep_freed_memory
-from pipeline.lanes import Lanes
+from pipeline.workers.device_threads import DeviceThreads
+from pipeline.workers.shard_encoder import keep_freed_memory
 
 ROWS = 32
 RATIO = 4
@@ -123,7 +124,7 @@ def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
     tokens = sorted(encoder.tokenise(texts), key=lambda t: -len(t.ids))
     lengths = [len(t.ids) for t in tokens]
     batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
-    lanes = Lanes(encoder.device)
+    lanes = DeviceThreads(encoder.device)
     began = time.perf_counter()
     lanes.map(partial(encoder.encode_batch, ratio=RATIO), batches)
     seconds = time.perf_counter() - began

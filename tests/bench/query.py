@@ -9,12 +9,12 @@ import time
 
 import torch
 
-from jobs.bench.data import bar, nano_checkpoint, passages_of, spread
-from jobs.bench.rerank import QUERY, stored
 from kalm_encoder import Reranker
-from kalm_encoder.batching import plan_batches
-from kalm_encoder.checkpoint import resolve
-from kalm_encoder.decoder import MAX_PADDING
+from kalm_encoder.model.batching import plan_batches
+from kalm_encoder.model.checkpoint import resolve
+from kalm_encoder.model.decoder import MAX_PADDING
+from tests.bench.data import bar, nano_checkpoint, passages_of, spread
+from tests.bench.rerank import QUERY, stored
 
 CANDIDATES, RUNS, QUERIES, PER_QUERY = 100, 3, 200, 8
 PRODUCT_CANDIDATES, PRODUCT_RUNS = 31, 11

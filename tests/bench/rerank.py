@@ -7,11 +7,11 @@ import shutil
 import statistics
 import time
 
-from jobs.bench.data import FOLDER, bar, nano_checkpoint, passages_of, spread
 from kalm_encoder import Reranker
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.workers.local import encode_inline
+from tests.bench.data import FOLDER, bar, nano_checkpoint, passages_of, spread
 
 QUERY = "how do I read a compressed file line by line without loading all of it"
 CANDIDATES = 100

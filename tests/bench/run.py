@@ -2,7 +2,7 @@
 
 import logging
 
-from jobs.bench import (
+from tests.bench import (
     dtypes,
     elastic,
     encode,
@@ -15,7 +15,7 @@ from jobs.bench import (
     store,
     take,
 )
-from jobs.bench.data import FOLDER, check_idle
+from tests.bench.data import FOLDER, check_idle
 
 logging.getLogger().setLevel(logging.WARNING)
 FOLDER.mkdir(exist_ok=True)

@@ -2,7 +2,7 @@
 
 Every shard is read from a file and becomes a real Lance fragment of one tiny row, in this process.
 A job is interrupted when 99 % of it is done and resumed in a new process. By default 1,000 and
-10,000 shards; `python -m jobs.bench.scale --shards 100000` adds the long run (about 10 minutes).
+10,000 shards; `python -m tests.bench.scale --shards 100000` adds the long run (about 10 minutes).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import lance
 import numpy as np
 import psutil
 
-from jobs.bench.data import FOLDER, bar
-from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rows import build_rows
-from pipeline.driver import run
-from pipeline.fragments import write_fragment
-from pipeline.job import EncodeJob, plan_job
-from pipeline.shard_work import Outcome, ShardResult, WorkerConfig
-from pipeline.shards import Shard, ShardReader
+from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.rows import build_rows
+from pipeline.corpus.shards import Shard, ShardReader
+from pipeline.messages import Outcome, ShardResult, WorkerConfig
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob, plan_job
+from pipeline.table.fragments import write_fragment
+from tests.bench.data import FOLDER, bar
 
 CURVE = (1_000, 10_000)
 FILES = 100
@@ -90,7 +90,7 @@ def _point(shards: int) -> dict[str, float]:
 
 
 def _in_process(folder: Path, stop_at: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "jobs.bench.scale", "--part", str(folder), str(stop_at)]
+    command = [sys.executable, "-m", "tests.bench.scale", "--part", str(folder), str(stop_at)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures

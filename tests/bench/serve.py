@@ -12,10 +12,10 @@ from collections import Counter
 import httpx
 import psutil
 
-from jobs.bench.data import FOLDER, bar
-from jobs.bench.store import tiny_table
 from kalm_encoder import Reranker
-from tests.serving import serving
+from tests.bench.data import FOLDER, bar
+from tests.bench.store import tiny_table
+from tests.support.serving import serving
 
 QUERIES = ["index table", "which shard holds the passage", "decoder state ratio", "commit"]
 PER_REQUEST = 20

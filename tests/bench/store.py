@@ -14,16 +14,16 @@ from pathlib import Path
 import lance
 import numpy as np
 
-from jobs.bench.data import FOLDER, bar, nano_checkpoint, spread
 from jobs.demo import standard_library_docs
-from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageEncoder, PassageTable
-from kalm_encoder.checkpoint import resolve
-from kalm_encoder.checksums import states_checksum
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.sync import sync
+from kalm_encoder.model.checkpoint import resolve
+from kalm_encoder.table.checksums import states_checksum
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.upkeep.sync import sync
+from pipeline.workers.local import encode_inline
+from tests.bench.data import FOLDER, bar, nano_checkpoint, spread
+from tests.support.random_model import make_checkpoint
 
 PASSAGES, SHARDS, TAKES = 20_000, 2_000, 40
 WORDS = [
@@ -186,7 +186,7 @@ def _checksum_share() -> float:
     resolve(str(nano_checkpoint()))
     table = FOLDER / "rerank128.lance"
     if not table.exists():
-        sys.exit("run jobs.bench.rerank first: it makes the table this measures")
+        sys.exit("run tests.bench.rerank first: it makes the table this measures")
     ids = [str(i) for i in range(100)]
     opened = PassageTable.open(str(table))
     takes, sums = [], []

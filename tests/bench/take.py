@@ -18,16 +18,16 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from jobs.bench.data import FOLDER, bar, ms_marco_lengths, nano_checkpoint, passages_of, spread
-from jobs.bench.rerank import QUERY
 from kalm_encoder import PassageStates, PassageTable, QueryDecoder, Reranker
-from kalm_encoder.checkpoint import resolve
-from kalm_encoder.rows import TableSpec, build_rows
-from kalm_encoder.table import LIVE_TAG
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from tests.s3_server import S3, serve
+from kalm_encoder.model.checkpoint import resolve
+from kalm_encoder.table.reader import LIVE_TAG
+from kalm_encoder.table.rows import TableSpec, build_rows
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.workers.local import encode_inline
+from tests.bench.data import FOLDER, bar, ms_marco_lengths, nano_checkpoint, passages_of, spread
+from tests.bench.rerank import QUERY
+from tests.support.s3_server import S3, serve
 
 SMALL, LARGE, TAKES, IDS = 10_000, 1_000_000, 300, 100
 LIMIT = 1 << 30

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextEncoder
 
-from jobs.bench import gpu, peers
-from jobs.bench.data import DISTRIBUTIONS, passages_of, write_corpus
-from jobs.bench.encode_runs import read_run, run_ours, run_peer
-from kalm_encoder.checkpoint import DEMO_NAME, resolve
-from kalm_encoder.encoder import passage_ids
-from kalm_train.architecture import LARGE, NANO, SMALL, TINY, configuration
-from pipeline import flops
+from jobs.demo_training.architecture import LARGE, NANO, SMALL, TINY, configuration
+from kalm_encoder.model.checkpoint import DEMO_NAME, resolve
+from kalm_encoder.model.encoder import passage_ids
+from pipeline.estimate.intervals import flops
+from tests.bench import gpu, peers
+from tests.bench.data import DISTRIBUTIONS, passages_of, write_corpus
+from tests.bench.encode_runs import read_run, run_ours, run_peer
 from tests.conftest import make_texts
 
 

@@ -23,7 +23,7 @@ def test_reranking_loads_no_ray_no_command_line_and_no_encoder(small_table):
         "r.rerank('query', [i for i, _ in r.table.search('token', 5)])"
     )
     assert not FORBIDDEN & loaded
-    assert "kalm_encoder.encoder" not in loaded
+    assert "kalm_encoder.model.encoder" not in loaded
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -39,7 +39,9 @@ def test_reading_a_table_needs_no_torch(small_table):
 
 
 def test_the_cross_encoder_and_the_mteb_model_load_no_framework():
-    loaded = modules_after("import kalm_encoder.cross_encoder, pipeline.mteb_search")
+    loaded = modules_after(
+        "import kalm_encoder.adapters.cross_encoder, jobs.evaluation.mteb_search"
+    )
     assert not FRAMEWORKS & loaded
 
 
@@ -54,7 +56,13 @@ def test_encoding_without_the_batch_extra_says_what_to_install():
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline.driver", "pipeline.encode_shard", "jobs.cli", "kalm_serve.app"]
+    "module",
+    [
+        "pipeline.run.driver",
+        "pipeline.workers.shard_encoder",
+        "jobs.cli",
+        "kalm_encoder.service.app",
+    ],
 )
 def test_only_the_ray_adapter_imports_ray(module):
     assert "ray" not in modules_after(f"import {module}")

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.packing import Packed
-from kalm_encoder.pooling import coarsen, mean_pool, num_groups, pool_packed
+from kalm_encoder.matryoshka import coarsen, num_groups
+from kalm_encoder.model.packing import Packed
+from kalm_encoder.model.pooling import mean_pool, pool_packed
 
 
 def pool_one(x: np.ndarray, ratio: int) -> np.ndarray:

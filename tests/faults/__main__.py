@@ -8,11 +8,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import pipeline.driver
-import pipeline.sync  # noqa: F401
+import pipeline.run.driver
+import pipeline.upkeep.sync  # noqa: F401
 from tests.faults import scenarios
 from tests.faults.world import HEADER, World
-from tests.s3_server import serve
+from tests.support.s3_server import serve
 
 
 def run(*, short: bool, seed: int) -> int:

@@ -18,9 +18,9 @@ from typing import Any
 import lance
 
 from jobs import cli
-from jobs.demo_model import make_checkpoint
 from tests.conftest import make_texts, write_corpus
-from tests.s3_server import S3
+from tests.support.random_model import make_checkpoint
+from tests.support.s3_server import S3
 
 FORK = multiprocessing.get_context("fork")
 """Jobs without Ray are forks of this process, which itself never calls torch or Lance."""

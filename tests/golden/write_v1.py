@@ -11,9 +11,9 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from kalm_encoder.pooling import PassageStates, num_groups
-from kalm_encoder.rows import TableSpec, build_rows
-from kalm_encoder.table import LIVE_TAG
+from kalm_encoder.matryoshka import PassageStates, num_groups
+from kalm_encoder.table.reader import LIVE_TAG
+from kalm_encoder.table.rows import TableSpec, build_rows
 
 FOLDER = Path(__file__).parent / "v1"
 FILES = {"float16": "passages.lance", "int8": "int8.lance", "int4": "int4.lance"}

@@ -21,12 +21,12 @@ from backports import zstd
 from jobs import cli
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import IncompleteError
-from pipeline import maintenance
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.rejects import RejectStore
-from pipeline.verify import verify
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.table import finish as maintenance
+from pipeline.table.rejects import RejectStore
+from pipeline.upkeep.verify import verify
+from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
 
 ODD_IDS = ["a\0b", "line\nbreak", 'it\'s "quoted"', "x" * 10_240, "') OR 1=1 --", "漢字", " "]

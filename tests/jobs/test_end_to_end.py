@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from kalm_encoder import PassageTable
-from tests.commands import kalm
 from tests.conftest import make_texts, write_corpus
+from tests.support.commands import kalm
 
 PASSAGES, SHARD_SIZE = 2400, 80
 ON_RAY = ("--cpus-per-worker", 1, "--commit-every", 0)

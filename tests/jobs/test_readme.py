@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.conftest import encode_table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -19,12 +19,6 @@ def test_the_python_snippet_runs(model_dir, tmp_path, monkeypatch, capsys):
     snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(snippet, {})
     assert len(capsys.readouterr().out.splitlines()) == 2
-
-
-def test_the_layout_names_every_module():
-    for package in ("kalm_encoder", "kalm_eval", "kalm_serve", "kalm_train", "pipeline"):
-        for file in (ROOT / package).glob("[a-z]*.py"):
-            assert file.name in README, file
 
 
 def test_every_make_target_it_names_is_there():

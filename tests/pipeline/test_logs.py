@@ -9,16 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kalm_encoder.encoder import PassageEncoder
+from kalm_encoder.model.encoder import PassageEncoder
 from pipeline import logs
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.live import read_live
 from pipeline.logs import JsonFormatter, LogOptions, TextFormatter
-from pipeline.run_records import read_records
-from tests.commands import kalm
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.run.live import read_live
+from pipeline.run.records import read_records
+from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
+from tests.support.commands import kalm
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_lines_of_ray_workers_come_in_the_same_form(corpus, model_dir, tmp_path)
     encoded = {line["shard"][:6] for line in of_workers if "shard" in line}
     # Of a cluster that goes down at once the last lines may be lost.
     assert encoded and encoded <= {f"{i:06d}" for i in range(6)}
-    assert any(line["logger"] == "pipeline.driver" for line in lines if "worker" not in line)
+    assert any(line["logger"] == "pipeline.run.driver" for line in lines if "worker" not in line)
 
 
 def test_errors_are_lines_too(model_dir, tmp_path):

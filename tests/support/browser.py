@@ -1,6 +1,6 @@
 """A real headless Chromium for tests of pages.
 
-`chromium` is a fixture: import it into a test module, `from tests.browser import chromium`.
+`chromium` is a fixture: import it into a test module, `from tests.support.browser import chromium`.
 """
 
 import shutil

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.commands_imports"])
+FORKS.set_forkserver_preload(["tests.support.commands_imports"])
 
 
 class Command:

@@ -1,4 +1,4 @@
-"""What the server of tests/commands.py imports before it forks: nothing that starts work."""
+"""What the server of commands.py imports before it forks: nothing that starts work."""
 
 import importlib
 import os
@@ -6,15 +6,15 @@ import warnings
 
 MODULES = (
     "jobs.cli",
-    "kalm_encoder.decoder",
-    "kalm_encoder.encoder",
-    "kalm_encoder.rerank",
-    "kalm_serve.app",
-    "kalm_serve.engine",
-    "kalm_serve.explore_tables",
-    "pipeline.driver",
-    "pipeline.sync",
-    "pipeline.verify",
+    "kalm_encoder.model.decoder",
+    "kalm_encoder.model.encoder",
+    "kalm_encoder.rerank.reranker",
+    "kalm_encoder.service.app",
+    "kalm_encoder.service.engine",
+    "kalm_encoder.service.explore.tables",
+    "pipeline.run.driver",
+    "pipeline.upkeep.sync",
+    "pipeline.upkeep.verify",
 )
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported; no command of a test needs the hub

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kalm_train.architecture import TINY, Dimensions, configuration
+from jobs.demo_training.architecture import TINY, Dimensions, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    from kalm_train.tokenizer import finished
+    from jobs.demo_training.tokenizer import finished
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.serving import free_port, wait_until
+from tests.support.serving import free_port, wait_until
 
 FOLDER = "RAY_TMPDIR"
 NODE = ("--num-cpus=1", "--object-store-memory=80000000", "--block")

@@ -1,7 +1,8 @@
 """A small S3 server on files, for tests: atomic conditional writes, faults on request.
 
-`python -m tests.s3_server FOLDER [--port N] [--no-conditional]` prints its port and serves until
-it is killed. One process, a thread a connection. A bucket is a folder of FOLDER. Requests must be
+`python -m tests.support.s3_server FOLDER [--port N] [--no-conditional]` prints its port and
+serves until it is killed. One process, a thread a connection. A bucket is a folder of FOLDER.
+Requests must be
 signed with the key ACCESS_KEY (the signature is not checked).
 
 `POST /-/faults` with a JSON list of rules replaces the rules; `GET /-/stats` tells what happened. A
@@ -388,7 +389,7 @@ class S3:
 def serve(folder: Path, *, conditional: bool = True) -> Iterator[S3]:
     """Run a server with one bucket, `bucket`."""
     (folder / "bucket").mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.s3_server", str(folder)]
+    command = [sys.executable, "-m", "tests.support.s3_server", str(folder)]
     process = subprocess.Popen(
         command + ([] if conditional else ["--no-conditional"]), stdout=subprocess.PIPE, text=True
     )

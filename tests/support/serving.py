@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.commands import Command
+from tests.support.commands import Command
 
 
 def free_port() -> int:

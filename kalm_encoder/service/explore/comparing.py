@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from kalm_encoder import PassageTable, Reranker, RerankResult
 from kalm_encoder.errors import InputError, MissingIdsError
-from kalm_encoder.fusion import fuse
-from kalm_encoder.pooling import num_groups
+from kalm_encoder.matryoshka import num_groups
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION
-from kalm_serve.engine import Engine
-from kalm_serve.explore_tables import cascades, ratio_steps
-from kalm_serve.shapes import ExploreRequest, PassageRequest
+from kalm_encoder.rerank.fusion import fuse
+from kalm_encoder.service.engine import Engine
+from kalm_encoder.service.explore.tables import cascades, ratio_steps
+from kalm_encoder.service.shapes import ExploreRequest, PassageRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from kalm_encoder.decoder import Pair, Prompt
-    from kalm_encoder.rerank import Scorer
+    from kalm_encoder.model.decoder import Pair, Prompt
+    from kalm_encoder.rerank.reranker import Scorer
 
 SHOWN_CHARACTERS = 600
 """Of a text in a list; the whole one is asked for by id."""

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from kalm_serve.explore import Explorer
-from kalm_serve.shapes import ExploreRequest, PassageRequest
+from kalm_encoder.service.explore.comparing import Explorer
+from kalm_encoder.service.shapes import ExploreRequest, PassageRequest
 
 Run = Callable[[Callable[[], dict[str, Any]]], Awaitable[dict[str, Any]]]
 HEADERS = {

@@ -19,11 +19,11 @@ import ray
 
 from kalm_encoder.errors import KalmError
 from pipeline import logs
-from pipeline.encode_shard import ShardEncoder
-from pipeline.ray_cluster import RayOptions, connect
-from pipeline.ray_pool import Pool
-from pipeline.shard_work import Executor, Outcome, ShardResult, WorkerConfig
-from pipeline.shards import Shard
+from pipeline.corpus.shards import Shard
+from pipeline.messages import Executor, Outcome, ShardResult, WorkerConfig
+from pipeline.workers.on_ray.cluster import RayOptions, connect
+from pipeline.workers.on_ray.pool import Pool
+from pipeline.workers.shard_encoder import ShardEncoder
 
 LAST_LINES_S = 0.5
 """What Ray needs to bring the last log lines of workers to the driver; it does not say when."""
@@ -78,7 +78,7 @@ def _encode_on_ray(
             connect(options, Path(folder))
         with closing(Pool(Worker, options, config, shards)) as pool:
             while pool.busy():
-                yield from pool.turn() or [None]
+                yield from pool.step() or [None]
     finally:
         time.sleep(LAST_LINES_S)
         ray.shutdown()

@@ -13,9 +13,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from kalm_encoder.errors import KalmError
-from pipeline.ray_cluster import RayOptions, alive_nodes, worker_shape
-from pipeline.ray_metrics import RunMetrics
-from pipeline.shard_work import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.workers.on_ray.cluster import RayOptions, alive_nodes, worker_shape
+from pipeline.workers.on_ray.metrics import RunMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def call(answers: Answers, method: Any, *arguments: Any) -> Future[Any]:
 
 
 @dataclass(eq=False)
-class Member:
+class WorkerHandle:
     """A worker as the driver sees it: Ray places it on a node, it loads, then it is ready.
 
     Attributes:
@@ -49,7 +49,7 @@ class Member:
     tasks: set[Future[ShardResult]] = field(default_factory=set)
 
 
-class Crew:
+class WorkerPool:
     """All workers of a run.
 
     Without a number of workers asked for there are as many as the nodes hold: more when one joins,
@@ -84,10 +84,10 @@ class Crew:
             max_task_retries=0,
             max_concurrency=IN_FLIGHT,
         )
-        self.members: set[Member] = set()
-        self._starting: dict[Future[Any], Member] = {}
+        self.members: set[WorkerHandle] = set()
+        self._starting: dict[Future[Any], WorkerHandle] = {}
         # Those that are ready, by how many shards they have; dicts, for their order.
-        self._ready: list[dict[Member, None]] = [{} for _ in range(IN_FLIGHT + 1)]
+        self._ready: list[dict[WorkerHandle, None]] = [{} for _ in range(IN_FLIGHT + 1)]
         self._deaths: list[str] = []  # nodes of the dead, since a worker was last seen to work
         self._ready_at = self._looked_at = time.monotonic()
         self._metrics = RunMetrics(config.uri)
@@ -102,17 +102,17 @@ class Crew:
         """How many are loaded."""
         return sum(map(len, self._ready))
 
-    def ready(self, load: int) -> list[Member]:
+    def ready(self, load: int) -> list[WorkerHandle]:
         """Return those that have `load` shards."""
         return list(self._ready[load])
 
-    def begin(self, member: Member, future: Future[ShardResult]) -> None:
+    def begin(self, member: WorkerHandle, future: Future[ShardResult]) -> None:
         """Note a shard that a worker was given."""
         del self._ready[len(member.tasks)][member]
         member.tasks.add(future)
         self._ready[len(member.tasks)][member] = None
 
-    def end(self, member: Member, future: Future[ShardResult]) -> None:
+    def end(self, member: WorkerHandle, future: Future[ShardResult]) -> None:
         """Note that a worker, if it is still there, is done with a shard."""
         if member in self.members:
             del self._ready[len(member.tasks)][member]
@@ -149,7 +149,7 @@ class Crew:
             member.node = future.result()
             self._starting[call(self._answers, member.actor.load, self._config)] = member
 
-    def remove(self, member: Member, reason: str) -> None:
+    def remove(self, member: WorkerHandle, reason: str) -> None:
         """Forget a dead worker, and find out whether its node is gone too.
 
         Raises:
@@ -189,7 +189,7 @@ class Crew:
             self._refresh()
         wanted = min(self.size, num_shards)
         for _ in range(wanted - len(self.members)):
-            member = Member(self._actor.remote())
+            member = WorkerHandle(self._actor.remote())
             self.members.add(member)
             self._starting[call(self._answers, member.actor.node)] = member
         if len(self.members) > wanted:
@@ -202,7 +202,7 @@ class Crew:
         """Leave no workers on the metrics page that are not there."""
         self._metrics.set_workers(0)
 
-    def _drop(self, member: Member) -> None:
+    def _drop(self, member: WorkerHandle) -> None:
         ray.kill(member.actor)
         self.members.remove(member)
         self._ready[len(member.tasks)].pop(member, None)

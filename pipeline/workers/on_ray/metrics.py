@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.shard_work import ShardResult
+from pipeline.messages import ShardResult
 
 
 class RunMetrics:

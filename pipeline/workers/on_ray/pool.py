@@ -19,18 +19,18 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.ray_cluster import RayOptions
-from pipeline.ray_crew import Answers, Crew, Member, call, reason_of
-from pipeline.shard_queue import ShardQueue, short_last
-from pipeline.shard_work import IN_FLIGHT, Outcome, ShardResult, WorkerConfig
-from pipeline.shards import Shard
+from pipeline.corpus.shards import Shard
+from pipeline.messages import IN_FLIGHT, Outcome, ShardResult, WorkerConfig
+from pipeline.workers.on_ray.cluster import RayOptions
+from pipeline.workers.on_ray.members import Answers, WorkerHandle, WorkerPool, call, reason_of
+from pipeline.workers.shard_queue import ShardQueue, short_last
 
 TICK_S = 1.0
 
 
 @dataclass(frozen=True)
 class _Task:
-    member: Member
+    member: WorkerHandle
     shard: Shard
     deadline: float
 
@@ -53,7 +53,7 @@ class Pool:
     ) -> None:
         self._shard_timeout_s = options.shard_timeout_s
         self._answers: Answers = queue.SimpleQueue()
-        self._crew = Crew(worker, options, config, self._answers)
+        self._crew = WorkerPool(worker, options, config, self._answers)
         self._queue = ShardQueue(*short_last(shards, 2 * self._crew.size))
         self._tasks: dict[Future[ShardResult], _Task] = {}  # the oldest first
 
@@ -61,7 +61,7 @@ class Pool:
         """Whether any shard is not dealt with yet."""
         return self._num_unfinished() > 0
 
-    def turn(self) -> list[Outcome]:
+    def step(self) -> list[Outcome]:
         """Hand out shards, wait a moment, and return what has come back.
 
         Workers have their next shards before the caller spends time on the outcomes.
@@ -78,7 +78,7 @@ class Pool:
             else:
                 self._crew.started(future)
         outcomes += self._replace_overdue()
-        self._queue.pardon(self._crew.nodes)
+        self._queue.clear_suspects(self._crew.nodes)
         self._dispatch()
         return outcomes
 
@@ -101,7 +101,7 @@ class Pool:
             for member in self._crew.ready(0)[:1]:
                 self._submit(member, self._queue.take_suspect())
 
-    def _submit(self, member: Member, shard: Shard) -> None:
+    def _submit(self, member: WorkerHandle, shard: Shard) -> None:
         future = call(self._answers, member.actor.encode, shard)
         self._tasks[future] = _Task(member, shard, time.monotonic() + self._shard_timeout_s)
         member.path = shard.path
@@ -124,12 +124,14 @@ class Pool:
         if isinstance(error, RayTaskError):
             return self._queue.failed(task.shard, reason_of(error))
         if isinstance(error, RayError):
-            return self._bury(task.member, [task.shard], reason_of(error))
+            return self._remove_worker(task.member, [task.shard], reason_of(error))
         result = future.result()
         self._crew.succeeded(result)
         return [result]
 
-    def _bury(self, member: Member, lost: list[Shard], reason: str) -> Sequence[Outcome]:
+    def _remove_worker(
+        self, member: WorkerHandle, lost: list[Shard], reason: str
+    ) -> Sequence[Outcome]:
         """Take back the shards of a dead worker: suspects, unless it was its node that died."""
         for future in member.tasks:
             if not future.done() or future.exception():  # what it finished arrives in a moment
@@ -146,4 +148,6 @@ class Pool:
         future, task = next(iter(self._tasks.items()), (None, None))
         if not future or not task or future.done() or task.deadline > time.monotonic():
             return []
-        return self._bury(task.member, [], f"no result after {self._shard_timeout_s:.0f} s")
+        return self._remove_worker(
+            task.member, [], f"no result after {self._shard_timeout_s:.0f} s"
+        )

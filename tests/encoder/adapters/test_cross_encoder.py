@@ -8,7 +8,7 @@ from sentence_transformers import CrossEncoder
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from kalm_encoder import PassageEncoder, Reranker
-from kalm_encoder.cross_encoder import KaLMCrossEncoder
+from kalm_encoder.adapters.cross_encoder import KaLMCrossEncoder
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
 from tests.conftest import encode_table, make_texts, write_corpus
 

@@ -6,8 +6,8 @@ import pytest
 from lancedb.index import FTS
 
 from kalm_encoder import Reranker
+from kalm_encoder.adapters.lancedb import KaLMReranker
 from kalm_encoder.errors import InputError, MissingIdsError
-from kalm_encoder.lancedb_reranker import KaLMReranker
 from tests.conftest import make_texts
 
 QUERY = "token state"

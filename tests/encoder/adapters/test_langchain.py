@@ -8,8 +8,8 @@ from langchain_core.runnables import RunnableLambda
 from pydantic import ValidationError
 
 from kalm_encoder import Reranker
+from kalm_encoder.adapters.langchain import KaLMCompressor
 from kalm_encoder.errors import InputError, MissingIdsError
-from kalm_encoder.langchain_compressor import KaLMCompressor
 from tests.conftest import make_texts
 
 QUERY = "token state"

@@ -8,8 +8,8 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from pydantic import ValidationError
 
 from kalm_encoder import Reranker
+from kalm_encoder.adapters.llama_index import KaLMNodePostprocessor
 from kalm_encoder.errors import InputError, MissingIdsError
-from kalm_encoder.llama_index_reranker import KaLMNodePostprocessor
 from tests.conftest import make_texts
 
 QUERY = "token state"

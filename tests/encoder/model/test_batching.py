@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_encoder.batching import plan_batches, plan_packed
+from kalm_encoder.model.batching import plan_batches, plan_packed
 
 
 @given(

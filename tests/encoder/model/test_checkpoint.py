@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
-from jobs.demo_model import train_tokenizer
 from kalm_encoder import PassageEncoder, QueryDecoder
-from kalm_encoder.checkpoint import resolve
 from kalm_encoder.errors import CheckpointError, InputError
+from kalm_encoder.model.checkpoint import resolve
+from tests.support.random_model import train_tokenizer
 
 
 @pytest.fixture

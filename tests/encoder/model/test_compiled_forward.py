@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from jobs.demo_model import Dimensions, make_checkpoint
 from kalm_encoder import QueryDecoder, Reranker
-from kalm_encoder.compiled_forward import CompiledForward
-from kalm_encoder.decoder_forward import Fresh
 from kalm_encoder.errors import InputError
-from kalm_encoder.pairs import Pair
-from kalm_serve.live import LiveTable, Settings
+from kalm_encoder.model.compiled_forward import CompiledForward
+from kalm_encoder.model.decoder_forward import PassageMemory
+from kalm_encoder.model.pairs import Pair
+from kalm_encoder.service.live import LiveTable, Settings
 from tests.conftest import encode_table, make_texts, write_corpus
+from tests.support.random_model import Dimensions, make_checkpoint
 
 DIMENSIONS = Dimensions(hidden=64, intermediate=64, layers=2, heads=2, head_dim=32)
 
@@ -94,7 +94,7 @@ def test_every_batch_has_a_shape_that_was_foreseen(compiled):
 
 
 def fresh(rows, states):
-    return Fresh(torch.zeros((rows, states, 64)), torch.ones((1, states), dtype=torch.bool))
+    return PassageMemory(torch.zeros((rows, states, 64)), torch.ones((1, states), dtype=torch.bool))
 
 
 def test_a_service_compiles_in_its_device_thread(compiled, two_layers, tmp_path):

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from kalm_encoder import QueryDecoder
-from kalm_encoder.batching import plan_batches
-from kalm_encoder.decoder import MAX_PADDING
-from kalm_encoder.decoder_forward import last_hidden
 from kalm_encoder.errors import InputError, NonFiniteError
-from kalm_encoder.pairs import Pair, memory_of
+from kalm_encoder.model.batching import plan_batches
+from kalm_encoder.model.decoder import MAX_PADDING
+from kalm_encoder.model.decoder_forward import last_hidden
+from kalm_encoder.model.pairs import Pair, memory_of
 from tests.conftest import make_texts
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kalm_encoder import PassageEncoder
-from kalm_encoder.encoder import GPU_TOKEN_BUDGET, token_budget
-from kalm_encoder.encoder_forward import PackedForward
-from kalm_encoder.pooling import num_groups
+from kalm_encoder.matryoshka import num_groups
+from kalm_encoder.model.encoder import GPU_TOKEN_BUDGET, token_budget
+from kalm_encoder.model.encoder_forward import PackedForward
 from tests.conftest import SCRIPTS, make_texts
 
 

@@ -8,16 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from kalm_encoder import PassageEncoder, checkpoint, onednn
-from kalm_encoder.encoder_forward import (
+from kalm_encoder import PassageEncoder
+from kalm_encoder.model import checkpoint, onednn
+from kalm_encoder.model.encoder_forward import (
     BLOCK,
     PackedForward,
     _attend_blocks,
     _attend_varlen,
     reach,
 )
-from kalm_encoder.onednn import PackedLinear, product, usable
-from kalm_encoder.packing import Packed
+from kalm_encoder.model.onednn import PackedLinear, product, usable
+from kalm_encoder.model.packing import Packed
 
 TOLERANCE = 2e-5
 

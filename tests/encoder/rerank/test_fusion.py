@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_encoder.fusion import fuse
+from kalm_encoder.rerank.fusion import fuse
 
 SCORES = st.dictionaries(
     st.sampled_from("abcdefgh"), st.integers(-1000, 1000).map(lambda n: n / 8), min_size=1

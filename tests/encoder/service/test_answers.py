@@ -3,13 +3,13 @@
 import pytest
 
 from kalm_encoder import PassageTable, Reranker
-from kalm_serve import answers
-from kalm_serve.engine import Engine
-from kalm_serve.live import LiveTable, Settings
-from kalm_serve.shapes import RerankRequest, ScoreRequest
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.sync import sync
+from kalm_encoder.service import answers
+from kalm_encoder.service.engine import Engine
+from kalm_encoder.service.live import LiveTable, Settings
+from kalm_encoder.service.shapes import RerankRequest, ScoreRequest
+from pipeline.run.job import EncodeJob
+from pipeline.upkeep.sync import sync
+from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
 
 

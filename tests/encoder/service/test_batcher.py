@@ -3,9 +3,9 @@ import time
 
 import pytest
 
-from kalm_encoder.decoder import Pair
 from kalm_encoder.errors import NonFiniteError
-from kalm_serve.batcher import BatchingDecoder
+from kalm_encoder.model.decoder import Pair
+from kalm_encoder.service.batcher import BatchingDecoder
 from tests.conftest import make_texts
 
 

@@ -3,20 +3,20 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import InputError
-from kalm_encoder.fusion import fuse
-from kalm_serve.app import Limits, create_app
-from kalm_serve.engine import Engine
-from kalm_serve.explore import Explorer
-from kalm_serve.explore_tables import cascades, open_tables, ratio_steps
-from kalm_serve.live import LiveTable, Settings
-from kalm_serve.metrics import Metrics
-from kalm_serve.shapes import ExploreRequest
-from pipeline.truncate import truncate
+from kalm_encoder.rerank.fusion import fuse
+from kalm_encoder.service.app import Limits, create_app
+from kalm_encoder.service.engine import Engine
+from kalm_encoder.service.explore.comparing import Explorer
+from kalm_encoder.service.explore.tables import cascades, open_tables, ratio_steps
+from kalm_encoder.service.live import LiveTable, Settings
+from kalm_encoder.service.metrics import Metrics
+from kalm_encoder.service.shapes import ExploreRequest
+from pipeline.upkeep.truncate import truncate
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.serving import serving
+from tests.support.random_model import make_checkpoint
+from tests.support.serving import serving
 
 QUERY = "token state"
 TEXTS = make_texts(60)

@@ -10,16 +10,16 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from kalm_serve.app import Limits, create_app
-from kalm_serve.engine import Engine
-from kalm_serve.explore import Explorer
-from kalm_serve.explore_tables import open_tables
-from kalm_serve.live import LiveTable, Settings
-from kalm_serve.metrics import Metrics
-from pipeline.truncate import truncate
-from tests.browser import chromium, console_errors, set_viewport
+from kalm_encoder.service.app import Limits, create_app
+from kalm_encoder.service.engine import Engine
+from kalm_encoder.service.explore.comparing import Explorer
+from kalm_encoder.service.explore.tables import open_tables
+from kalm_encoder.service.live import LiveTable, Settings
+from kalm_encoder.service.metrics import Metrics
+from pipeline.upkeep.truncate import truncate
 from tests.conftest import SCRIPTS, encode_table, make_texts, write_corpus
-from tests.serving import free_port, serving, wait_until
+from tests.support.browser import chromium, console_errors, set_viewport
+from tests.support.serving import free_port, serving, wait_until
 
 HOSTILE = "token <img src=x onerror=\"document.title='broken'\"> & <b>bold</b> " + "w" * 300
 ARABIC = f"{SCRIPTS[4]} token"

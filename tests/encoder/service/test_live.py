@@ -13,15 +13,15 @@ from rich.console import Console
 
 from jobs.watch import _redraw, line, screen_of, watch
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, KalmError
-from pipeline import live
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.live import FILE, LiveFile, read_live
-from pipeline.run_records import read_records
-from tests.commands import Command, kalm
+from pipeline.run import live
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.run.live import FILE, LiveFile, read_live
+from pipeline.run.records import read_records
+from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.s3_server import serve
+from tests.support.commands import Command, kalm
+from tests.support.s3_server import serve
 
 ROWS = 600
 

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from kalm_encoder import Reranker
-from tests.serving import free_port
-from tests.test_nginx import IDS, ended, load, wait_until_ready
+from tests.jobs.recipes.test_nginx import IDS, ended, load, wait_until_ready
+from tests.support.serving import free_port
 
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.slow

@@ -9,15 +9,15 @@ import cohere
 import httpx
 import pytest
 
-from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageTable, Reranker
-from kalm_encoder.row_index import RowIndex
-from pipeline import maintenance
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.sync import sync
+from kalm_encoder.table.row_index import RowIndex
+from pipeline.run.job import EncodeJob
+from pipeline.table import finish as maintenance
+from pipeline.upkeep.sync import sync
+from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.serving import serving, wait_until
+from tests.support.random_model import make_checkpoint
+from tests.support.serving import serving, wait_until
 
 IDS = [f"p{i}" for i in range(60)]
 TEXTS = make_texts(60)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
-from tests.serving import serving
+from tests.support.serving import serving
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kalm_encoder import PassageTable, Reranker, row_index
+from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import CorruptRowError, MissingIdsError
-from kalm_encoder.row_index import RowIndex
-from kalm_encoder.rows import TableSpec, build_rows
-from pipeline import maintenance
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.sync import sync
+from kalm_encoder.table.reader import row_index
+from kalm_encoder.table.row_index import RowIndex
+from kalm_encoder.table.rows import TableSpec, build_rows
+from pipeline.run.job import EncodeJob
+from pipeline.table import finish as maintenance
+from pipeline.upkeep.sync import sync
+from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.golden import write_v1
 

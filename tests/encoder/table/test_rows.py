@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_encoder import PassageTable
-from kalm_encoder.checksums import states_checksum
 from kalm_encoder.errors import CorruptRowError, InputError, TableError
-from kalm_encoder.pooling import PassageStates, coarsen, num_groups
-from kalm_encoder.row_reader import read_rows
-from kalm_encoder.rows import TableSpec, build_rows
+from kalm_encoder.matryoshka import PassageStates, coarsen, num_groups
+from kalm_encoder.table.checksums import states_checksum
+from kalm_encoder.table.row_reader import read_rows
+from kalm_encoder.table.rows import TableSpec, build_rows
 from tests.golden import write_v1
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2, 8), store_dtype="float32")

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import T5Gemma2ForConditionalGeneration
 
+from jobs.demo_training import objective
+from jobs.demo_training.architecture import DEMO, configuration
+from jobs.demo_training.documentation import Document, held_out, standard_library, without_copies
+from jobs.demo_training.held_out import write_collection
+from jobs.demo_training.questions import KINDS, cut, name_words
+from jobs.demo_training.start import RESERVED, rarity, start_as_matcher, word_vectors
+from jobs.demo_training.tokenizer import train_tokenizer
+from jobs.demo_training.training import TEST_ONE_IN, Recipe, Trainer
 from kalm_encoder import PassageEncoder, QueryDecoder
-from kalm_encoder.checkpoint import DEMO_CHECKPOINT
+from kalm_encoder.model.checkpoint import DEMO_CHECKPOINT
 from kalm_encoder.prompts import render_passage, render_query
-from kalm_train import objective
-from kalm_train.architecture import DEMO, configuration
-from kalm_train.documentation import Document, held_out, standard_library, without_copies
-from kalm_train.held_out import write_collection
-from kalm_train.questions import KINDS, cut, name_words
-from kalm_train.start import RESERVED, rarity, start_as_matcher, word_vectors
-from kalm_train.tokenizer import train_tokenizer
-from kalm_train.training import TEST_ONE_IN, Recipe, Trainer
 from tests.conftest import make_texts
 
 SENTENCES = ("Return the value here.", "It is a b c d.", "Not more than that, then.", "Raise it.")

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
+from jobs.evaluation.calibration import score_sample
 from kalm_encoder.errors import InputError
-from kalm_eval.calibration import score_sample
 
 
 def test_worked_example():

@@ -9,17 +9,17 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.evaluation.collection import read_files, read_folder
+from jobs.evaluation.experiment import Request, evaluate
+from jobs.evaluation.metrics import per_query
+from jobs.evaluation.results import Evaluation
+from jobs.evaluation.runs import read_run, write_run
 from kalm_encoder import Reranker
 from kalm_encoder.errors import InputError
-from kalm_encoder.fusion import fuse
-from kalm_eval.collection import read_files, read_folder
-from kalm_eval.experiment import Request, evaluate
-from kalm_eval.metrics import per_query
-from kalm_eval.results import Evaluation
-from kalm_eval.runs import read_run, write_run
-from pipeline.inline import encode_inline
+from kalm_encoder.rerank.fusion import fuse
+from pipeline.workers.local import encode_inline
 from tests.conftest import SCRIPTS, make_texts, write_corpus
-from tests.test_end_to_end import kalm
+from tests.jobs.test_end_to_end import kalm
 
 QUERIES = {"q1": "index query passage", "q2": "library catalogue", "q3": "memory latency"}
 JUDGED = {"q1": {"p1": 1, "p2": 2}, "q2": {"p3": 1}, "q3": {"p4": 1, "p5": 0}}

@@ -5,10 +5,10 @@ import json
 import pytest
 from datasets import Dataset
 
+from jobs.evaluation.mteb_search import KaLMSearch
 from kalm_encoder import PassageTable, QueryDecoder, Reranker
 from kalm_encoder.errors import InputError, MismatchError, TableError
-from pipeline.inline import encode_inline
-from pipeline.mteb_search import KaLMSearch
+from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts
 
 TEXTS = make_texts(16, seed=3, longest=30)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_eval import numerals
-from kalm_eval.findings import headline, main_setting, meanings, verdict
-from kalm_eval.report import MAX_QUERIES, MAX_TEXT, render_report, write_report
-from kalm_eval.results import Candidate, Difference, Evaluation, Example
-from tests.evaluations import synthetic_evaluation
+from jobs.evaluation import numerals
+from jobs.evaluation.findings import headline, main_setting, meanings, verdict
+from jobs.evaluation.report import MAX_QUERIES, MAX_TEXT, render_report, write_report
+from jobs.evaluation.results import Candidate, Difference, Evaluation, Example
+from tests.support.evaluations import synthetic_evaluation
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 EVIL = "</script></style></title><img src=x onerror=pwned()><script>pwned()</script>\"'{{ 7*7 }}"
@@ -309,7 +309,7 @@ def contrast(a: str, b: str) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_text_has_contrast_aa_in_both_schemes(scheme):
-    css = files("kalm_eval").joinpath("report.css").read_text()
+    css = files("jobs.evaluation").joinpath("report.css").read_text()
     block = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[scheme]
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
     for name in ("ink", "muted", "blue", "green", "orange", "violet", "rose"):

@@ -5,10 +5,10 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from kalm_eval.report import write_report
-from tests.browser import chromium, set_viewport
-from tests.evaluations import synthetic_evaluation
-from tests.test_report import EVIL, hostile
+from jobs.evaluation.report import write_report
+from tests.jobs.evaluation.test_report import EVIL, hostile
+from tests.support.browser import chromium, set_viewport
+from tests.support.evaluations import synthetic_evaluation
 
 WIDTHS = {"desktop": 1280, "phone": 390}
 __all__ = ["chromium"]

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jobs.evaluation.statistics import bootstrap_interval, compare, randomisation_p
 from kalm_encoder.errors import InputError
-from kalm_eval.statistics import bootstrap_interval, compare, randomisation_p
 
 
 def test_the_interval_is_that_of_scipy():

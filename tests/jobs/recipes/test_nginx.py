@@ -1,4 +1,4 @@
-"""recipes/nginx.conf, really run: a process is restarted under load and no request is lost."""
+"""jobs/recipes/nginx.conf, really run: a process is restarted under load and no request is lost."""
 
 import json
 import shutil
@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from kalm_encoder import Reranker
-from tests.commands import Command
-from tests.serving import free_port, ready, wait_until
+from tests.support.commands import Command
+from tests.support.serving import free_port, ready, wait_until
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "nginx.conf"
+RECIPE = Path(__file__).parents[3] / "jobs" / "recipes" / "nginx.conf"
 IDS = [f"p{i}" for i in range(12)]
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""recipes/ray-job.sh on a real cluster of two raylets: `ray job submit`, `ray job stop`, again."""
+"""ray-job.sh on a real cluster of two raylets: `ray job submit`, `ray job stop`, again."""
 
 import json
 import re
@@ -10,10 +10,10 @@ import lance
 import pytest
 
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.raylets import raylets
-from tests.serving import wait_until
+from tests.support.raylets import raylets
+from tests.support.serving import wait_until
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "ray-job.sh"
+RECIPE = Path(__file__).parents[3] / "jobs" / "recipes" / "ray-job.sh"
 SHARDS, SHARD_SIZE = 80, 40
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""recipes/rayjob.yaml against the schema of a RayJob and Kubernetes' own schemas."""
+"""jobs/recipes/rayjob.yaml against the schema of a RayJob and Kubernetes' own schemas."""
 
 import copy
 import json
@@ -10,9 +10,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads((ROOT / "tests" / "rayjob.schema.json").read_text())
-CLAIM, JOB = yaml.safe_load_all((ROOT / "recipes" / "rayjob.yaml").read_text())
+CLAIM, JOB = yaml.safe_load_all((ROOT / "jobs" / "recipes" / "rayjob.yaml").read_text())
 CLUSTER = JOB["spec"]["rayClusterSpec"]
 KUBERNETES = kubernetes_validate.latest_version()
 

@@ -14,8 +14,8 @@ from packaging.specifiers import SpecifierSet
 
 from jobs.cli import app
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes"
+ROOT = Path(__file__).parents[3]
+RECIPES = ROOT / "jobs" / "recipes"
 BIN = Path(sys.executable).parent
 SCRIPTS = sorted(RECIPES.glob("*.sh"))
 CONTAINERFILE = (RECIPES / "Containerfile").read_text()

@@ -1,4 +1,4 @@
-"""recipes/slurm.sh with stand-ins for `srun` and `scontrol`, real Ray nodes and real signals."""
+"""slurm.sh with stand-ins for `srun` and `scontrol`, real Ray nodes and real signals."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ import lance
 import pytest
 
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.raylets import own_environment
-from tests.serving import wait_until
+from tests.support.raylets import own_environment
+from tests.support.serving import wait_until
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "slurm.sh"
+RECIPE = Path(__file__).parents[3] / "jobs" / "recipes" / "slurm.sh"
 SHARDS, SHARD_SIZE, NODES = 80, 40, 2
 # Tasks on further nodes, all on this machine.
 SRUN = """#!/usr/bin/env bash
@@ -39,7 +39,7 @@ def allocation(tmp_path):
     job = str(os.getpid())
     yield {
         "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(RECIPE.parent.parent),
+        "PYTHONPATH": str(RECIPE.parents[2]),
         "REQUESTS": str(tmp_path / "requests"),
         "SLURMD_NODENAME": "node0",
         "SLURM_JOB_ID": job,

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_encoder.errors import InputError
-from pipeline.shards import ShardReader, plan_shards
-from pipeline.sources import FieldOptions, Passage, Reject, expand_inputs
+from pipeline.corpus.inputs import FieldOptions, Passage, Reject, expand_inputs
+from pipeline.corpus.shards import ShardReader, plan_shards
 
 
 def read_all(files, *, shard_size=7, **options):

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kalm_encoder import checkpoint
-from kalm_encoder.decoder import Pair
 from kalm_encoder.errors import InputError
-from pipeline.blocks import Piece, count_lines, read_piece
-from pipeline.estimate import Estimate, Part, mean, quantiles, student, total
-from pipeline.flops import MODELS, Shape, decoder_flops, encoder_flops
-from pipeline.sources import Fields
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.decoder import Pair
+from pipeline.corpus.inputs import Fields
+from pipeline.estimate.blocks import Piece, count_lines, read_piece
+from pipeline.estimate.flops import MODELS, Shape, decoder_flops, encoder_flops
+from pipeline.estimate.intervals import Estimate, Part, mean, quantiles, student, total
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,16 +18,16 @@ from jobs import plan as plan_command
 from jobs.options import check_folder
 from jobs.status import table_facts
 from kalm_encoder.errors import InputError, MismatchError
-from pipeline import corpus_sample
-from pipeline.census import Census
-from pipeline.corpus_sample import sample_corpus
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.plan_check import compare, read_plan
-from pipeline.run_records import read_records
-from pipeline.run_totals import totals
-from pipeline.sources import FieldOptions
+from pipeline.corpus.inputs import FieldOptions
+from pipeline.estimate.census import Census
+from pipeline.estimate.check import compare, read_plan
+from pipeline.estimate.intervals import sampling as corpus_sample
+from pipeline.estimate.sampling import sample_corpus
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.run.records import read_records
+from pipeline.run.run_totals import totals
+from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
 
 RATIOS, SHARD_SIZE, MAX_LENGTH = "4,32", 100, 100

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_encoder.errors import IncompleteError, MismatchError
-from pipeline import plan_copy
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob, plan_job
-from pipeline.plan_copy import FOLDER, PlanCopy
-from pipeline.shard_work import ShardFailure
-from pipeline.shards import ShardReader, plan_shards
-from pipeline.sources import FieldOptions
-from pipeline.text_files import Record
-from pipeline.text_scan import _Cutter, whole_lines
+from pipeline.corpus.inputs import FieldOptions
+from pipeline.corpus.shards import ShardReader, plan_shards
+from pipeline.corpus.text import Record
+from pipeline.corpus.text_scan import _Cutter, whole_lines
+from pipeline.messages import ShardFailure
+from pipeline.run import kept_plan as plan_copy
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob, plan_job
+from pipeline.run.kept_plan import FOLDER, PlanCopy
+from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
 
 

@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.pace import LEAST_SHARDS, WINDOW_S, Pace
+from pipeline.run.pace import LEAST_SHARDS, WINDOW_S, Pace
 
 TOKENS, SIZE, START_UP_S = 10_000, 1000, 45.0
 

@@ -11,21 +11,22 @@ import lance
 import numpy as np
 import pytest
 
+from jobs.evaluation.run_figure import bin_records
 from jobs.plan import plan
 from jobs.status import _draw, status, table_facts
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
-from kalm_eval.run_figure import bin_records
-from pipeline import committer, run_records
-from pipeline.driver import run
-from pipeline.garbage import collect_garbage
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.run_records import FOLDER, ShardRecord, read_commits, read_records
-from pipeline.run_totals import totals
-from pipeline.verify import verify
+from pipeline.run import records as run_records
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.run.records import FOLDER, ShardRecord, read_commits, read_records
+from pipeline.run.run_totals import totals
+from pipeline.table import committer
+from pipeline.upkeep.garbage import collect_garbage
+from pipeline.upkeep.verify import verify
+from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.s3_server import serve
+from tests.support.s3_server import serve
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_what_cannot_be_drawn_says_why(made, tmp_path, monkeypatch):
     real = builtins.__import__
 
     def without_matplotlib(name, *rest):
-        if name == "kalm_eval.run_figure":
+        if name == "jobs.evaluation.run_figure":
             raise ModuleNotFoundError("no", name="matplotlib")
         return real(name, *rest)
 

@@ -7,14 +7,14 @@ import lance
 import numpy as np
 import pytest
 
-from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rows import TableSpec, build_rows
-from pipeline.committer import COMMIT_SHARE, LONGEST_PAUSE_S, MOST_WAITING, Committer, pause_s
-from pipeline.fragments import write_fragment
-from pipeline.ledger import Ledger
-from pipeline.shard_work import ShardResult
-from pipeline.shards import plan_shards
-from pipeline.sources import Reject
+from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.rows import TableSpec, build_rows
+from pipeline.corpus.inputs import Reject
+from pipeline.corpus.shards import plan_shards
+from pipeline.messages import ShardResult
+from pipeline.table.committer import COMMIT_SHARE, LONGEST_PAUSE_S, MOST_WAITING, Committer, pause_s
+from pipeline.table.fragments import write_fragment
+from pipeline.table.ledger import Ledger
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
 

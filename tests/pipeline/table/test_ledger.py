@@ -8,14 +8,14 @@ import pytest
 
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError
-from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rows import TableSpec, build_rows
-from pipeline import maintenance
-from pipeline.fragments import write_fragment
-from pipeline.ledger import Ledger
-from pipeline.maintenance import Maintainer, publish
-from pipeline.shard_work import ShardResult
-from pipeline.shards import Plan, plan_shards
+from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.rows import TableSpec, build_rows
+from pipeline.corpus.shards import Plan, plan_shards
+from pipeline.messages import ShardResult
+from pipeline.table import finish as maintenance
+from pipeline.table.finish import Maintainer, publish
+from pipeline.table.fragments import write_fragment
+from pipeline.table.ledger import Ledger
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
 

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kalm_encoder.errors import FencedError, KalmError
-from kalm_encoder.pooling import PassageStates
-from kalm_encoder.rows import TableSpec, build_rows
-from pipeline import maintenance
-from pipeline.fragments import write_fragment
-from pipeline.ledger import Ledger
-from pipeline.maintenance import Maintainer, publish
-from pipeline.shard_work import ShardResult
-from pipeline.shards import Plan, Shard
-from pipeline.sources import Fields
-from pipeline.text_files import Slice
-from pipeline.writer import COMPLETE, LOADING
+from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.rows import TableSpec, build_rows
+from pipeline.corpus.inputs import Fields
+from pipeline.corpus.shards import Plan, Shard
+from pipeline.corpus.text import Slice
+from pipeline.messages import ShardResult
+from pipeline.table import finish as maintenance
+from pipeline.table.claim import COMPLETE, LOADING
+from pipeline.table.finish import Maintainer, publish
+from pipeline.table.fragments import write_fragment
+from pipeline.table.ledger import Ledger
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
 SHARDS, ROWS = 4, 2

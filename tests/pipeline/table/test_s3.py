@@ -8,19 +8,19 @@ import s3fs
 
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
-from pipeline import maintenance
-from pipeline.driver import run
-from pipeline.garbage import collect_garbage
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob, plan_job
-from pipeline.plan_copy import PlanCopy
-from pipeline.preflight import check_writable, examine
-from pipeline.rejects import RejectStore
-from pipeline.sync import sync
-from pipeline.verify import verify
-from tests.commands import kalm
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob, plan_job
+from pipeline.run.kept_plan import PlanCopy
+from pipeline.table import finish as maintenance
+from pipeline.table.preflight import check_writable, examine
+from pipeline.table.rejects import RejectStore
+from pipeline.upkeep.garbage import collect_garbage
+from pipeline.upkeep.sync import sync
+from pipeline.upkeep.verify import verify
+from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
-from tests.s3_server import serve
+from tests.support.commands import kalm
+from tests.support.s3_server import serve
 
 TABLE = "s3://bucket/tables/t.lance"
 

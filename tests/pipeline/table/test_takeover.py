@@ -8,14 +8,14 @@ import lance
 import pytest
 
 from kalm_encoder.errors import FencedError
-from pipeline.driver import run
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob
-from pipeline.maintenance import Maintainer
-from pipeline.sync import sync
-from pipeline.verify import verify
-from tests.commands import Command
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.table.finish import Maintainer
+from pipeline.upkeep.sync import sync
+from pipeline.upkeep.verify import verify
+from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
+from tests.support.commands import Command
 
 ROWS = 1500
 

@@ -11,19 +11,20 @@ import lance
 import numpy as np
 import pytest
 
-from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageEncoder, PassageTable
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
-from pipeline import encode_shard, maintenance
-from pipeline.comparison import Comparison
-from pipeline.driver import run
-from pipeline.garbage import collect_garbage
-from pipeline.inline import encode_inline
-from pipeline.job import EncodeJob, plan_job
-from pipeline.rejects import RejectStore
-from pipeline.sync import retry_rejects, sync
-from pipeline.verify import verify
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob, plan_job
+from pipeline.table import finish as maintenance
+from pipeline.table.rejects import RejectStore
+from pipeline.upkeep.compare import Comparison
+from pipeline.upkeep.garbage import collect_garbage
+from pipeline.upkeep.sync import retry_rejects, sync
+from pipeline.upkeep.verify import verify
+from pipeline.workers.local import encode_inline
+from pipeline.workers.on_ray.actor import shard_encoder as encode_shard
 from tests.conftest import make_texts, write_corpus
+from tests.support.random_model import make_checkpoint
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import CorruptRowError, InputError
-from pipeline.committer import Committer
-from pipeline.truncate import truncate
-from pipeline.verify import verify
+from pipeline.table.committer import Committer
+from pipeline.upkeep.truncate import truncate
+from pipeline.upkeep.verify import verify
 from tests.conftest import encode_table, make_texts, write_corpus
 
 IDS = [f"p{i}" for i in range(60)]

@@ -7,12 +7,12 @@ import lance
 import numpy as np
 import pytest
 
-from jobs.demo_model import make_checkpoint
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import CorruptRowError, InputError, KalmError
-from pipeline.duplicates import repeated
-from pipeline.verify import verify
+from pipeline.table.duplicates import repeated
+from pipeline.upkeep.verify import verify
 from tests.conftest import encode_table, make_texts, write_corpus
+from tests.support.random_model import make_checkpoint
 
 FLIPS = 200
 

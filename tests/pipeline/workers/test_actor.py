@@ -6,16 +6,16 @@ import sys
 import time
 
 import pytest
+from pipeline.workers.on_ray.actor.on_ray import actor as workers
 from ray import cloudpickle
 
 from kalm_encoder.errors import InputError, KalmError
-from pipeline import workers
-from pipeline.shard_work import ShardFailure, ShardResult, WorkerConfig
-from pipeline.shards import Shard
-from pipeline.sources import Fields
-from pipeline.text_files import Slice
-from pipeline.workers import RayOptions, Worker, on_ray
-from tests.test_ledger import SPEC
+from pipeline.corpus.inputs import Fields
+from pipeline.corpus.shards import Shard
+from pipeline.corpus.text import Slice
+from pipeline.messages import ShardFailure, ShardResult, WorkerConfig
+from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
+from tests.pipeline.table.test_ledger import SPEC
 
 CONFIG = WorkerConfig("unused", SPEC)
 # The workers get our packages, not this one.

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import pytest
 import torch
 
-from pipeline.lanes import MOST_LANES, Lanes
+from pipeline.workers.device_threads import MOST_DEVICE_THREADS, DeviceThreads
 
 CPU = torch.device("cpu")
 
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
     [
         ("cpu", 1, 1, 1),
         ("cpu", 3, 3, 1),
-        ("cpu", 2 * MOST_LANES, MOST_LANES, 2),
+        ("cpu", 2 * MOST_DEVICE_THREADS, MOST_DEVICE_THREADS, 2),
         ("cuda", 3, 1, 3),
     ],
 )
 def test_lanes_share_the_threads_and_run_at_once(device, threads, count, width):
     usual = torch.get_num_threads()
-    lanes = Lanes(torch.device(device), threads)
+    lanes = DeviceThreads(torch.device(device), threads)
     meet = threading.Barrier(count)
 
     def look():
@@ -41,7 +41,7 @@ def test_lanes_share_the_threads_and_run_at_once(device, threads, count, width):
 
 def test_later_threads_have_what_they_would_have_had():
     usual = torch.get_num_threads()
-    Lanes(CPU, usual + 1).stop()
+    DeviceThreads(CPU, usual + 1).stop()
     found = []
     later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     later.start()
@@ -50,14 +50,14 @@ def test_later_threads_have_what_they_would_have_had():
 
 
 def test_by_default_all_threads_are_used():
-    lanes = Lanes(CPU)
+    lanes = DeviceThreads(CPU)
     width = lanes.submit(torch.get_num_threads).result()
     assert lanes.count * width == torch.get_num_threads()
     lanes.stop()
 
 
 def test_results_come_in_the_order_of_the_items():
-    lanes = Lanes(CPU, 3)
+    lanes = DeviceThreads(CPU, 3)
     waits = [0.05, 0.0, 0.02, 0.0, 0.01]
     assert lanes.map(lambda wait: time.sleep(wait) or wait, waits) == waits
     lanes.stop()
@@ -65,7 +65,7 @@ def test_results_come_in_the_order_of_the_items():
 
 def test_work_sees_the_callers_context_and_hands_its_error_back():
     shard = ContextVar("shard", default="none")
-    lanes = Lanes(CPU, 1)
+    lanes = DeviceThreads(CPU, 1)
     shard.set("s7")
     assert lanes.submit(shard.get).result() == "s7"
     with pytest.raises(ZeroDivisionError):

@@ -17,21 +17,21 @@ from queue import SimpleQueue
 
 import pytest
 import ray
+from pipeline.workers.on_ray.actor.on_ray import actor as workers
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from kalm_encoder.errors import InputError
-from pipeline import workers
-from pipeline.ray_cluster import connect
-from pipeline.ray_crew import Crew
-from pipeline.run_records import read_records
-from pipeline.shard_work import IN_FLIGHT, ShardResult, WorkerConfig
-from pipeline.shards import Shard
-from pipeline.sources import Fields
-from pipeline.text_files import Slice
-from pipeline.workers import RayOptions, Worker, on_ray
+from pipeline.corpus.inputs import Fields
+from pipeline.corpus.shards import Shard
+from pipeline.corpus.text import Slice
+from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.run.records import read_records
+from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
+from pipeline.workers.on_ray.cluster import connect
+from pipeline.workers.on_ray.members import WorkerPool
 from tests.conftest import make_texts, write_corpus
-from tests.test_ledger import SPEC
+from tests.pipeline.table.test_ledger import SPEC
 
 # The workers get our packages, not this one.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -75,7 +75,7 @@ def cluster():
 def start(cluster, monkeypatch, tmp_path):
     """Return the function that starts a run of stand-ins; nodes are gone after the test."""
     monkeypatch.setattr(workers, "Worker", Noting)
-    monkeypatch.setattr("pipeline.ray_crew.LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr("pipeline.workers.on_ray.members.LOOK_EVERY_S", 0.2)
 
     def run(shards, **options):
         execute = on_ray(RayOptions(address=cluster.address, **options))
@@ -130,7 +130,7 @@ def test_workers_without_a_place_are_given_up_when_no_longer_wanted(cluster, sta
     connect(options, tmp_path)
     try:
         answers = SimpleQueue()
-        crew = Crew(Noting, options, WorkerConfig(str(tmp_path), SPEC), answers)
+        crew = WorkerPool(Noting, options, WorkerConfig(str(tmp_path), SPEC), answers)
         crew.follow(3)
         assert len(crew.members) == 3
         while not any(member.node for member in crew.members):

@@ -3,11 +3,11 @@
 import pytest
 
 from kalm_encoder.errors import InputError
-from pipeline.ray_cluster import RayOptions, WorkerShape, worker_shape
-from pipeline.shard_queue import ShardQueue, short_last
-from pipeline.shards import Shard
-from pipeline.sources import Fields
-from pipeline.text_files import Slice
+from pipeline.corpus.inputs import Fields
+from pipeline.corpus.shards import Shard
+from pipeline.corpus.text import Slice
+from pipeline.workers.on_ray.cluster import RayOptions, WorkerShape, worker_shape
+from pipeline.workers.shard_queue import ShardQueue, short_last
 
 
 def shard(number, length=100, path="a.jsonl"):
@@ -71,9 +71,9 @@ def test_a_shard_whose_node_went_away_is_never_given_up():
         lost = queue.take("")
         assert queue.suspect(lost, "node", "lost connection") == []
         assert queue.num_suspects == 1
-        queue.pardon({"node"})
+        queue.clear_suspects({"node"})
         assert queue.num_suspects == 1
-        queue.pardon({"another"})
+        queue.clear_suspects({"another"})
         assert (queue.num_suspects, len(queue)) == (0, 1)
 
 

@@ -1,0 +1,1 @@
+"""The reranker as other frameworks call it."""

@@ -1,0 +1,1 @@
+"""Ids to rows, rows to states, states to scores: the reranker and its cascade."""

@@ -1,0 +1,1 @@
+"""File to shard to passages: inputs, formats and the deterministic plan of shards."""

@@ -1,0 +1,1 @@
+"""What encoding will take, from a sample, before anything is spent."""

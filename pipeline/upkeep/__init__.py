@@ -1,0 +1,1 @@
+"""What happens to a table afterwards: verify, sync, truncate, delete, collect garbage."""

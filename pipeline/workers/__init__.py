@@ -1,0 +1,1 @@
+"""Shard to tokens to states to an uncommitted fragment, on one device."""

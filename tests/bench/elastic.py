@@ -13,7 +13,6 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from pipeline.workers.on_ray.actor.on_ray import actor as workers
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
@@ -22,6 +21,7 @@ from pipeline.corpus.inputs import Fields
 from pipeline.corpus.shards import Shard
 from pipeline.corpus.text import Slice
 from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.workers.on_ray import actor as workers
 from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
 from tests.bench.data import bar
 

@@ -10,7 +10,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextEncoder
 from jobs.demo_training.architecture import LARGE, NANO, SMALL, TINY, configuration
 from kalm_encoder.model.checkpoint import DEMO_NAME, resolve
 from kalm_encoder.model.encoder import passage_ids
-from pipeline.estimate.intervals import flops
+from pipeline.estimate import flops
 from tests.bench import gpu, peers
 from tests.bench.data import DISTRIBUTIONS, passages_of, write_corpus
 from tests.bench.encode_runs import read_run, run_ours, run_peer

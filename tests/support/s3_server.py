@@ -1,9 +1,8 @@
 """A small S3 server on files, for tests: atomic conditional writes, faults on request.
 
 `python -m tests.support.s3_server FOLDER [--port N] [--no-conditional]` prints its port and
-serves until it is killed. One process, a thread a connection. A bucket is a folder of FOLDER.
-Requests must be
-signed with the key ACCESS_KEY (the signature is not checked).
+serves until it is killed. One process, a thread per connection. A bucket is a folder of FOLDER.
+Requests must be signed with the key ACCESS_KEY (the signature is not checked).
 
 `POST /-/faults` with a JSON list of rules replaces the rules; `GET /-/stats` tells what happened. A
 rule is {"action", "match", "skip", "count", "probability"}: of the requests whose

@@ -7,7 +7,7 @@ import pytest
 
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import CorruptRowError, MissingIdsError
-from kalm_encoder.table.reader import row_index
+from kalm_encoder.table import row_index
 from kalm_encoder.table.row_index import RowIndex
 from kalm_encoder.table.rows import TableSpec, build_rows
 from pipeline.run.job import EncodeJob

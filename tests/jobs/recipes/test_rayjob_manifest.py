@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[3]
-SCHEMA = json.loads((ROOT / "tests" / "rayjob.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parent / "rayjob.schema.json").read_text())
 CLAIM, JOB = yaml.safe_load_all((ROOT / "jobs" / "recipes" / "rayjob.yaml").read_text())
 CLUSTER = JOB["spec"]["rayClusterSpec"]
 KUBERNETES = kubernetes_validate.latest_version()

@@ -19,9 +19,9 @@ from jobs.options import check_folder
 from jobs.status import table_facts
 from kalm_encoder.errors import InputError, MismatchError
 from pipeline.corpus.inputs import FieldOptions
+from pipeline.estimate import sampling as corpus_sample
 from pipeline.estimate.census import Census
 from pipeline.estimate.check import compare, read_plan
-from pipeline.estimate.intervals import sampling as corpus_sample
 from pipeline.estimate.sampling import sample_corpus
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob

@@ -21,8 +21,8 @@ from pipeline.upkeep.compare import Comparison
 from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.sync import retry_rejects, sync
 from pipeline.upkeep.verify import verify
+from pipeline.workers import shard_encoder as encode_shard
 from pipeline.workers.local import encode_inline
-from pipeline.workers.on_ray.actor import shard_encoder as encode_shard
 from tests.conftest import make_texts, write_corpus
 from tests.support.random_model import make_checkpoint
 

@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-from pipeline.workers.on_ray.actor.on_ray import actor as workers
 from ray import cloudpickle
 
 from kalm_encoder.errors import InputError, KalmError
@@ -14,6 +13,7 @@ from pipeline.corpus.inputs import Fields
 from pipeline.corpus.shards import Shard
 from pipeline.corpus.text import Slice
 from pipeline.messages import ShardFailure, ShardResult, WorkerConfig
+from pipeline.workers.on_ray import actor as workers
 from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
 from tests.pipeline.table.test_ledger import SPEC
 

@@ -17,7 +17,6 @@ from queue import SimpleQueue
 
 import pytest
 import ray
-from pipeline.workers.on_ray.actor.on_ray import actor as workers
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
@@ -27,6 +26,7 @@ from pipeline.corpus.shards import Shard
 from pipeline.corpus.text import Slice
 from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.run.records import read_records
+from pipeline.workers.on_ray import actor as workers
 from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
 from pipeline.workers.on_ray.cluster import connect
 from pipeline.workers.on_ray.members import WorkerPool

@@ -60,7 +60,7 @@ def plan(
     from kalm_encoder.model import checkpoint
     from kalm_encoder.model.encoder import check_max_length
     from kalm_encoder.prompts import render_query
-    from kalm_encoder.table.rows import TableSpec
+    from kalm_encoder.table.spec import TableSpec
 
     try:
         from pipeline.corpus.inputs import FieldOptions, expand_inputs

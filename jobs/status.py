@@ -95,7 +95,7 @@ def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, A
     import pyarrow.compute as pc
 
     from kalm_encoder.table.reader import LIVE_TAG, open_dataset
-    from kalm_encoder.table.rows import TableSpec
+    from kalm_encoder.table.spec import TableSpec
     from pipeline.table.claim import COMPLETE, EPOCH, LOADING, STATE
     from pipeline.table.ledger import EMPTY_SHARDS, GENERATION, NUM_ROWS, NUM_SHARDS, PLAN
 

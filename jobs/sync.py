@@ -40,7 +40,7 @@ def sync(
     """Encode new and changed passages, by id and text; readers switch when all is done."""
     execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
     from kalm_encoder.table.reader import open_dataset
-    from kalm_encoder.table.rows import TableSpec
+    from kalm_encoder.table.spec import TableSpec
     from pipeline.corpus.inputs import FieldOptions
     from pipeline.run.job import EncodeJob, plan_job
     from pipeline.upkeep import sync as syncing

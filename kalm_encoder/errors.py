@@ -1,15 +1,15 @@
-"""Every error this project raises on purpose.
+"""Every error that this project raises on purpose.
 
 KalmError                      exit code 1: the run failed, try again or read on
-├── InputError                 exit code 2: the user's input is wrong; the message holds the remedy
-│   ├── CheckpointError        a model directory or hub id that cannot be used
-│   ├── MismatchError          a table and a model (or a job) that do not belong together
-│   ├── MissingIdsError        ids that the table does not hold
-│   └── TableError             no table at this address, or one that is not finished
-├── CorruptRowError            a stored row that is not what was written
-├── NonFiniteError             logits that are NaN or infinite
+├── InputError                 exit code 2: the user's input is wrong; the message names the remedy
+│   ├── CheckpointError        a model directory or hub id cannot be used
+│   ├── MismatchError          a table and a model (or a job) do not belong together
+│   ├── MissingIdsError        the table does not hold these ids
+│   └── TableError             there is no table at this address, or it is not finished
+├── CorruptRowError            a stored row is not what was written
+├── NonFiniteError             logits are NaN or infinite
 ├── FencedError                another driver took this table over
-├── TooManyRejectsError        more bad input rows than --max-rejected allows
+├── TooManyRejectsError        more input rows are bad than --max-rejected allows
 └── IncompleteError            shards were given up; everything else is committed
 """
 
@@ -23,20 +23,20 @@ class KalmError(Exception):
 
 
 class InputError(KalmError):
-    """Something the user gave is wrong; the message names the thing, the value and the remedy."""
+    """Something that the user gave is wrong; the message names it, its value and the remedy."""
 
     exit_code = 2
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be found, read or used as a KaLM reranker."""
+    """A checkpoint cannot be found, read or used as a KaLM reranker."""
 
 
 class MismatchError(InputError):
     """A recorded property of a table differs from what the model or the job asks for.
 
     Attributes:
-        field: name of the property, as `kalm status` prints it.
+        field: Name of the property, as `kalm status` prints it.
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -48,11 +48,11 @@ class MismatchError(InputError):
 
 
 class MissingIdsError(InputError):
-    """Ids that the table does not hold.
+    """The table does not hold these ids.
 
     Attributes:
-        ids: all missing ids, in the order they were asked for.
-        shown: the first of them, for a message.
+        ids: All missing ids, in the order they were asked for.
+        shown: The first ten of them, for a message.
     """
 
     def __init__(self, ids: Sequence[str], uri: str) -> None:
@@ -69,11 +69,11 @@ class MissingIdsError(InputError):
 
 
 class TableError(InputError):
-    """No passage table at this address, or one that cannot be read yet."""
+    """There is no passage table at this address, or it cannot be read yet."""
 
 
 class CorruptRowError(KalmError):
-    """A stored row whose bytes do not match their checksum, or that is there twice."""
+    """The bytes of a stored row do not match their checksum, or the row is there twice."""
 
 
 class NonFiniteError(KalmError):
@@ -89,4 +89,10 @@ class TooManyRejectsError(KalmError):
 
 
 class IncompleteError(KalmError):
-    """Some shards could not be encoded; all others are committed and running again resumes."""
+    """Some shards could not be encoded. All others are committed, and running again resumes."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error message, without its source location."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(", /home/")[0].split(", rust/")[0] if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import Reject
 from pipeline.corpus.shards import Shard
 from pipeline.logs import LogOptions

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def plan_batches(
+def make_batches(
     lengths: Sequence[int], budget: int, *, overhead: int = 0, max_padding: float = 1.0
 ) -> list[list[int]]:
     """Group items so that rows x (longest row + overhead) stays within the budget.
@@ -36,7 +36,7 @@ def plan_batches(
     return batches
 
 
-def plan_packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def make_packed_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Group passages that are packed without padding into batches of about the same size.
 
     Args:

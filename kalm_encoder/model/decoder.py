@@ -18,7 +18,7 @@ import torch
 
 from kalm_encoder.errors import InputError, NonFiniteError
 from kalm_encoder.model import checkpoint
-from kalm_encoder.model.batching import plan_batches
+from kalm_encoder.model.batching import make_batches
 from kalm_encoder.model.compiled_forward import PROMPT_STEP, CompiledForward
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 from kalm_encoder.model.hot_passages import HotPassages
@@ -201,7 +201,7 @@ class QueryDecoder:
     def _plan(self, sizes: Sequence[int], length: int) -> list[list[int]]:
         if self.compiled is not None:
             return self.compiled.plan(sizes, length)
-        return plan_batches(sizes, self.token_budget, overhead=length, max_padding=MAX_PADDING)
+        return make_batches(sizes, self.token_budget, overhead=length, max_padding=MAX_PADDING)
 
     def warm_up(self) -> None:
         """Compile for queries of up to 64 tokens, in this thread; without `compile` do nothing.

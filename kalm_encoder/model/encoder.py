@@ -17,7 +17,7 @@ import torch
 from kalm_encoder.errors import CheckpointError, InputError
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model import checkpoint
-from kalm_encoder.model.batching import plan_packed
+from kalm_encoder.model.batching import make_packed_batches
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens, mark
 from kalm_encoder.model.packing import Packed, send
@@ -134,7 +134,7 @@ class PassageEncoder:
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group passages of these lengths in tokens, as `encode` does: indices, in order."""
-        return plan_packed(lengths, self.token_budget)
+        return make_packed_batches(lengths, self.token_budget)
 
     def encode_batch(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[PassageStates]:
         """Encode one batch; see `start`."""

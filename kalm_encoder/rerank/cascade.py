@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.spec import TableSpec
 
 Stage = tuple[int, int | None]
 """A ratio, and how many of the best scored at it go on; None: all."""

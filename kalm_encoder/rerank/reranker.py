@@ -17,7 +17,7 @@ from kalm_encoder.model.pairs import Pair, Prompt
 from kalm_encoder.prompts import TEMPLATE
 from kalm_encoder.rerank.cascade import Stage, plan_stages
 from kalm_encoder.table.reader import PassageTable
-from kalm_encoder.table.rows import FORMAT_VERSION
+from kalm_encoder.table.spec import FORMAT_VERSION
 
 CHUNK = 128
 """Candidates read together, while the decoder works on those before."""

@@ -1,4 +1,4 @@
-"""Hashes that tell whether a passage changed, or a stored row. Lance itself checks no data page."""
+"""Hashes that tell whether a passage or a stored row changed. Lance itself checks no data page."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 
 
 def text_hash(text: str) -> bytes:
-    """Return xxh3_128 of the rendered text: tells whether a passage changed."""
+    """Return the xxh3_128 of the rendered text, which tells whether a passage changed."""
     return xxhash.xxh3_128_digest(render_passage(text).encode())
 
 
 def states_checksum(id: str, num_tokens: int, truncated: bool, states: NDArray[Any]) -> int:
     """Return xxh3_64 over (length of id, id, num_tokens, truncated, states), little endian."""
-    raw = id.encode()
-    head = struct.pack("<I", len(raw)) + raw + struct.pack("<i?", num_tokens, truncated)
-    digest = xxhash.xxh3_64(head)
+    digest = xxhash.xxh3_64(_framed(id) + struct.pack("<i?", num_tokens, truncated))
     digest.update(np.ascontiguousarray(states).data)
     return digest.intdigest()
 
 
 def row_checksum(id: str, text_hash: bytes, shard_id: str) -> int:
     """Return xxh3_64 over (length of id, id, text_hash, shard_id)."""
+    return xxhash.xxh3_64_intdigest(_framed(id) + text_hash + shard_id.encode())
+
+
+def _framed(id: str) -> bytes:
+    """Return the id with its length in front, so that what follows cannot be taken for a part."""
     raw = id.encode()
-    head = struct.pack("<I", len(raw)) + raw
-    return xxhash.xxh3_64_intdigest(head + text_hash + shard_id.encode())
+    return struct.pack("<I", len(raw)) + raw

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lance.query import MatchQuery
 
-from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError
+from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.table.row_index import ADDRESS, RowIndex
-from kalm_encoder.table.row_reader import read_rows, verified
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.rows import read_rows, verified_rows
+from kalm_encoder.table.spec import TableSpec
 
 logger = logging.getLogger(__name__)
 LIVE_TAG = "live"
@@ -154,7 +154,7 @@ class PassageTable:
         addresses = ", ".join(str(self.index.addresses[entry]) for entry in single.values())
         states = self._scan([f"states_r{stored}", ADDRESS], f"{ADDRESS} IN ({addresses})")
         rows = self.index.rows(states, single, stored)
-        read = verified(self.spec, rows, stored=stored, wanted=wanted)
+        read = verified_rows(self.spec, rows, stored=stored, wanted=wanted)
         found = {key: passage for key, passage in read if passage is not None}
         return found, left + [i for i in single if i not in found]
 
@@ -246,9 +246,3 @@ def open_dataset(
         return lance.dataset(uri, storage_options=storage_options, session=session)
     except (ValueError, OSError) as error:
         raise TableError(f"no passage table at {uri}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an engine's message, without its source location."""
-    text = str(error).strip().splitlines()
-    return text[0].split(", /home/")[0].split(", rust/")[0] if text else type(error).__name__

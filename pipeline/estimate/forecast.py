@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kalm_encoder.table.codecs import CODECS
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.spec import TableSpec
 from pipeline.estimate.census import Census, percentiles
 from pipeline.estimate.flops import Shape, decoder_flops, encoder_flops
 from pipeline.estimate.intervals import Estimate

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from kalm_encoder.matryoshka import PassageStates, num_groups
-from kalm_encoder.table.rows import TableSpec, build_rows
+from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import Passage
 from pipeline.table.ledger import create_table
 

@@ -20,7 +20,7 @@ from kalm_encoder.errors import (
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import check_max_length
 from kalm_encoder.table.reader import open_dataset
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.spec import TableSpec
 from pipeline import logs
 from pipeline.corpus.inputs import absolute
 from pipeline.corpus.shards import Plan

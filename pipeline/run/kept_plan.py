@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import xxhash
 from lance.file import LanceFileSession
 
-from kalm_encoder.table.reader import first_line
+from kalm_encoder.errors import first_line
 from pipeline.corpus.inputs import Fields, expand_inputs, file_format, fsspec_options
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.corpus.text import Slice

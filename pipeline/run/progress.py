@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
-from kalm_encoder.errors import FencedError
-from kalm_encoder.table.reader import first_line
+from kalm_encoder.errors import FencedError, first_line
 from pipeline import logs
 from pipeline.corpus.shards import Plan, Shard, is_columnar
 from pipeline.messages import ShardResult

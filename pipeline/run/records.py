@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lance.file import LanceFileSession
 
-from kalm_encoder.table.reader import first_line
+from kalm_encoder.errors import first_line
 from pipeline.table.side_files import STORE_ERRORS, read_text, write_text
 
 if TYPE_CHECKING:

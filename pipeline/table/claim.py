@@ -24,8 +24,7 @@ from lance.commit import CommitConflictError
 from lance.dataset import LanceOperation
 from lance.schema import LanceSchema
 
-from kalm_encoder.errors import FencedError, KalmError, TableError
-from kalm_encoder.table.reader import first_line
+from kalm_encoder.errors import FencedError, KalmError, TableError, first_line
 from pipeline.table.fragments import open_to_write
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from kalm_encoder.errors import InputError, MissingIdsError
-from kalm_encoder.table.reader import LIVE_TAG, first_line, ids_in, open_dataset
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.errors import InputError, MissingIdsError, first_line
+from kalm_encoder.table.reader import LIVE_TAG, ids_in, open_dataset
+from kalm_encoder.table.spec import TableSpec
 from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
 from pipeline.table.duplicates import repeated_rows
 from pipeline.table.ledger import ON_DUPLICATE, PLAN

@@ -11,8 +11,8 @@ import pyarrow as pa
 from lance.file import LanceFileReader
 from lance.fragment import FragmentMetadata, write_fragments
 
-from kalm_encoder.errors import KalmError
-from kalm_encoder.table.reader import first_line, open_dataset
+from kalm_encoder.errors import KalmError, first_line
+from kalm_encoder.table.reader import open_dataset
 
 CHECKED_AT_ONCE = 32
 CACHE_BYTES = 1 << 20

@@ -17,9 +17,9 @@ import lance
 import pyarrow as pa
 from lance.dataset import LanceOperation
 
-from kalm_encoder.errors import InputError, KalmError, MismatchError, TableError
-from kalm_encoder.table.reader import LIVE_TAG, first_line
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.errors import InputError, KalmError, MismatchError, TableError, first_line
+from kalm_encoder.table.reader import LIVE_TAG
+from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.shards import Plan
 from pipeline.table.claim import EPOCH, LOADING, OWNER, SEALED, STATE, TableClaim
 from pipeline.table.fragments import check_written, with_id

@@ -22,8 +22,7 @@ from lance.commit import CommitConflictError
 from lance.dataset import LanceOperation
 from lance.schema import LanceSchema
 
-from kalm_encoder.errors import InputError
-from kalm_encoder.table.reader import first_line
+from kalm_encoder.errors import InputError, first_line
 from pipeline.corpus.inputs import fsspec_options
 from pipeline.table.fragments import with_id, write_fragment
 

@@ -13,8 +13,7 @@ import lance
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.reader import PassageTable
-from kalm_encoder.table.row_reader import read_rows
-from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.rows import build_rows, read_rows
 from pipeline.corpus.columnar import slice_hash
 from pipeline.corpus.inputs import Fields, absolute
 from pipeline.corpus.shards import Plan, Shard

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kalm_encoder.errors import InputError, KalmError
+from kalm_encoder.errors import InputError, KalmError, first_line
 from kalm_encoder.matryoshka import num_groups
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.table.checksums import row_checksum, states_checksum, text_hash
-from kalm_encoder.table.reader import PassageTable, first_line
-from kalm_encoder.table.row_reader import states_arrays
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.reader import PassageTable
+from kalm_encoder.table.rows import states_arrays
+from kalm_encoder.table.spec import TableSpec
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table.claim import COMPLETE, STATE
 from pipeline.table.duplicates import repeated_rows

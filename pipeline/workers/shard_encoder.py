@@ -14,12 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kalm_encoder.errors import KalmError, MismatchError
+from kalm_encoder.errors import KalmError, MismatchError, first_line
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
-from kalm_encoder.table.reader import first_line
 from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.inputs import Passage, Reject
 from pipeline.corpus.shards import Shard, ShardReader

@@ -16,7 +16,7 @@ from pathlib import Path
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import Fields
 from pipeline.corpus.shards import Shard
 from pipeline.corpus.text import Slice

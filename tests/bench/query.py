@@ -10,7 +10,7 @@ import time
 import torch
 
 from kalm_encoder import Reranker
-from kalm_encoder.model.batching import plan_batches
+from kalm_encoder.model.batching import make_batches
 from kalm_encoder.model.checkpoint import resolve
 from kalm_encoder.model.decoder import MAX_PADDING
 from tests.bench.data import bar, nano_checkpoint, passages_of, spread
@@ -81,7 +81,7 @@ def _products(reranker: Reranker, ids: list[str]) -> list[tuple[torch.Tensor, to
         return made.setdefault(shape, torch.randn(shape))
 
     products = []
-    for batch in plan_batches(sizes, decoder.token_budget, overhead=p, max_padding=MAX_PADDING):
+    for batch in make_batches(sizes, decoder.token_budget, overhead=p, max_padding=MAX_PADDING):
         b, m = len(batch), max(sizes[i] for i in batch)
         for i, layer in enumerate(layers):
             attention, mlp, last = layer.self_attn, layer.mlp, i == len(layers) - 1

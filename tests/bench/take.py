@@ -21,7 +21,8 @@ import pyarrow as pa
 from kalm_encoder import PassageStates, PassageTable, QueryDecoder, Reranker
 from kalm_encoder.model.checkpoint import resolve
 from kalm_encoder.table.reader import LIVE_TAG
-from kalm_encoder.table.rows import TableSpec, build_rows
+from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.spec import TableSpec
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.workers.local import encode_inline

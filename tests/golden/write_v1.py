@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from kalm_encoder.matryoshka import PassageStates, num_groups
 from kalm_encoder.table.reader import LIVE_TAG
-from kalm_encoder.table.rows import TableSpec, build_rows
+from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.spec import TableSpec
 
 FOLDER = Path(__file__).parent / "v1"
 FILES = {"float16": "passages.lance", "int8": "int8.lance", "int4": "int4.lance"}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.spec import TableSpec
 
 COARSEST = 128
 """The coarsest ratio of the paper; the page offers none beyond it."""

@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_encoder.model.batching import plan_batches, plan_packed
+from kalm_encoder.model.batching import make_batches, make_packed_batches
 
 
 @given(
@@ -12,7 +12,7 @@ from kalm_encoder.model.batching import plan_batches, plan_packed
     overhead=st.integers(0, 100),
 )
 def test_every_item_once_and_within_budget(lengths, budget, overhead):
-    batches = plan_batches(lengths, budget, overhead=overhead)
+    batches = make_batches(lengths, budget, overhead=overhead)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         longest = max(lengths[i] for i in batch)
@@ -20,12 +20,12 @@ def test_every_item_once_and_within_budget(lengths, budget, overhead):
 
 
 def test_worked_example():
-    assert plan_batches([3, 9, 8], 18) == [[1, 2], [0]]
+    assert make_batches([3, 9, 8], 18) == [[1, 2], [0]]
 
 
 @given(lengths=st.lists(st.integers(1, 1024), max_size=300), budget=st.integers(1, 8192))
 def test_packed_batches_hold_every_item_in_order_and_are_of_like_size(lengths, budget):
-    batches = plan_packed(lengths, budget)
+    batches = make_packed_batches(lengths, budget)
     assert [i for batch in batches for i in batch] == list(range(len(lengths)))
     sizes = [sum(lengths[i] for i in batch) for batch in batches]
     assert all(
@@ -36,5 +36,5 @@ def test_packed_batches_hold_every_item_in_order_and_are_of_like_size(lengths, b
 
 
 def test_packed_worked_example():
-    assert plan_packed([3, 9, 8, 4], 18) == [[0, 1], [2, 3]]
-    assert plan_packed([], 18) == []
+    assert make_packed_batches([3, 9, 8, 4], 18) == [[0, 1], [2, 3]]
+    assert make_packed_batches([], 18) == []

@@ -6,7 +6,7 @@ import torch
 
 from kalm_encoder import QueryDecoder
 from kalm_encoder.errors import InputError, NonFiniteError
-from kalm_encoder.model.batching import plan_batches
+from kalm_encoder.model.batching import make_batches
 from kalm_encoder.model.decoder import MAX_PADDING
 from kalm_encoder.model.decoder_forward import last_hidden
 from kalm_encoder.model.pairs import Pair, memory_of
@@ -142,7 +142,7 @@ def test_the_memory_of_passages_is_bounded(model_dir, states):
 def test_padding_stays_below_a_twentieth(decoder):
     rng = random.Random(0)
     sizes = [rng.randint(1, 75) for _ in range(1000)]
-    batches = plan_batches(sizes, 4096, overhead=98, max_padding=MAX_PADDING)
+    batches = make_batches(sizes, 4096, overhead=98, max_padding=MAX_PADDING)
     padded = sum(len(batch) * (98 + max(sizes[i] for i in batch)) for batch in batches)
     assert 1 - (sum(sizes) + 98 * 1000) / padded <= 0.05
     assert len(batches) < 60

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.codecs import CODECS, INT4_GROUP
-from kalm_encoder.table.rows import TableSpec
+from kalm_encoder.table.spec import TableSpec
 
 SHAPES = {"dim": st.integers(1, 200), "count": st.integers(1, 5), "seed": st.integers(0, 2**31)}
 

@@ -9,7 +9,8 @@ from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import CorruptRowError, MissingIdsError
 from kalm_encoder.table import row_index
 from kalm_encoder.table.row_index import RowIndex
-from kalm_encoder.table.rows import TableSpec, build_rows
+from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.spec import TableSpec
 from pipeline.run.job import EncodeJob
 from pipeline.table import finish as maintenance
 from pipeline.upkeep.sync import sync

@@ -12,8 +12,8 @@ from kalm_encoder import PassageTable
 from kalm_encoder.errors import CorruptRowError, InputError, TableError
 from kalm_encoder.matryoshka import PassageStates, coarsen, num_groups
 from kalm_encoder.table.checksums import states_checksum
-from kalm_encoder.table.row_reader import read_rows
-from kalm_encoder.table.rows import TableSpec, build_rows
+from kalm_encoder.table.rows import build_rows, read_rows
+from kalm_encoder.table.spec import TableSpec
 from tests.golden import write_v1
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2, 8), store_dtype="float32")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kalm_encoder.matryoshka import PassageStates
-from kalm_encoder.table.rows import TableSpec, build_rows
+from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import Reject
 from pipeline.corpus.shards import plan_shards
 from pipeline.messages import ShardResult

@@ -9,7 +9,8 @@ import pytest
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError
 from kalm_encoder.matryoshka import PassageStates
-from kalm_encoder.table.rows import TableSpec, build_rows
+from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.shards import Plan, plan_shards
 from pipeline.messages import ShardResult
 from pipeline.table import finish as maintenance

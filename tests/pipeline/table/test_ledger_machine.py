@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kalm_encoder.errors import FencedError, KalmError
 from kalm_encoder.matryoshka import PassageStates
-from kalm_encoder.table.rows import TableSpec, build_rows
+from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import Fields
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.corpus.text import Slice

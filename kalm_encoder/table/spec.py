@@ -1,0 +1,159 @@
+"""The row format, version 1, and what a table records about the model that made it.
+
+    id            string, unenforced primary key
+    text          string, the raw passage (the column is absent with keep_text=False)
+    text_hash     16 bytes, xxh3_128 of the rendered text, big endian
+    num_tokens    int32, after truncation, with the prefix
+    truncated     bool
+    states_rR     list<fixed_size_list<…>>, one column per stored ratio R; d float16 or float32
+                  values, or the bytes that codecs.py describes
+    checksum_rR   uint64, xxh3_64 over id, num_tokens, truncated and the bytes of states_rR
+    shard_id      string, the shard of the input that wrote the row
+    checksum      uint64, xxh3_64 over id, text_hash and shard_id, which no other checksum covers
+
+No field is nullable. What a reader must know about the whole table is a `TableSpec`; it is kept as
+JSON in the metadata of the schema. Each ratio has its own checksum, so that a coarse read verifies
+what it reads without touching the fine column. This module knows nothing of torch, files or
+commits; rows.py makes rows of this format and reads them back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from kalm_encoder.errors import InputError, TableError
+from kalm_encoder.matryoshka import num_groups
+from kalm_encoder.prompts import TEMPLATE
+from kalm_encoder.table.codecs import CODECS, FloatCodec, IntCodec
+from kalm_encoder.version import __version__
+
+FORMAT_VERSION = 1
+SPEC_KEY = "kalm.spec"
+PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What a table records about the model and the settings that made its states.
+
+    Attributes:
+        model: Hub id or directory of the model, as the user named it.
+        revision: Commit on the hub; None for a local directory.
+        fingerprint: Hash of the checkpoint's files. A decoder may read the table only if its
+            checkpoint has the same fingerprint.
+        dim: Width d of a state.
+        max_length: Number of tokens that passages were cut to.
+        ratios: Stored ratios, finest first; each is a multiple of the first.
+        store_dtype: "float16", "float32", "int8" or "int4".
+        keep_text: Whether the raw text is stored.
+        template: Passage template of the prompt.
+        format_version: Version of the row format.
+        library_version: Version of kalm-preencode that created the table.
+
+    Raises:
+        InputError: If the ratios or the store dtype are impossible.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    dim: int
+    max_length: int
+    ratios: tuple[int, ...]
+    store_dtype: str = "float16"
+    keep_text: bool = True
+    template: str = TEMPLATE
+    format_version: int = FORMAT_VERSION
+    library_version: str = __version__
+
+    def __post_init__(self) -> None:
+        ratios = list(self.ratios)
+        if not ratios or ratios != sorted(set(ratios)) or ratios[0] < 1:
+            raise InputError(f"ratios {ratios} must be different positive numbers, finest first")
+        if odd := [r for r in ratios if r % ratios[0]]:
+            raise InputError(f"ratio {odd[0]} is not a multiple of the finest ratio {ratios[0]}")
+        if self.store_dtype not in CODECS:
+            raise InputError(f"store dtype {self.store_dtype!r} is not one of {', '.join(CODECS)}")
+
+    @property
+    def codec(self) -> FloatCodec | IntCodec:
+        """The codec that turns states into stored values and back."""
+        return CODECS[self.store_dtype]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Theoretical minimum of storage: state bytes per passage token, over all stored ratios."""
+        return sum(self.bytes_per_state / ratio for ratio in self.ratios)
+
+    @property
+    def bytes_per_state(self) -> int:
+        """Number of bytes of one stored state, with its scales."""
+        return np.dtype(self.codec.dtype).itemsize * self.codec.width(self.dim)
+
+    def read_bytes(self, num_tokens: int, ratio: int | None) -> int:
+        """Return how many bytes of states must be read to score one passage at a ratio.
+
+        Raises:
+            InputError: If the ratio cannot be made from what is stored.
+
+        Example: A passage of 150 tokens with d = 640 is stored in float16 at ratios 4 and 32. Ratio
+        4 reads 38 states, which are 48,640 bytes; ratio 8 is made from ratio 4 and reads the same;
+        ratio 32 reads 5 states, which are 6,400 bytes.
+        """
+        return num_groups(num_tokens, self.source_ratio(ratio)) * self.bytes_per_state
+
+    def source_ratio(self, wanted: int | None) -> int:
+        """Return the coarsest stored ratio that `wanted` can be made from (None: the finest).
+
+        Raises:
+            InputError: If `wanted` is not a multiple of any stored ratio.
+        """
+        if wanted is None:
+            return self.ratios[0]
+        fitting = [r for r in self.ratios if wanted >= r and wanted % r == 0]
+        if not fitting:
+            raise InputError(
+                f"ratio {wanted} is not a multiple of a stored ratio "
+                f"({', '.join(map(str, self.ratios))})"
+            )
+        return fitting[-1]
+
+    def schema(self) -> pa.Schema:
+        """Return the Arrow schema of the table, with this spec in its metadata."""
+        value = pa.from_numpy_dtype(np.dtype(self.codec.dtype))
+        vector = pa.list_(pa.field("item", value, nullable=False), self.codec.width(self.dim))
+        states = pa.list_(pa.field("item", vector, nullable=False))
+        types = {"id": pa.string()} | ({"text": pa.string()} if self.keep_text else {})
+        types |= {"text_hash": pa.binary(16), "num_tokens": pa.int32(), "truncated": pa.bool_()}
+        for ratio in self.ratios:
+            types |= {f"states_r{ratio}": states, f"checksum_r{ratio}": pa.uint64()}
+        types |= {"shard_id": pa.string(), "checksum": pa.uint64()}
+        fields = [
+            pa.field(name, type, nullable=False, metadata=PRIMARY_KEY if name == "id" else None)
+            for name, type in types.items()
+        ]
+        return pa.schema(fields, metadata={SPEC_KEY: json.dumps(asdict(self), sort_keys=True)})
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[bytes, bytes] | None, uri: str) -> TableSpec:
+        """Read the spec back from a schema's metadata.
+
+        Raises:
+            TableError: If this is not a passage table, or if its format has another version.
+        """
+        raw = (metadata or {}).get(SPEC_KEY.encode())
+        if raw is None:
+            raise TableError(f"{uri} is a Lance table, but not one that `kalm encode` made")
+        fields = json.loads(raw)
+        version = fields.get("format_version")
+        if version != FORMAT_VERSION:
+            raise TableError(
+                f"{uri} has format version {version}, and this kalm-preencode {__version__} reads "
+                f"version {FORMAT_VERSION}. Install the version that wrote the table "
+                f"({fields.get('library_version')}), or encode the corpus again."
+            )
+        return cls(**{**fields, "ratios": tuple(fields["ratios"])})

@@ -6,7 +6,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import StorageOptions, executor, parse_storage_options
+from jobs.options import (
+    Address,
+    CpusPerWorker,
+    GpusPerWorker,
+    IdField,
+    MaxLength,
+    Model,
+    NoText,
+    OnDuplicate,
+    Ratios,
+    Revision,
+    ShardSize,
+    StorageOptions,
+    StoreDtype,
+    TextField,
+    TitleField,
+    Workers,
+    executor,
+    parse_ratios,
+    parse_storage_options,
+)
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,55 +36,71 @@ if TYPE_CHECKING:
 def encode(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Files, URLs or globs: JSONL, CSV, TSV (.gz, .zst), Parquet, .lance."),
+        typer.Argument(
+            help="Files, URLs or globs: JSONL, CSV, TSV (also .gz, .zst), Parquet, .lance tables."
+        ),
     ],
-    to: Annotated[str, typer.Option(help="Table to write, a path or URL ending in .lance.")],
-    model: Annotated[str, typer.Option(help="Hub id or directory of a KaLM reranker.")],
-    revision: Annotated[str | None, typer.Option(help="Revision of the hub id.")] = None,
-    ratio: Annotated[int | None, typer.Option(help="Tokens a stored state (default 4).")] = None,
-    ratios: Annotated[str | None, typer.Option(help="Several ratios, finest first: 4,32.")] = None,
-    store_dtype: Annotated[str, typer.Option(help="float16, float32, int8 or int4.")] = "float16",
-    max_length: Annotated[int, typer.Option(help="Tokens a passage is cut to.")] = 1024,
-    no_text: Annotated[bool, typer.Option("--no-text", help="Do not store the raw text.")] = False,
-    workers: Annotated[
+    to: Annotated[str, typer.Option(help="Table to write: a path or URL that ends in .lance.")],
+    model: Model,
+    revision: Revision = None,
+    ratios: Ratios = "4",
+    store_dtype: StoreDtype = "float16",
+    max_length: MaxLength = 1024,
+    no_text: NoText = False,
+    workers: Workers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    address: Address = None,
+    token_budget: Annotated[
         int | None,
         typer.Option(
-            help="Ray workers; 0 encodes in this process. Default: all there is room for."
+            help="Tokens per forward pass. Lower it when other programs need the memory of the "
+            "device. Default: chosen from the device and its free memory."
         ),
     ] = None,
-    cpus_per_worker: Annotated[
-        int | None, typer.Option(help="CPUs a worker; default up to 4.")
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(help="GPUs a worker, such as 0.5; 0 uses CPUs. Default 1 if any."),
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
-    ] = None,
-    token_budget: Annotated[int | None, typer.Option(help="Tokens a forward pass.")] = None,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Run the encoder through torch.compile.")
+        bool,
+        typer.Option(
+            "--compile",
+            help="Run the encoder through torch.compile. Worth it for long runs on a GPU; it adds "
+            "minutes to the start of each worker.",
+        ),
     ] = False,
-    shard_size: Annotated[int, typer.Option(help="Rows a shard.")] = 1000,
-    limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
-    id_field: Annotated[str | None, typer.Option(help="Field that holds the id.")] = None,
-    text_field: Annotated[str | None, typer.Option(help="Field that holds the text.")] = None,
-    title_field: Annotated[str | None, typer.Option(help="Field that holds the title.")] = None,
+    shard_size: ShardSize = 1000,
+    limit: Annotated[
+        int | None, typer.Option(help="Encode only the first N rows, to try a corpus out.")
+    ] = None,
+    id_field: IdField = None,
+    text_field: TextField = None,
+    title_field: TitleField = None,
     max_rejected: Annotated[
-        float, typer.Option(help="Largest share of rows that may be rejected.")
+        float,
+        typer.Option(
+            help="Largest share of rows that may be rejected before the run fails. Raise it for a "
+            "corpus that is known to hold unusable rows."
+        ),
     ] = 0.001,
     commit_every: Annotated[
-        float, typer.Option(help="Seconds between commits at least; what a crash may repeat.")
+        float,
+        typer.Option(
+            help="Seconds between two commits. Raise it for a slow store; what a crash may lose "
+            "grows with it."
+        ),
     ] = 10.0,
-    on_duplicate: Annotated[
-        str, typer.Option(help="Rows of one id: error, or keep the first or last.")
-    ] = "error",
+    on_duplicate: OnDuplicate = "error",
     new_generation: Annotated[
-        bool, typer.Option(help="Replace a complete table; readers switch with `kalm publish`.")
+        bool,
+        typer.Option(
+            help="Begin a complete table anew, with another model or corpus. Readers keep the old "
+            "rows until `kalm publish`."
+        ),
     ] = False,
     retry_rejects: Annotated[
-        bool, typer.Option(help="Encode only the rejected rows of a complete table again.")
+        bool,
+        typer.Option(
+            help="Encode only the rejected rows of a complete table, after they were mended in "
+            "their files."
+        ),
     ] = False,
     storage_option: StorageOptions = None,
 ) -> None:
@@ -81,7 +117,7 @@ def encode(
         uri=to,
         model=model,
         revision=revision,
-        ratios=parse_ratios(ratio, ratios) or (4,),
+        ratios=parse_ratios(ratios),
         store_dtype=store_dtype,
         max_length=max_length,
         keep_text=not no_text,
@@ -126,19 +162,3 @@ def print_summary(summary: Summary, what: str | None = None) -> None:
     print(f"{what or f'{summary.uri} is {state}'}: {summary.num_rows:,} passages")
     if not summary.live:
         print(f"readers still see the generation before: `kalm publish {summary.uri}` switches")
-
-
-def parse_ratios(ratio: int | None, ratios: str | None) -> tuple[int, ...] | None:
-    """Turn --ratio 4 into (4,) and --ratios 4,32 into (4, 32); neither is None.
-
-    Raises:
-        InputError: both, or not numbers.
-    """
-    if ratio is not None and ratios is not None:
-        raise InputError("give --ratio or --ratios, not both")
-    if ratios is None:
-        return None if ratio is None else (ratio,)
-    try:
-        return tuple(int(part) for part in ratios.split(","))
-    except ValueError:
-        raise InputError(f"--ratios {ratios!r} must be numbers with commas, such as 4,32") from None

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.encode import parse_ratios
-from jobs.options import executor
+from jobs.options import executor, parse_ratios
 from jobs.rerank import parse_cascade
 from kalm_encoder.errors import InputError
 
@@ -100,7 +99,7 @@ def evaluate(
             model=model,
             revision=revision,
             folder=out,
-            ratios=parse_ratios(None, ratios or (DEMO_RATIOS if demo else "4,32")) or (),
+            ratios=parse_ratios(ratios or (DEMO_RATIOS if demo else "4,32")),
             store_dtypes=tuple(store_dtypes.split(",")),
             cascades=tuple(tuple(parse_cascade(c)) for c in cascade or ()),
             depth=(50 if demo else 100) if depth is None else depth,

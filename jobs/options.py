@@ -1,7 +1,13 @@
-"""Options that several commands share."""
+"""Options that several commands share, each with its help text, and how their values are parsed.
+
+A command names the alias and gives the default. An option that only one command has is declared in
+that command.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +18,147 @@ from kalm_encoder.errors import InputError
 if TYPE_CHECKING:
     from pipeline.messages import Executor
 
+Table = Annotated[str, typer.Argument(help="Path or URL of the table.")]
+Version = Annotated[
+    str | None,
+    typer.Option(help="Version number or tag to read. Default: the tag `live`."),
+]
+Model = Annotated[
+    str,
+    typer.Option(help="Hub id or directory of a KaLM reranker, or kalm-demo for the shipped one."),
+]
+TableModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id or directory of the model. Give it where the files of the table's model lie "
+        "elsewhere on this machine. Default: the model that the table records."
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Revision of the hub id, to pin a commit. Default: the newest."),
+]
+Ratios = Annotated[
+    str | None,
+    typer.Option(
+        "--ratios",
+        "--ratio",
+        help="Tokens per stored state: one number, or several with commas, finest first, such as "
+        "4,32. A higher ratio makes the table smaller and ranks less well; a second ratio is for "
+        "cascades.",
+    ),
+]
+STORE_DTYPES = "float16, float32, int8 or int4"
+StoreDtype = Annotated[
+    str,
+    typer.Option(
+        help=f"Type of the stored numbers: {STORE_DTYPES}. int8 halves the table, int4 quarters "
+        "it; float32 is for a model whose states overflow float16."
+    ),
+]
+MaxLength = Annotated[
+    int,
+    typer.Option(
+        help="Tokens a passage is cut to. Raise it for long passages that would be truncated."
+    ),
+]
+NoText = Annotated[
+    bool,
+    typer.Option(
+        "--no-text",
+        help="Do not store the raw text. Use it where the text must not leave the corpus; "
+        "full-text search then has to come from elsewhere.",
+    ),
+]
+ShardSize = Annotated[
+    int,
+    typer.Option(
+        help="Rows per shard, the unit of work and of commit. Lower it when rows are long, so that "
+        "a failed shard costs less; raise it for a corpus of more than a billion rows."
+    ),
+]
+IdField = Annotated[
+    str | None, typer.Option(help="Field that holds the id. Give it when detection fails.")
+]
+TextField = Annotated[
+    str | None, typer.Option(help="Field that holds the text. Give it when detection fails.")
+]
+TitleField = Annotated[
+    str | None,
+    typer.Option(help="Field that holds the title. Give it when it is not named `title`."),
+]
+OnDuplicate = Annotated[
+    str,
+    typer.Option(
+        help="What to do when an id occurs twice: error, or keep the first or the last row."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Ray workers. Lower it to leave room for other jobs; 0 encodes in this process, "
+        "without Ray. Default: as many as the cluster has room for."
+    ),
+]
+CpusPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        help="CPUs per worker. Raise it where a node has too little memory for many workers. "
+        "Default: up to 4."
+    ),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        help="GPUs per worker, at most 1. A share such as 0.5 puts two workers on one GPU, for a "
+        "small model; 0 uses CPUs alone. Default: 1 if there is any GPU."
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of a running Ray cluster. Default: RAY_ADDRESS, else one is started on this "
+        "machine."
+    ),
+]
+Instruction = Annotated[
+    str | None,
+    typer.Option(
+        help="Task in words, for the prompt. Scores depend on it: give the one that fits your "
+        "queries. Default: the model's general retrieval task."
+    ),
+]
+Host = Annotated[
+    str,
+    typer.Option(help="Address to listen at. 0.0.0.0 lets other machines connect."),
+]
+Port = Annotated[int, typer.Option(help="Port to listen at.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device of the decoder, such as cuda:1. Default: the first GPU, else CPU."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Type the decoder computes in, such as float32, to compare with a reference. "
+        "Default: what suits the device."
+    ),
+]
+HotMb = Annotated[
+    int,
+    typer.Option(
+        help="Megabytes of memory for passages that are asked for again and again. Raise it when "
+        "requests share many candidates."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for a script.")]
 StorageOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--storage-option",
         metavar="K=V",
-        help="Object store option, as Lance names it (aws_endpoint=…); may be repeated.",
+        help="Option of the object store, as Lance names it, such as aws_endpoint=https://…. May "
+        "be repeated. Give it when the environment does not say how to reach the store.",
     ),
 ]
 
@@ -26,7 +167,7 @@ def parse_storage_options(pairs: list[str] | None) -> dict[str, str] | None:
     """Turn K=V pairs into a mapping.
 
     Raises:
-        InputError: a pair without `=`.
+        InputError: If a pair has no `=`.
     """
     if not pairs:
         return None
@@ -39,14 +180,49 @@ def parse_storage_options(pairs: list[str] | None) -> dict[str, str] | None:
     return options
 
 
-def check_folder(file: Path | None) -> None:
-    """Refuse a file that cannot be written later, because its folder is not there.
+def parse_ratios(ratios: str) -> tuple[int, ...]:
+    """Turn `4` into (4,) and `4,32` into (4, 32).
 
     Raises:
-        InputError: names the folder.
+        InputError: If a part is not a number.
+    """
+    try:
+        return tuple(int(part) for part in ratios.split(","))
+    except ValueError:
+        raise InputError(f"--ratios {ratios!r} must be numbers with commas, such as 4,32") from None
+
+
+def parse_version(version: str | None) -> int | str | None:
+    """Turn a version number into an int; a tag stays a string, None stays None."""
+    return int(version) if version is not None and version.isdigit() else version
+
+
+def check_folder(file: Path | None) -> None:
+    """Refuse a file that could not be written later because its folder does not exist.
+
+    Raises:
+        InputError: If the folder does not exist; the message names it.
     """
     if file is not None and not file.absolute().parent.is_dir():
         raise InputError(f"there is no folder {file.absolute().parent} for {file.name}: make it")
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Turn a failed import in the `with` block into the command that installs the library.
+
+    Args:
+        extra: Names of the extras that bring the library, such as `batch,eval`.
+
+    Raises:
+        InputError: If a library is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"this command needs {error.name}: pip install 'kalm-preencode[{extra}]'"
+        ) from error
 
 
 def executor(
@@ -56,19 +232,15 @@ def executor(
     *,
     gpus_per_worker: float | None = None,
 ) -> Executor:
-    """Return what encodes shards: Ray workers, or this process where `workers` is 0.
+    """Return the function that encodes shards: on Ray, or in this process if `workers` is 0.
 
     Raises:
-        InputError: the libraries for encoding are not installed.
+        InputError: If the libraries for encoding are not installed.
     """
-    try:
+    with needs_extra("batch"):
         from pipeline.workers.local import encode_inline
 
         if workers == 0:
             return encode_inline
         from pipeline.workers.on_ray.actor import RayOptions, on_ray
-    except ImportError as error:
-        raise InputError(
-            f"encoding needs {error.name}: pip install 'kalm-preencode[batch]'"
-        ) from error
     return on_ray(RayOptions(address, workers, cpus_per_worker, gpus_per_worker))

@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.encode import parse_ratios
-from jobs.options import StorageOptions, check_folder, parse_storage_options
+from jobs.options import (
+    Ratios,
+    StorageOptions,
+    check_folder,
+    parse_ratios,
+    parse_storage_options,
+)
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,8 +32,7 @@ def plan(
     inputs: Annotated[list[str], typer.Argument(help="Corpus files, as in `kalm encode`.")],
     model: Annotated[str, typer.Option(help="Hub id or directory; only its tokenizer is loaded.")],
     revision: Annotated[str | None, typer.Option(help="Revision of the hub id.")] = None,
-    ratio: Annotated[int | None, typer.Option(help="Tokens a stored state (default 4).")] = None,
-    ratios: Annotated[str | None, typer.Option(help="Several ratios, finest first: 4,32.")] = None,
+    ratios: Ratios = "4",
     store_dtype: Annotated[str, typer.Option(help="float16, float32, int8 or int4.")] = "float16",
     max_length: Annotated[int, typer.Option(help="Tokens a passage is cut to.")] = 1024,
     no_text: Annotated[bool, typer.Option("--no-text", help="Do not store the raw text.")] = False,
@@ -83,7 +87,7 @@ def plan(
         fingerprint="",
         dim=files.config.decoder.hidden_size,
         max_length=max_length,
-        ratios=parse_ratios(ratio, ratios) or (4,),
+        ratios=parse_ratios(ratios),
         store_dtype=store_dtype,
         keep_text=not no_text,
     )

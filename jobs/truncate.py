@@ -6,15 +6,13 @@ from typing import Annotated
 
 import typer
 
-from jobs.encode import parse_ratios
-from jobs.options import StorageOptions, parse_storage_options
+from jobs.options import Ratios, StorageOptions, parse_ratios, parse_storage_options
 
 
 def truncate(
     uri: Annotated[str, typer.Argument(help="A complete table.")],
     to: Annotated[str, typer.Option(help="The table to write.")],
-    ratio: Annotated[int | None, typer.Option(help="Tokens a stored state.")] = None,
-    ratios: Annotated[str | None, typer.Option(help="Several ratios, finest first: 8,32.")] = None,
+    ratios: Ratios = None,
     store_dtype: Annotated[
         str | None, typer.Option(help="float16, float32, int8 or int4; default: the same.")
     ] = None,
@@ -26,7 +24,7 @@ def truncate(
     summary = convert(
         uri,
         to,
-        ratios=parse_ratios(ratio, ratios),
+        ratios=None if ratios is None else parse_ratios(ratios),
         store_dtype=store_dtype,
         storage_options=parse_storage_options(storage_option),
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import StorageOptions, parse_storage_options
+from jobs.options import StorageOptions, location
 from kalm_encoder.errors import InputError
 
 Table = Annotated[str, typer.Argument(help="The table.")]
@@ -23,12 +23,11 @@ def rejects(
     """List the input rows that were rejected, with file, line and reason."""
     from dataclasses import asdict
 
-    from kalm_encoder.table.reader import open_dataset
     from pipeline.table.rejects import RejectStore
 
-    options = parse_storage_options(storage_option)
-    open_dataset(uri, options)
-    found = RejectStore(uri, options).read()
+    table = location(uri, storage_option)
+    table.dataset()
+    found = RejectStore(table).read()
     for reject in found:
         if as_json:
             print(json.dumps(asdict(reject), ensure_ascii=False))
@@ -53,7 +52,7 @@ def delete(
         raise InputError(f"cannot read {ids_file}: {error}") from error
     if not ids:
         raise InputError(f"{ids_file} holds no id")
-    print(f"deleted {delete_rows(uri, parse_storage_options(storage_option), ids):,} passages")
+    print(f"deleted {delete_rows(location(uri, storage_option), ids):,} passages")
 
 
 def publish(
@@ -64,21 +63,21 @@ def publish(
     """Let readers see a complete version: move the tag `live` to it."""
     from pipeline.table.finish import publish as move
 
-    print(f"version {move(uri, parse_storage_options(storage_option), version)} is live")
+    print(f"version {move(location(uri, storage_option), version)} is live")
 
 
 def rollback(uri: Table, storage_option: StorageOptions = None) -> None:
     """Let readers see again what was live before."""
     from pipeline.table.finish import rollback as move
 
-    print(f"version {move(uri, parse_storage_options(storage_option))} is live again")
+    print(f"version {move(location(uri, storage_option))} is live again")
 
 
 def compact(uri: Table, storage_option: StorageOptions = None) -> None:
     """Merge small data files and bring the indexes up to date."""
     from pipeline.table.finish import compact as merge
 
-    merge(uri, parse_storage_options(storage_option))
+    merge(location(uri, storage_option))
     print(f"{uri} is compact")
 
 
@@ -92,8 +91,7 @@ def gc(
     from pipeline.upkeep.garbage import collect_garbage
 
     found = collect_garbage(
-        uri,
-        parse_storage_options(storage_option),
+        location(uri, storage_option),
         older_than=timedelta(days=older_than),
         dry_run=dry_run,
     )
@@ -110,7 +108,7 @@ def doctor(
     """Try everything a job does on this store, and explain what is wrong. Exit code 1 if it is."""
     from pipeline.table.preflight import examine
 
-    checks = list(examine(uri, parse_storage_options(storage_option)))
+    checks = list(examine(location(uri, storage_option)))
     for check in checks:
         print(f"{'FAILED' if check.problem else 'ok':<7}{check.name}")
         if check.problem:

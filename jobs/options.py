@@ -16,6 +16,7 @@ import typer
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
+    from kalm_encoder.table.location import Location
     from pipeline.messages import Executor
 
 Table = Annotated[str, typer.Argument(help="Path or URL of the table.")]
@@ -178,6 +179,17 @@ def parse_storage_options(pairs: list[str] | None) -> dict[str, str] | None:
             raise InputError(f"--storage-option {key!r} must have the form key=value")
         options[key] = value
     return options
+
+
+def location(uri: str, pairs: list[str] | None) -> Location:
+    """Return where a table lies, from its address and the K=V pairs of --storage-option.
+
+    Raises:
+        InputError: If a pair has no `=`.
+    """
+    from kalm_encoder.table.location import Location
+
+    return Location(uri, parse_storage_options(pairs))
 
 
 def parse_ratios(ratios: str) -> tuple[int, ...]:

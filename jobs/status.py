@@ -94,12 +94,13 @@ def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, A
     """Collect what `kalm status` prints; reads metadata and one small column."""
     import pyarrow.compute as pc
 
-    from kalm_encoder.table.reader import LIVE_TAG, open_dataset
+    from kalm_encoder.table.location import Location
+    from kalm_encoder.table.reader import LIVE_TAG
     from kalm_encoder.table.spec import TableSpec
     from pipeline.table.claim import COMPLETE, EPOCH, LOADING, STATE
     from pipeline.table.ledger import EMPTY_SHARDS, GENERATION, NUM_ROWS, NUM_SHARDS, PLAN
 
-    dataset = open_dataset(uri, storage_options)
+    dataset = Location(uri, storage_options).dataset()
     spec = TableSpec.from_metadata(dataset.schema.metadata, uri)
     metadata = {k.decode(): v.decode() for k, v in dataset.schema.metadata.items()}
     fragments = [f.metadata for f in dataset.get_fragments()]

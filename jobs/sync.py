@@ -39,7 +39,8 @@ def sync(
 ) -> None:
     """Encode new and changed passages, by id and text; readers switch when all is done."""
     execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
-    from kalm_encoder.table.reader import open_dataset
+
+    from kalm_encoder.table.location import Location
     from kalm_encoder.table.spec import TableSpec
     from pipeline.corpus.inputs import FieldOptions
     from pipeline.run.job import EncodeJob, plan_job
@@ -47,7 +48,7 @@ def sync(
     from pipeline.upkeep.compare import Comparison
 
     options = parse_storage_options(storage_option)
-    spec = TableSpec.from_metadata(open_dataset(to, options).schema.metadata, to)
+    spec = TableSpec.from_metadata(Location(to, options).dataset().schema.metadata, to)
     job = EncodeJob(
         inputs=tuple(inputs),
         uri=to,

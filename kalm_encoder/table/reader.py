@@ -16,6 +16,7 @@ from lance.query import MatchQuery
 
 from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.row_index import ADDRESS, RowIndex
 from kalm_encoder.table.rows import read_rows, verified_rows
 from kalm_encoder.table.spec import TableSpec
@@ -63,7 +64,7 @@ class PassageTable:
             TableError: no such table or version, or a job has not completed it.
             CorruptRowError: see `load_index`.
         """
-        dataset = open_dataset(uri, storage_options)
+        dataset = Location(uri, storage_options).dataset()
         try:
             if version is None and LIVE_TAG not in dataset.tags.list():
                 raise TableError(
@@ -232,17 +233,3 @@ class PassageTable:
 def ids_in(ids: Sequence[str]) -> pc.Expression:
     """Return the filter for rows of these ids; an expression, so that any id is safe in it."""
     return pc.field("id").isin(pa.array(ids, pa.string()))
-
-
-def open_dataset(
-    uri: str, storage_options: dict[str, str] | None, session: lance.Session | None = None
-) -> lance.LanceDataset:
-    """Open the latest version of a Lance dataset; a session bounds what Lance keeps of it.
-
-    Raises:
-        TableError: nothing there, or the store refused.
-    """
-    try:
-        return lance.dataset(uri, storage_options=storage_options, session=session)
-    except (ValueError, OSError) as error:
-        raise TableError(f"no passage table at {uri}: {first_line(error)}") from error

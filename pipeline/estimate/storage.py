@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from kalm_encoder.matryoshka import PassageStates, num_groups
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import Passage
@@ -78,7 +79,7 @@ def measure_rows(
 
 def _weigh(rows: pa.Table, spec: TableSpec, path: Path) -> tuple[int, int]:
     """Write a table and its indexes as a job does; return the bytes of data and of indexes."""
-    create_table(str(path), spec.schema(), None)
+    create_table(Location(str(path)), spec.schema())
     dataset = lance.write_dataset(rows, str(path), mode="append")
     dataset.create_scalar_index("id", "BTREE")
     if spec.keep_text:

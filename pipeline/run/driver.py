@@ -19,7 +19,7 @@ from kalm_encoder.errors import (
 )
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import check_max_length
-from kalm_encoder.table.reader import open_dataset
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline import logs
 from pipeline.corpus.inputs import absolute
@@ -30,7 +30,7 @@ from pipeline.run.kept_plan import PlanCopy
 from pipeline.run.progress import Progress
 from pipeline.table.committer import Committer
 from pipeline.table.duplicates import ON_DUPLICATE, repeated_rows
-from pipeline.table.finish import Maintainer, publish
+from pipeline.table.finish import SealedTable, publish
 from pipeline.table.ledger import REJECTED, Ledger
 from pipeline.table.preflight import check_writable
 from pipeline.table.rejects import RejectStore
@@ -105,9 +105,10 @@ def load(
     Raises:
         FencedError, TooManyRejectsError, IncompleteError, MismatchError: as `run`.
     """
-    uri = absolute(job.uri)  # workers have another working directory
-    check_writable(uri, job.storage_options)
-    ledger = Ledger.begin(uri, spec, plan, job.storage_options, new_generation=job.new_generation)
+    # Workers have another working directory.
+    table = Location(absolute(job.uri), job.storage_options)
+    check_writable(table)
+    ledger = Ledger.begin(table, spec, plan, new_generation=job.new_generation)
     if copy:
         copy.write(plan)
     before = len(ledger.done)
@@ -116,10 +117,10 @@ def load(
         "%s: %d rows in %d shards, %d done, %d to do",
         job.uri, plan.num_rows, len(plan.shards), before, len(pending),
     )  # fmt: skip
-    with Progress(uri, plan, pending, job.storage_options) as progress:
+    with Progress(table.uri, plan, pending, job.storage_options) as progress:
         live = _fill(job, plan, spec, ledger, progress, execute)
     rejected = int(ledger.metadata[REJECTED])
-    rows = open_dataset(uri, job.storage_options).count_rows()
+    rows = table.dataset().count_rows()
     return Summary(
         uri=job.uri,
         num_rows=rows,
@@ -145,7 +146,7 @@ def _fill(
 ) -> bool:
     """Encode what is pending and finish the table; returns whether it is live."""
     config = WorkerConfig(
-        ledger.uri,
+        ledger.location.uri,
         spec,
         token_budget=job.token_budget,
         compile=job.compile,
@@ -161,18 +162,18 @@ def _fill(
             f"{len(failures)} of {len(plan.shards)} shards failed, all others are in {job.uri}. "
             "Mend the cause and run the same command again.\n" + "\n".join(lines[:20])
         )
-    return _finish(job, ledger.uri, ledger)
+    return _finish(job, ledger)
 
 
-def _finish(job: EncodeJob, uri: str, ledger: Ledger) -> bool:
+def _finish(job: EncodeJob, ledger: Ledger) -> bool:
     """Seal, finish and publish; each step is skipped where done. Returns whether it is live."""
     if not ledger.sealed:
         if job.on_duplicate == "error":
             _refuse_repeated(job, ledger)
         ledger.seal(job.on_duplicate)
-    Maintainer(uri, job.storage_options).finish()
+    SealedTable(ledger.location).finish()
     if ledger.generation == 1 or ledger.is_live():
-        publish(uri, job.storage_options)
+        publish(ledger.location)
         return True
     return False
 
@@ -196,7 +197,7 @@ def _encode(
     """Commit shards as they arrive; whatever ends the run, what has arrived is committed first."""
     allowed = int(job.max_rejected * plan.num_rows)
     rejected = progress.before - ledger.num_rows
-    rejects = RejectStore(job.uri, job.storage_options)
+    rejects = RejectStore(ledger.location)
     if not ledger.done:
         rejects.clear()  # of an earlier attempt, with other input
         progress.recorder.forget_earlier()
@@ -217,7 +218,7 @@ def _encode(
                     raise TooManyRejectsError(
                         f"{rejected} rows rejected, {allowed} of {plan.num_rows} are allowed. "
                         f"The last: {last.path} line {last.line}: {last.reason}. All are in "
-                        f"{rejects.uri}; mend the input, or raise --max-rejected and run again"
+                        f"{rejects.location}; mend the input, or raise --max-rejected and run again"
                     )
             committer.commit_if_due()
     except FencedError:

@@ -31,11 +31,10 @@ from pipeline.corpus.inputs import Fields, expand_inputs, file_format, fsspec_op
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.corpus.text import Slice
 from pipeline.run.job import EncodeJob
-from pipeline.table.side_files import STORE_ERRORS
+from pipeline.table.side_files import KEPT_PLANS, STORE_ERRORS
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "_kalm/plan"
 FORMAT = 1
 """Of the copy and of the way corpora are cut: raise it when either changes."""
 STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified")
@@ -76,7 +75,7 @@ class PlanCopy:
         self._kept = False
         if all(marks):
             facts = json.dumps([FORMAT, job.shard_size, job.limit, asdict(job.fields), marks])
-            self._path = f"{FOLDER}/{xxhash.xxh3_128_hexdigest(facts.encode())}.parquet"
+            self._path = f"{KEPT_PLANS}/{xxhash.xxh3_128_hexdigest(facts.encode())}.parquet"
 
     def read(self) -> Plan | None:
         """Return the plan that was kept, with today's paths of its files; None if there is none."""

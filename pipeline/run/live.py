@@ -17,11 +17,10 @@ from typing import Any
 from lance.file import LanceFileSession
 
 from kalm_encoder.errors import first_line
-from pipeline.table.side_files import STORE_ERRORS, read_text, write_text
+from pipeline.table.side_files import RUN_VIEW, STORE_ERRORS, read_text, write_text
 
 logger = logging.getLogger(__name__)
 
-FILE = "_kalm/live.json"
 WRITE_EVERY_S = 3.0
 JOIN_S = 5.0
 SILENT_AFTER_S = 15.0
@@ -62,7 +61,7 @@ class LiveFile:
     def _write(self) -> None:
         seen = {**self._look(), "updated_at": datetime.now(UTC).isoformat(timespec="milliseconds")}
         try:
-            write_text(self._session, FILE, json.dumps(seen))
+            write_text(self._session, RUN_VIEW, json.dumps(seen))
         except STORE_ERRORS as error:
             if not self._warned:
                 logger.warning("`kalm status --watch` sees nothing: %s", first_line(error))
@@ -76,7 +75,7 @@ def read_live(uri: str, storage_options: dict[str, str] | None = None) -> dict[s
         OSError: the store cannot be read.
     """
     session = LanceFileSession(uri, storage_options=storage_options)
-    if not session.contains(FILE):
+    if not session.contains(RUN_VIEW):
         return None
-    seen: dict[str, Any] = json.loads(read_text(session, FILE))
+    seen: dict[str, Any] = json.loads(read_text(session, RUN_VIEW))
     return seen

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 from lance.file import LanceFileSession
 
 from kalm_encoder.errors import first_line
-from pipeline.table.side_files import STORE_ERRORS, read_text, write_text
+from pipeline.table.side_files import RUNS, STORE_ERRORS, read_text, write_text
 
 if TYPE_CHECKING:
     from pipeline.messages import ShardResult
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "_kalm/runs"
 WRITE_EVERY_S = 30.0
 PART_RECORDS = 1000
 WAITING = ("wait", "queued", "idle")
@@ -112,7 +111,7 @@ class RunRecorder:
     def forget_earlier(self) -> None:
         """Drop the records of earlier runs: nothing of what they did is in the table."""
         try:
-            for path in self._session.list(FOLDER):
+            for path in self._session.list(RUNS):
                 self._session.delete_file(path)
         except STORE_ERRORS as error:
             logger.warning("records of earlier runs are still there: %s", first_line(error))
@@ -169,7 +168,7 @@ class RunRecorder:
         if len(self._lines) == self._written:
             return
         try:
-            path = f"{FOLDER}/{self.run}-{self._part:05d}.jsonl"
+            path = f"{RUNS}/{self.run}-{self._part:05d}.jsonl"
             write_text(self._session, path, "".join(self._lines))
         except STORE_ERRORS as error:
             logger.warning("the records of this run are not written yet: %s", first_line(error))
@@ -197,7 +196,7 @@ def _lines(
     uri: str, storage_options: dict[str, str] | None
 ) -> Iterator[tuple[str | None, dict[str, Any]]]:
     session = LanceFileSession(uri, storage_options=storage_options)
-    for path in sorted(session.list(FOLDER)):
+    for path in sorted(session.list(RUNS)):
         for line in read_text(session, path).splitlines():
             record = json.loads(line)
             yield record.pop("kind", None), record

@@ -25,6 +25,7 @@ from lance.dataset import LanceOperation
 from lance.schema import LanceSchema
 
 from kalm_encoder.errors import FencedError, KalmError, TableError, first_line
+from kalm_encoder.table.location import Location
 from pipeline.table.fragments import open_to_write
 
 logger = logging.getLogger(__name__)
@@ -39,21 +40,20 @@ class TableClaim:
     """The write side of one table.
 
     Attributes:
-        uri: of the table.
+        location: Address of the table.
         dataset: at the version this process last made or read.
         metadata: of its schema.
         owner: this process's name, random.
     """
 
-    def __init__(self, uri: str, storage_options: dict[str, str] | None = None) -> None:
-        self.uri = uri
-        self.storage_options = storage_options
+    def __init__(self, location: Location) -> None:
+        self.location = location
         self.owner = uuid.uuid4().hex
         self.refresh(self.open())
 
     def open(self) -> lance.LanceDataset:
         """Open the latest version."""
-        return open_to_write(self.uri, self.storage_options)
+        return open_to_write(self.location)
 
     @property
     def state(self) -> str:
@@ -72,9 +72,9 @@ class TableClaim:
 
     def refresh(self, dataset: lance.LanceDataset) -> None:
         """Go on from this version, whoever made it."""
-        self.follow(dataset)
+        self.move_to(dataset)
 
-    def follow(self, dataset: lance.LanceDataset) -> None:
+    def move_to(self, dataset: lance.LanceDataset) -> None:
         """Go on from a version of which only the metadata is new."""
         self.dataset = dataset
         metadata = dataset.schema.metadata or {}
@@ -96,7 +96,7 @@ class TableClaim:
             try:
                 self._change_once({**(metadata or {}), **claim})
             except (CommitConflictError, OSError) as error:
-                logger.warning("cannot take %s over: %s", self.uri, first_line(error))
+                logger.warning("cannot take %s over: %s", self.location, first_line(error))
                 self.refresh(self._reopen(error))
                 if attempt == ATTEMPTS - 1 and isinstance(error, OSError):
                     raise
@@ -105,7 +105,7 @@ class TableClaim:
             if unchanged:
                 raise self._fenced()
             _back_off(attempt)
-        raise KalmError(f"{self.uri} is being written by {ATTEMPTS} other drivers: stop them")
+        raise KalmError(f"{self.location} is being written by {ATTEMPTS} other drivers: stop them")
 
     def change(self, metadata: dict[str, str]) -> None:
         """Change schema metadata in a commit that conflicts with every other one.
@@ -129,7 +129,7 @@ class TableClaim:
         else:
             fragments = [f.metadata for f in self.dataset.get_fragments()]
             operation = LanceOperation.Merge(fragments, lance_schema)
-        self.follow(self.commit_operation(operation))
+        self.move_to(self.commit_operation(operation))
 
     def commit_operation(self, operation: LanceOperation.BaseOperation) -> lance.LanceDataset:
         """Commit an operation against the version this process last saw; return the new one."""
@@ -137,7 +137,7 @@ class TableClaim:
             self.dataset,  # by address Lance would read the version again, and be half as fast
             operation,
             read_version=self.dataset.version,
-            storage_options=self.storage_options,
+            storage_options=self.location.options,
             max_retries=0,
         )
 
@@ -177,8 +177,8 @@ class TableClaim:
 
     def _fenced(self) -> FencedError:
         return FencedError(
-            f"another command took {self.uri} over (its epoch is {self.epoch}): it goes on with "
-            "the work, this one stops"
+            f"another command took {self.location} over (its epoch is {self.epoch}). That one "
+            "continues the work; this one stops"
         )
 
 

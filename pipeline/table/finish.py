@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from kalm_encoder.errors import InputError, MissingIdsError, first_line
-from kalm_encoder.table.reader import LIVE_TAG, ids_in, open_dataset
+from kalm_encoder.table.location import Location
+from kalm_encoder.table.reader import LIVE_TAG, ids_in
 from kalm_encoder.table.spec import TableSpec
 from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
 from pipeline.table.duplicates import repeated_rows
@@ -33,14 +34,14 @@ COMPACT_AT_ONCE = 10_000
 Item = TypeVar("Item")
 
 
-class Maintainer(TableClaim):
+class SealedTable(TableClaim):
     """The write side of a table that is sealed."""
 
-    def __init__(self, uri: str, storage_options: dict[str, str] | None = None) -> None:
-        super().__init__(uri, storage_options)
-        self.spec = TableSpec.from_metadata(self.dataset.schema.metadata, uri)
+    def __init__(self, location: Location) -> None:
+        super().__init__(location)
+        self.spec = TableSpec.from_metadata(self.dataset.schema.metadata, location.uri)
         if self.state == LOADING:
-            raise InputError(f"{uri} is not complete yet: run its `kalm encode` again first")
+            raise InputError(f"{location} is not complete yet: run its `kalm encode` again first")
 
     def finish(self, *, compact: bool = True) -> None:
         """Bring a sealed table to COMPLETE: duplicates, compaction, indexes.
@@ -72,9 +73,9 @@ class Maintainer(TableClaim):
             FencedError: the table changed since this process read it.
         """
         if self.state not in (COMPLETE, CHANGING):
-            raise InputError(f"{self.uri} is not complete yet: run its `kalm encode` again first")
+            raise InputError(f"{self.location} is not complete yet: run its `kalm encode` again")
         if not rows and self.state == CHANGING:
-            raise InputError(f"a change of {self.uri} was interrupted: run its command again first")
+            raise InputError(f"a change of {self.location} was interrupted: run it again first")
         # What is to change was chosen by reading this version: another one needs another look.
         self.take_over({STATE: CHANGING, **({PLAN: "changed"} if rows else {})}, unchanged=True)
 
@@ -105,7 +106,7 @@ class Maintainer(TableClaim):
         fragments = [f.metadata for f in self.dataset.get_fragments()]
         size = sum(file.file_size_bytes or 0 for f in fragments for file in f.files)
         if self.state == SEALED and size >= LARGE_FRAGMENT_BYTES * max(1, len(fragments)):
-            logger.info("%s: fragments are large, none is merged", self.uri)
+            logger.info("%s: fragments are large, none is merged", self.location)
             return
         rows = max(1, self.dataset.count_rows())
         target = min(1 << 20, max(1, FRAGMENT_BYTES * rows // max(1, size)))
@@ -134,7 +135,7 @@ class Maintainer(TableClaim):
         self.refresh(self.open())
 
 
-def publish(uri: str, storage_options: dict[str, str] | None, version: int | None = None) -> int:
+def publish(location: Location, version: int | None = None) -> int:
     """Point `live` at a complete version (the latest), and `previous` at what `live` was.
 
     Returns:
@@ -143,16 +144,16 @@ def publish(uri: str, storage_options: dict[str, str] | None, version: int | Non
     Raises:
         InputError: no such version, or one that is not complete.
     """
-    dataset = open_dataset(uri, storage_options)
+    dataset = location.dataset()
     try:
         at = dataset if version is None else dataset.checkout_version(version)
     except (ValueError, OSError) as error:
-        raise InputError(f"{uri} has no version {version}: {first_line(error)}") from error
+        raise InputError(f"{location} has no version {version}: {first_line(error)}") from error
     state = (at.schema.metadata or {}).get(STATE.encode(), b"?").decode()
     if state != COMPLETE:
         raise InputError(
-            f"version {at.version} of {uri} is {state}, only a complete one can be live: run the "
-            "command that makes it again"
+            f"version {at.version} of {location} is {state}, only a complete one can be "
+            "live: run the command that makes it again"
         )
     tags = dataset.tags.list()
     live = tags[LIVE_TAG]["version"] if LIVE_TAG in tags else None
@@ -163,25 +164,25 @@ def publish(uri: str, storage_options: dict[str, str] | None, version: int | Non
     return int(at.version)
 
 
-def rollback(uri: str, storage_options: dict[str, str] | None) -> int:
+def rollback(location: Location) -> int:
     """Swap `live` and `previous`. Returns the version that is live now.
 
     Raises:
         InputError: nothing was published before.
     """
-    tags = open_dataset(uri, storage_options).tags.list()
+    tags = location.dataset().tags.list()
     if PREVIOUS_TAG not in tags:
-        raise InputError(f"{uri} has no earlier published version to go back to")
-    return publish(uri, storage_options, int(tags[PREVIOUS_TAG]["version"]))
+        raise InputError(f"{location} has no earlier published version to go back to")
+    return publish(location, int(tags[PREVIOUS_TAG]["version"]))
 
 
-def delete(uri: str, storage_options: dict[str, str] | None, ids: Sequence[str]) -> int:
+def delete(location: Location, ids: Sequence[str]) -> int:
     """Delete passages by id and publish the table without them. Returns how many went.
 
     Raises:
         MissingIdsError: some ids are not in the table; nothing is deleted.
     """
-    writer = Maintainer(uri, storage_options)
+    writer = SealedTable(location)
     unique = list(dict.fromkeys(ids))
     found: dict[str, int] = {}
     for some in _pieces(unique):
@@ -190,20 +191,20 @@ def delete(uri: str, storage_options: dict[str, str] | None, ids: Sequence[str])
         found |= zip(rows["id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True)
     missing = [i for i in unique if i not in found]
     if missing and writer.state == COMPLETE:  # not a run that goes on where one was interrupted
-        raise MissingIdsError(missing, uri)
+        raise MissingIdsError(missing, location.uri)
     writer.begin_change()
     writer.retry(lambda: writer.delete(list(found.values())))
     writer.finish(compact=False)
-    publish(uri, storage_options)
+    publish(location)
     return len(found)
 
 
-def compact(uri: str, storage_options: dict[str, str] | None) -> None:
+def compact(location: Location) -> None:
     """Merge small data files, bring the indexes up to date, and publish."""
-    writer = Maintainer(uri, storage_options)
+    writer = SealedTable(location)
     writer.begin_change(rows=False)
     writer.finish()
-    publish(uri, storage_options)
+    publish(location)
 
 
 def _pieces(values: Sequence[Item], size: int = DELETE_AT_ONCE) -> Iterator[Sequence[Item]]:

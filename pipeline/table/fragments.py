@@ -12,13 +12,13 @@ from lance.file import LanceFileReader
 from lance.fragment import FragmentMetadata, write_fragments
 
 from kalm_encoder.errors import KalmError, first_line
-from kalm_encoder.table.reader import open_dataset
+from kalm_encoder.table.location import Location
 
 CHECKED_AT_ONCE = 32
 CACHE_BYTES = 1 << 20
 
 
-def open_to_write(uri: str, storage_options: dict[str, str] | None) -> lance.LanceDataset:
+def open_to_write(location: Location) -> lance.LanceDataset:
     """Open the latest version of a table in a session that keeps next to no metadata.
 
     Lance's own would keep the manifest of every version this process sees (measured: 600 MB in the
@@ -28,8 +28,7 @@ def open_to_write(uri: str, storage_options: dict[str, str] | None) -> lance.Lan
     Raises:
         TableError: nothing there, or the store refused.
     """
-    session = lance.Session(metadata_cache_size_bytes=CACHE_BYTES)
-    return open_dataset(uri, storage_options, session=session)
+    return location.dataset(metadata_cache_bytes=CACHE_BYTES)
 
 
 def write_fragment(rows: pa.Table, dataset: lance.LanceDataset) -> str:
@@ -58,9 +57,7 @@ def with_id(fragment: str, id: int) -> FragmentMetadata:
     return metadata
 
 
-def check_written(
-    fragments: Sequence[str], uri: str, storage_options: dict[str, str] | None
-) -> None:
+def check_written(fragments: Sequence[str], location: Location) -> None:
     """Check that the data files workers reported are there and hold what they reported.
 
     Lance commits a fragment whose file is gone or has other rows without a word. Many are opened
@@ -72,9 +69,9 @@ def check_written(
 
     def check(fragment: str) -> None:
         metadata = FragmentMetadata.from_json(fragment)
-        path = f"{uri.rstrip('/')}/data/{metadata.files[0].path}"
+        path = location / f"data/{metadata.files[0].path}"
         try:
-            reader = LanceFileReader(path, storage_options=storage_options)
+            reader = LanceFileReader(path.uri, storage_options=path.options)
             rows = reader.metadata().num_rows
         except (OSError, ValueError) as error:
             raise KalmError(

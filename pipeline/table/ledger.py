@@ -18,6 +18,7 @@ import pyarrow as pa
 from lance.dataset import LanceOperation
 
 from kalm_encoder.errors import InputError, KalmError, MismatchError, TableError, first_line
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.shards import Plan
@@ -42,27 +43,25 @@ class Ledger(TableClaim):
         num_rows: committed rows.
     """
 
-    def __init__(self, uri: str, plan: Plan, storage_options: dict[str, str] | None = None) -> None:
+    def __init__(self, location: Location, plan: Plan) -> None:
         self._plan = plan
-        super().__init__(uri, storage_options)
+        super().__init__(location)
 
     @classmethod
     def begin(
         cls,
-        uri: str,
+        location: Location,
         spec: TableSpec,
         plan: Plan,
-        storage_options: dict[str, str] | None = None,
         *,
         new_generation: bool = False,
     ) -> Ledger:
         """Create the table, or take over the one that is there.
 
         Args:
-            uri: of the table.
+            location: Address of the table.
             spec: what it is to record.
             plan: the shards it is to hold.
-            storage_options: as Lance takes them.
             new_generation: where the table was made from other input or with other settings, begin
                 anew. Readers keep what is live until the new rows are published. A table in which
                 no shard is done is begun anew in any case.
@@ -72,13 +71,13 @@ class Ledger(TableClaim):
             TableError: a Lance table that is none of ours.
             InputError: the place cannot be written.
         """
-        if not uri.rstrip("/").endswith(".lance"):
-            raise InputError(f"the table address {uri} must end in .lance (LanceDB needs it)")
+        if not location.uri.rstrip("/").endswith(".lance"):
+            raise InputError(f"the table address {location} must end in .lance (LanceDB needs it)")
         try:
-            ledger = cls(uri, plan, storage_options)
+            ledger = cls(location, plan)
         except TableError:  # nothing there; a store that refuses says so again below
-            create_table(uri, _schema(spec, plan, 1, 0, ""), storage_options)
-            ledger = cls(uri, plan, storage_options)
+            create_table(location, _schema(spec, plan, 1, 0, ""))
+            ledger = cls(location, plan)
         try:
             ledger._check_same(spec)
         except MismatchError:
@@ -116,7 +115,7 @@ class Ledger(TableClaim):
             OSError: the store refused, and the shards are not in the table.
         """
         written = {r.shard.number: r.fragment for r in results if r.fragment is not None}
-        check_written(list(written.values()), self.uri, self.storage_options)
+        check_written(list(written.values()), self.location)
         self.retry(lambda: self._append(written))
         empty = {r.shard.number for r in results if r.fragment is None} - self.done
         if empty:
@@ -140,7 +139,7 @@ class Ledger(TableClaim):
         missing, extra = planned - self.done, self.done - planned
         if missing or extra:
             raise KalmError(
-                f"{self.uri} cannot be sealed: shards missing {sorted(missing)[:10]}, "
+                f"{self.location} cannot be sealed: shards missing {sorted(missing)[:10]}, "
                 f"not planned {sorted(extra)[:10]}"
             )
         rejected = self._plan.num_rows - self.num_rows
@@ -148,7 +147,7 @@ class Ledger(TableClaim):
 
     def refresh(self, dataset: lance.LanceDataset) -> None:
         """Go on from this version; read from it which shards are done."""
-        self.follow(dataset)
+        self.move_to(dataset)
         self.num_rows = dataset.count_rows()
         # After sealing, compaction renumbers fragments: then every planned shard is there.
         self.done = (
@@ -163,7 +162,7 @@ class Ledger(TableClaim):
         if not left:
             return
         fragments = [with_id(fragment, number + 1) for number, fragment in left.items()]
-        self.follow(self.commit_operation(LanceOperation.Append(fragments)))
+        self.move_to(self.commit_operation(LanceOperation.Append(fragments)))
         self.done |= left.keys()
         self.num_rows += sum(f.num_rows for f in fragments)
 
@@ -182,11 +181,11 @@ class Ledger(TableClaim):
                 self.refresh(self.commit_operation(LanceOperation.Overwrite(schema, [])))
 
         self.retry(step)
-        logger.info("%s: generation %d begins", self.uri, number)
+        logger.info("%s: generation %d begins", self.location, number)
 
     def _check_same(self, spec: TableSpec) -> None:
         """Refuse to continue a table with other settings; the model's name alone may differ."""
-        stored = TableSpec.from_metadata(self.dataset.schema.metadata, self.uri)
+        stored = TableSpec.from_metadata(self.dataset.schema.metadata, self.location.uri)
         old, new = asdict(stored), asdict(spec)
         remedy = "give the same one, another table, or --new-generation to begin this one anew"
         for field in (
@@ -200,35 +199,35 @@ class Ledger(TableClaim):
             if old[field] != new[field]:
                 raise MismatchError(
                     field,
-                    f"{self.uri} was begun with {field} {old[field]!r}, this job has "
+                    f"{self.location} was begun with {field} {old[field]!r}, this job has "
                     f"{new[field]!r}: {remedy}",
                 )
         if self.metadata[PLAN] != self._plan.hash:
             raise MismatchError(
                 "input",
-                f"{self.uri} was begun with other input, another shard size or another limit, or "
-                f"was changed by `kalm sync` or `kalm delete` (plan {self.metadata[PLAN]}, now "
+                f"{self.location} was begun with other input, another shard size or another limit, "
+                f"or was changed by `kalm sync` or `kalm delete` (plan {self.metadata[PLAN]}, now "
                 f"{self._plan.hash}): {remedy}. `kalm sync` brings a complete table up to date",
             )
 
 
-def create_table(uri: str, schema: pa.Schema, storage_options: dict[str, str] | None) -> None:
+def create_table(location: Location, schema: pa.Schema) -> None:
     """Create an empty table, unless one is there."""
     try:
         lance.write_dataset(
             schema.empty_table(),
-            uri,
+            location.uri,
             schema=schema,
             mode="create",
             data_storage_version="2.2",
             enable_stable_row_ids=True,
-            storage_options=storage_options,
+            storage_options=location.options,
         )
     except OSError as error:
         if "already exists" not in str(error):
             raise InputError(
-                f"cannot create a table at {uri}: {first_line(error)}. `kalm doctor {uri}` says "
-                "what is wrong with the place"
+                f"cannot create a table at {location}: {first_line(error)}. "
+                f"`kalm doctor {location}` says what is wrong with the place"
             ) from error
 
 

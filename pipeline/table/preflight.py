@@ -23,10 +23,11 @@ from lance.dataset import LanceOperation
 from lance.schema import LanceSchema
 
 from kalm_encoder.errors import InputError, first_line
+from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import fsspec_options
 from pipeline.table.fragments import with_id, write_fragment
+from pipeline.table.side_files import PROBES
 
-PROBES = "_kalm/probes"
 EXPLANATIONS = (
     (("invalidaccesskeyid", "signaturedoesnotmatch", r"\b403\b", "forbidden", "accessdenied",
       "access denied", "expiredtoken", "nocredentials", "unable to locate credentials",
@@ -51,24 +52,24 @@ class Check:
     problem: str | None
 
 
-def check_writable(uri: str, storage_options: dict[str, str] | None) -> None:
+def check_writable(location: Location) -> None:
     """Refuse a Lance or a store on which commits could be lost or doubled.
 
     Raises:
         InputError: says which, and the remedy.
     """
-    for check in (*_what_lance_refuses(), *_through_fsspec(uri, storage_options)):
+    for check in (*_what_lance_refuses(), *_through_fsspec(location)):
         if check.problem:
-            raise InputError(f"cannot write safely to {uri}: {check.name}: {check.problem}")
+            raise InputError(f"cannot write safely to {location}: {check.name}: {check.problem}")
 
 
-def examine(uri: str, storage_options: dict[str, str] | None) -> Iterator[Check]:
-    """Try everything a job does on the store of `uri`, beside the table, and clean up."""
+def examine(location: Location) -> Iterator[Check]:
+    """Try everything a job does on the store of a location, beside the table, and clean up."""
     yield from _what_lance_refuses()
-    yield from _through_fsspec(uri, storage_options)
-    probe = f"{uri.rstrip('/')}/{PROBES}/{uuid.uuid4().hex}.lance"
+    yield from _through_fsspec(location)
+    probe = (location / f"{PROBES}/{uuid.uuid4().hex}.lance").uri
     rows = pa.table({"n": [1, 2, 3]})
-    at = {"storage_options": storage_options}
+    at = {"storage_options": location.options}
     yield _check("lance: create a table", lambda: lance.write_dataset(rows, probe, **at))
     yield _check("lance: append", lambda: lance.write_dataset(rows, probe, mode="append", **at))
     yield _check("lance: read it back", lambda: _expect_rows(lance.dataset(probe, **at), 6))
@@ -122,13 +123,14 @@ def _refused(what: str, commit: Callable[[], Any]) -> Check:
     )
 
 
-def _through_fsspec(uri: str, storage_options: dict[str, str] | None) -> Iterator[Check]:
+def _through_fsspec(location: Location) -> Iterator[Check]:
     """Write, conditionally overwrite, read and delete one object."""
+    uri = location.uri
     local = "://" not in uri or uri.startswith("file://")
     if not local and not uri.startswith(("s3://", "s3a://")):
         return  # other clouds: Lance's own conditional writes are all there is
     try:
-        options = fsspec_options(uri, storage_options)
+        options = fsspec_options(uri, location.options)
         fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
     except ImportError as error:
         problem = f"{error}: pip install 'kalm-preencode[batch,s3]'"

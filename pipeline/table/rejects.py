@@ -11,21 +11,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lance.file import LanceFileSession
-
+from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import Reject
 from pipeline.corpus.shards import Shard
-from pipeline.table.side_files import read_text, write_text
-
-FOLDER = "_kalm/rejects"
+from pipeline.table.side_files import REJECTS, read_text, write_text
 
 
 class RejectStore:
     """The rejects of one table, on whatever store the table is."""
 
-    def __init__(self, uri: str, storage_options: dict[str, str] | None = None) -> None:
-        self.uri = f"{uri.rstrip('/')}/{FOLDER}"
-        self._session = LanceFileSession(uri, storage_options=storage_options)
+    def __init__(self, table: Location) -> None:
+        self.location = table / REJECTS
+        self._session = table.file_session()
 
     def write(self, shard: Shard, rejects: Sequence[Reject]) -> None:
         """Keep the rejects of one shard; none makes no file."""
@@ -36,7 +33,7 @@ class RejectStore:
         if not rejects:
             return
         lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects]
-        write_text(self._session, f"{FOLDER}/{name}.jsonl", "".join(lines))
+        write_text(self._session, f"{REJECTS}/{name}.jsonl", "".join(lines))
 
     def read(self) -> list[Reject]:
         """Return all rejects, in the order of their shards."""
@@ -63,7 +60,7 @@ class RejectStore:
             self._session.delete_file(path)
 
     def _paths(self) -> list[str]:
-        return sorted(self._session.list(FOLDER))
+        return sorted(self._session.list(REJECTS))
 
     def _read(self, path: str) -> list[Reject]:
         lines = read_text(self._session, path).split("\n")

@@ -1,4 +1,7 @@
-"""Small text files beside a table, on whatever store the table is."""
+"""The small files of this project inside a table's folder: where they lie, and reading them.
+
+Lance ignores whatever it has not written itself, so they share the table's folder and store.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,18 @@ from pathlib import Path
 
 from lance.file import LanceFileSession
 
+REJECTS = "_kalm/rejects"
+"""Folder of the rejected rows, one file per shard."""
+RUNS = "_kalm/runs"
+"""Folder of the records of all runs."""
+RUN_VIEW = "_kalm/live.json"
+"""File in which a running job says what it does now."""
+KEPT_PLANS = "_kalm/plan"
+"""Folder of the plans kept for a resume."""
+SYNCS = "_kalm/sync"
+"""Folder in which a sync encodes what changed, before it is merged into the table."""
+PROBES = "_kalm/probes"
+"""Folder in which the store is tried."""
 STORE_ERRORS = OSError, RuntimeError, ValueError
 """What a LanceFileSession raises where the store fails."""
 

@@ -10,7 +10,8 @@ import xxhash
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.checksums import text_hash
-from kalm_encoder.table.reader import ids_in, open_dataset
+from kalm_encoder.table.location import Location
+from kalm_encoder.table.reader import ids_in
 from pipeline.corpus.inputs import Passage, Reject
 from pipeline.corpus.shards import Plan, ShardReader
 from pipeline.run.job import EncodeJob
@@ -51,7 +52,7 @@ class Comparison:
     def __init__(self, job: EncodeJob, plan: Plan, on_duplicate: str = "error") -> None:
         self._plan = plan
         self._storage_options = job.storage_options
-        self._dataset = open_dataset(job.uri, job.storage_options)
+        self._dataset = Location(job.uri, job.storage_options).dataset()
         self._losers = self._repeated(on_duplicate)
         self.changes = Changes()
         digest = xxhash.xxh3_128()

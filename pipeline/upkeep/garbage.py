@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
-from lance.file import LanceFileSession
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.table.reader import open_dataset
+from kalm_encoder.table.location import Location
 from pipeline.table.claim import COMPLETE, TableClaim
-from pipeline.upkeep.sync import FOLDER as STAGED
+from pipeline.table.side_files import SYNCS
 
 SAFE_AGE = timedelta(days=7)
 LEAST_AGE = timedelta(hours=1)
 """A file younger than this may be a commit that is being made."""
-PLACES = ("data/", f"{STAGED}/")
+PLACES = ("data/", f"{SYNCS}/")
 
 
 @dataclass
@@ -29,8 +28,7 @@ class Garbage:
 
 
 def collect_garbage(
-    uri: str,
-    storage_options: dict[str, str] | None,
+    location: Location,
     *,
     older_than: timedelta = SAFE_AGE,
     dry_run: bool = False,
@@ -45,7 +43,7 @@ def collect_garbage(
     """
     if older_than < timedelta(0):
         raise InputError(f"an age of {older_than} is negative")
-    writer = TableClaim(uri, storage_options)
+    writer = TableClaim(location)
     safe = LEAST_AGE if writer.state == COMPLETE else SAFE_AGE
     options = {"older_than": older_than, "error_if_tagged_old_versions": False}
     if dry_run:
@@ -53,8 +51,8 @@ def collect_garbage(
     else:
         stats = writer.dataset.cleanup_old_versions(**options)
     found = Garbage(stats.old_versions, stats.data_files_removed, stats.bytes_removed)
-    session = LanceFileSession(uri, storage_options=storage_options)
-    for path, size in _orphans(uri, storage_options, max(older_than, safe)):
+    session = location.file_session()
+    for path, size in _orphans(location, max(older_than, safe)):
         found.files += 1
         found.bytes += size
         if not dry_run:
@@ -62,14 +60,12 @@ def collect_garbage(
     return found
 
 
-def _orphans(
-    uri: str, storage_options: dict[str, str] | None, age: timedelta
-) -> list[tuple[str, int]]:
+def _orphans(location: Location, age: timedelta) -> list[tuple[str, int]]:
     """Return (path, bytes) of data files that are older than `age` and in no version."""
     before = datetime.now(UTC) - age
     # All files first: one that is committed meanwhile is then found among the tracked ones.
-    every: pa.Table = open_dataset(uri, storage_options).all_files().read_all()
-    tracked = open_dataset(uri, storage_options).tracked_files().read_all()["path"].to_pylist()
+    every: pa.Table = location.dataset().all_files().read_all()
+    tracked = location.dataset().tracked_files().read_all()["path"].to_pylist()
     known = set(tracked)
     return [
         (row["path"], row["size_bytes"])

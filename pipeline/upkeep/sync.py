@@ -15,25 +15,24 @@ from dataclasses import replace
 import lance
 import pyarrow as pa
 import xxhash
-from lance.file import LanceFileSession
 
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.table.checksums import text_hash
-from kalm_encoder.table.reader import open_dataset
+from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import FieldOptions, Passage
 from pipeline.corpus.shards import ShardReader
 from pipeline.messages import Executor
 from pipeline.run.driver import Summary, run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table.claim import COMPLETE
-from pipeline.table.finish import Maintainer, publish
+from pipeline.table.finish import SealedTable, publish
 from pipeline.table.rejects import RejectStore
+from pipeline.table.side_files import SYNCS
 from pipeline.upkeep.compare import Changes, Comparison
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "_kalm/sync"
 DELTA_SCHEMA = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])
 
 
@@ -60,12 +59,12 @@ def sync(
         MismatchError: the model is not the table's.
         FencedError: another process took the table over.
     """
-    writer = Maintainer(job.uri, job.storage_options)
+    writer = SealedTable(Location(job.uri, job.storage_options))
     _check_model(job, writer)
     comparison = Comparison(job, plan_job(job), on_duplicate)
     changes = comparison.changes
     gone = changes.missing if delete_missing else []
-    RejectStore(job.uri, job.storage_options).write_named("sync", changes.rejected)
+    RejectStore(Location(job.uri, job.storage_options)).write_named("sync", changes.rejected)
     if changes.changed + changes.new + len(gone) == 0 and writer.state == COMPLETE:
         return changes, None
     delta = comparison.delta if changes.changed + changes.new else None
@@ -76,13 +75,13 @@ def sync(
 def apply(
     job: EncodeJob,
     execute: Executor,
-    writer: Maintainer,
+    writer: SealedTable,
     delta: Callable[[], Iterator[Passage]] | None,
     digest: str,
     gone: list[int],
 ) -> Summary | None:
     """Encode passages (None: none) beside the table, merge them in by id, delete rows, publish."""
-    folder = f"{job.uri.rstrip('/')}/{FOLDER}/{digest[:16]}"
+    folder = f"{job.uri.rstrip('/')}/{SYNCS}/{digest[:16]}"
     summary = None
     if delta is not None:
         source, encoded = f"{folder}/delta.lance", f"{folder}/encoded.lance"
@@ -92,17 +91,17 @@ def apply(
             new_generation=False, on_duplicate="error",
         )  # fmt: skip
         summary = run(staging, execute)
-        RejectStore(job.uri, job.storage_options).write_named(
-            f"sync-{digest[:12]}", RejectStore(encoded, job.storage_options).read()
+        RejectStore(Location(job.uri, job.storage_options)).write_named(
+            f"sync-{digest[:12]}", RejectStore(Location(encoded, job.storage_options)).read()
         )
         writer.begin_change()
-        staged = open_dataset(encoded, job.storage_options)
+        staged = Location(encoded, job.storage_options).dataset()
         writer.retry(lambda: writer.upsert(staged.scanner(batch_size=1024).to_reader()))
     else:
         writer.begin_change()
     writer.retry(lambda: writer.delete(gone))
     writer.finish(compact=False)
-    publish(job.uri, job.storage_options)
+    publish(Location(job.uri, job.storage_options))
     _drop_staged(job)
     return summary
 
@@ -116,7 +115,7 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     Raises:
         InputError: the table is not complete.
     """
-    store = RejectStore(job.uri, job.storage_options)
+    store = RejectStore(Location(job.uri, job.storage_options))
     wanted = {(reject.path, reject.line) for reject in store.read()}
     plan = plan_job(job)
     reader = ShardReader(job.storage_options)
@@ -134,10 +133,10 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
         found += 1
     if not found:
         return None
-    writer = Maintainer(job.uri, job.storage_options)
+    writer = SealedTable(Location(job.uri, job.storage_options))
     _check_model(job, writer)
     summary = apply(job, execute, writer, delta, digest.hexdigest(), [])
-    still = RejectStore(job.uri, job.storage_options).read_named(f"sync-{digest.hexdigest()[:12]}")
+    still = store.read_named(f"sync-{digest.hexdigest()[:12]}")
     store.keep_only({reject.id for reject in still})
     return summary
 
@@ -168,14 +167,14 @@ def _write_delta(
 
 def _drop_staged(job: EncodeJob) -> None:
     """Remove what this sync and earlier, abandoned ones encoded beside the table."""
-    session = LanceFileSession(job.uri, storage_options=job.storage_options)
-    staged = {path.split(".lance/")[0] for path in session.list(FOLDER) if ".lance/" in path}
+    session = Location(job.uri, job.storage_options).file_session()
+    staged = {path.split(".lance/")[0] for path in session.list(SYNCS) if ".lance/" in path}
     for path in sorted(staged):
-        uri = f"{job.uri.rstrip('/')}/{path[path.index(FOLDER) :]}.lance"
+        uri = f"{job.uri.rstrip('/')}/{path[path.index(SYNCS) :]}.lance"
         lance.LanceDataset.drop(uri, storage_options=job.storage_options)
 
 
-def _check_model(job: EncodeJob, writer: Maintainer) -> None:
+def _check_model(job: EncodeJob, writer: SealedTable) -> None:
     fingerprint = checkpoint.resolve(job.model, job.revision).fingerprint
     if fingerprint != writer.spec.fingerprint:
         raise MismatchError(

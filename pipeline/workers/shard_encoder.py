@@ -19,6 +19,7 @@ from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.inputs import Passage, Reject
 from pipeline.corpus.shards import Shard, ShardReader
@@ -66,7 +67,7 @@ class ShardEncoder:
             )
         ).result()
         self.spec = spec
-        self._dataset = open_to_write(config.uri, config.storage_options)
+        self._dataset = open_to_write(Location(config.uri, config.storage_options))
         self._storage_options = config.storage_options
         self._readers = threading.local()
         logger.info(

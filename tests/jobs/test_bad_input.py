@@ -21,6 +21,7 @@ from backports import zstd
 from jobs import cli
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import IncompleteError
+from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.table import finish as maintenance
@@ -182,7 +183,7 @@ def test_odd_ids_round_trip(encode, model_dir, tmp_path, monkeypatch):
     file.write_bytes(jsonl({"id": i, "text": f"new {n}"} for n, i in enumerate(ODD_IDS)))
     code, out = kalm(monkeypatch, "sync", file, "--to", uri, "--workers", 0)
     assert (code, f"{len(ODD_IDS)} changed, 0 new" in out) == (0, True), out
-    assert maintenance.delete(uri, None, ODD_IDS[:3]) == 3
+    assert maintenance.delete(Location(uri), ODD_IDS[:3]) == 3
     assert len(PassageTable.open(uri).take(ODD_IDS[3:])) == len(ODD_IDS) - 3
     assert verify(uri).num_problems == 0
 
@@ -292,7 +293,8 @@ def test_models_that_cannot_be_used(encode, good, model_dir, tmp_path, how, code
     assert got == code, out
     assert message in out, out
     if how == "not finite":
-        assert "states are not finite" in RejectStore(str(tmp_path / "t.lance")).read()[0].reason
+        (reject,) = RejectStore(Location(str(tmp_path / "t.lance"))).read()[:1]
+        assert "states are not finite" in reject.reason
         assert_good_run(encode, good, more=("--new-generation",))
     else:
         assert_good_run(encode, good)

@@ -16,6 +16,7 @@ from jobs.plan import plan
 from jobs.status import _draw, status, table_facts
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.location import Location
 from pipeline.run import records as run_records
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
@@ -154,7 +155,7 @@ def test_records_are_written_at_most_every_so_often(model_dir, corpus, tmp_path,
 def test_verify_and_gc_leave_records_alone(made):
     table, _ = made
     before = read_records(str(table))
-    collect_garbage(str(table), None, older_than=timedelta(0))
+    collect_garbage(Location(str(table)), older_than=timedelta(0))
     assert verify(str(table)).num_problems == 0
     assert read_records(str(table)) == before
 

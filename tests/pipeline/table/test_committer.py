@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import Reject
@@ -43,7 +44,7 @@ def job(tmp_path):
     file.write_text("".join(json.dumps({"id": f"r{i}", "text": "t"}) + "\n" for i in range(6)))
     plan = plan_shards([str(file)], shard_size=1)
     uri = str(tmp_path / "t.lance")
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     results = []
     for i, shard in enumerate(plan.shards):
         states = [PassageStates(np.zeros((1, 4), np.float32), 2, False)]
@@ -78,7 +79,7 @@ def test_shards_wait_for_the_next_commit_and_share_it(job):
     assert not committer.commit_if_due()
     assert committer.commit()  # whatever ends a run
     assert not committer.commit()
-    assert lance.dataset(ledger.uri).count_rows() == 4 == ledger.num_rows
+    assert lance.dataset(ledger.location.uri).count_rows() == 4 == ledger.num_rows
 
 
 def test_a_slow_commit_makes_the_next_one_later(job, monkeypatch):
@@ -127,7 +128,7 @@ def test_what_a_ledger_counts_is_what_a_new_one_reads(job):
         [*results[4:5], ShardResult(results[5].shard, None, 0)],
     ):
         ledger.commit(some)
-        fresh = Ledger(ledger.uri, plan)
+        fresh = Ledger(ledger.location, plan)
         assert (ledger.done, ledger.num_rows) == (fresh.done, fresh.num_rows)
         assert ledger.dataset.version == fresh.dataset.version
         assert ledger.metadata == fresh.metadata

@@ -9,12 +9,13 @@ import pytest
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.shards import Plan, plan_shards
 from pipeline.messages import ShardResult
 from pipeline.table import finish as maintenance
-from pipeline.table.finish import Maintainer, publish
+from pipeline.table.finish import SealedTable, publish
 from pipeline.table.fragments import write_fragment
 from pipeline.table.ledger import Ledger
 
@@ -47,18 +48,18 @@ def ids_of(uri: str) -> list[str]:
 
 
 def test_shards_are_committed_once_and_in_plan_order(plan, uri):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     for number in (3, 0, 4, 1, 2):
         ledger.commit([encode(plan, uri, number)])
     ledger.seal()
-    Maintainer(uri).finish()
-    publish(uri, None)
+    SealedTable(Location(uri)).finish()
+    publish(Location(uri))
     assert ids_of(uri) == [f"r{i}" for i in range(15)]
     assert len(PassageTable.open(uri).take([f"r{i}" for i in range(15)])) == 15
 
 
 def test_a_shard_that_is_there_is_not_added_again(plan, uri):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, 0)])
     ledger.commit([encode(plan, uri, 0), encode(plan, uri, 1)])
     assert ids_of(uri) == [f"r{i}" for i in range(6)]
@@ -66,7 +67,7 @@ def test_a_shard_that_is_there_is_not_added_again(plan, uri):
 
 def test_the_store_itself_refuses_a_second_commit_of_a_shard(plan, uri):
     """Even a driver that forgot what it committed cannot double a shard."""
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, 0)])
     ledger.done.clear()
     ledger.commit([encode(plan, uri, 0)])  # refused by Lance, then found to be there
@@ -75,10 +76,10 @@ def test_the_store_itself_refuses_a_second_commit_of_a_shard(plan, uri):
 
 
 def test_a_second_driver_takes_over_and_fences_the_first(plan, uri):
-    first = Ledger.begin(uri, SPEC, plan)
+    first = Ledger.begin(Location(uri), SPEC, plan)
     first.commit([encode(plan, uri, 0)])
     stale = encode(plan, uri, 1)
-    second = Ledger.begin(uri, SPEC, plan)
+    second = Ledger.begin(Location(uri), SPEC, plan)
     assert second.done == {0}
     with pytest.raises(FencedError, match="another command took"):
         first.commit([stale])
@@ -90,7 +91,7 @@ def test_a_second_driver_takes_over_and_fences_the_first(plan, uri):
 
 @pytest.mark.parametrize("applied", [True, False])
 def test_an_unknown_outcome_is_settled_by_the_table(plan, uri, monkeypatch, applied):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, 0)])
     real, calls = lance.LanceDataset.commit, []
 
@@ -110,12 +111,12 @@ def test_an_unknown_outcome_is_settled_by_the_table(plan, uri, monkeypatch, appl
 
 
 def test_a_lost_reply_and_a_takeover_end_in_a_fence(plan, uri, monkeypatch):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     real = lance.LanceDataset.commit
 
     def taken_over(*args, **kwargs):
         monkeypatch.setattr(lance.LanceDataset, "commit", real)
-        Ledger.begin(uri, SPEC, plan)
+        Ledger.begin(Location(uri), SPEC, plan)
         raise OSError("connection reset")
 
     result = encode(plan, uri, 0)
@@ -126,7 +127,7 @@ def test_a_lost_reply_and_a_takeover_end_in_a_fence(plan, uri, monkeypatch):
 
 
 def test_a_store_that_keeps_refusing_is_an_error(plan, uri, monkeypatch):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     result = encode(plan, uri, 0)
 
     def refuse(*args, **kwargs):
@@ -139,14 +140,14 @@ def test_a_store_that_keeps_refusing_is_an_error(plan, uri, monkeypatch):
 
 
 def test_shards_without_a_usable_row_count_as_done(plan, uri):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([ShardResult(plan.shards[1], None, 0), encode(plan, uri, 0)])
     ledger.commit([ShardResult(plan.shards[2], None, 0)])
-    assert Ledger.begin(uri, SPEC, plan).done == {0, 1, 2}
+    assert Ledger.begin(Location(uri), SPEC, plan).done == {0, 1, 2}
 
 
 def test_an_incomplete_table_cannot_be_sealed_or_opened(plan, uri):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, 0)])
     with pytest.raises(KalmError, match=r"cannot be sealed: shards missing \[1, 2, 3, 4\]"):
         ledger.seal()
@@ -156,13 +157,13 @@ def test_an_incomplete_table_cannot_be_sealed_or_opened(plan, uri):
 
 
 def test_a_sealed_table_takes_no_more(plan, uri):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, n) for n in range(5)])
-    stale = Ledger.begin(uri, SPEC, plan)
+    stale = Ledger.begin(Location(uri), SPEC, plan)
     stale.seal()
     with pytest.raises(FencedError):
         ledger.seal()
-    again = Ledger.begin(uri, SPEC, plan)
+    again = Ledger.begin(Location(uri), SPEC, plan)
     assert again.sealed
     assert again.done == set(range(5))
 
@@ -170,38 +171,38 @@ def test_a_sealed_table_takes_no_more(plan, uri):
 @pytest.mark.parametrize(("large", "left"), [(1, 5), (maintenance.LARGE_FRAGMENT_BYTES, 1)])
 def test_only_small_fragments_are_merged(plan, uri, monkeypatch, large, left):
     monkeypatch.setattr(maintenance, "LARGE_FRAGMENT_BYTES", large)
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     for n in range(5):
         ledger.commit([encode(plan, uri, n)])
     ledger.seal()
-    Maintainer(uri).finish()
-    publish(uri, None)
+    SealedTable(Location(uri)).finish()
+    publish(Location(uri))
     assert len(lance.dataset(uri).get_fragments()) == left
     assert len(PassageTable.open(uri).take([f"r{i}" for i in range(15)])) == 15
-    maintenance.compact(uri, None)  # who asks for it gets it
+    maintenance.compact(Location(uri))  # who asks for it gets it
     assert len(lance.dataset(uri).get_fragments()) == 1
 
 
 def test_many_fragments_are_merged_some_at_a_time_in_order(plan, uri, monkeypatch):
     monkeypatch.setattr(maintenance, "COMPACT_AT_ONCE", 3)
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, n) for n in range(5)])
     ledger.seal()
     before = lance.dataset(uri).to_table()
-    Maintainer(uri).finish()
+    SealedTable(Location(uri)).finish()
     assert [f.count_rows() for f in lance.dataset(uri).get_fragments()] == [9, 6]
     assert lance.dataset(uri).to_table().equals(before)
 
 
 def test_publishing_twice_changes_nothing(plan, uri):
-    ledger = Ledger.begin(uri, SPEC, plan)
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, n) for n in range(5)])
     ledger.seal()
-    Maintainer(uri).finish()
-    publish(uri, None)
+    SealedTable(Location(uri)).finish()
+    publish(Location(uri))
     version = lance.dataset(uri).version
-    Maintainer(uri).finish()
-    publish(uri, None)
+    SealedTable(Location(uri)).finish()
+    publish(Location(uri))
     assert lance.dataset(uri).version == version == PassageTable.open(uri).version
 
 
@@ -216,22 +217,22 @@ def test_publishing_twice_changes_nothing(plan, uri):
     ],
 )
 def test_another_configuration_is_refused_by_name(plan, uri, field, value):
-    Ledger.begin(uri, SPEC, plan).commit([encode(plan, uri, 0)])
+    Ledger.begin(Location(uri), SPEC, plan).commit([encode(plan, uri, 0)])
     other = TableSpec(**{**SPEC.__dict__, field: value})
     with pytest.raises(MismatchError, match=f"begun with {field} ") as caught:
-        Ledger.begin(uri, other, plan)
+        Ledger.begin(Location(uri), other, plan)
     assert caught.value.field == field
 
 
 def test_other_input_is_refused(plan, uri):
-    Ledger.begin(uri, SPEC, plan).commit([encode(plan, uri, 0)])
+    Ledger.begin(Location(uri), SPEC, plan).commit([encode(plan, uri, 0)])
     with pytest.raises(MismatchError, match="begun with other input"):
-        Ledger.begin(uri, SPEC, Plan(plan.shards[:-1]))
+        Ledger.begin(Location(uri), SPEC, Plan(plan.shards[:-1]))
 
 
 def test_a_table_without_rows_is_begun_anew(plan, uri):
-    first = Ledger.begin(uri, SPEC, plan)
-    other = Ledger.begin(uri, TableSpec(**{**SPEC.__dict__, "max_length": 32}), plan)
+    first = Ledger.begin(Location(uri), SPEC, plan)
+    other = Ledger.begin(Location(uri), TableSpec(**{**SPEC.__dict__, "max_length": 32}), plan)
     assert (other.generation, other.done) == (1, set())
     with pytest.raises(FencedError):
         first.commit([encode(plan, uri, 0)])
@@ -239,4 +240,4 @@ def test_a_table_without_rows_is_begun_anew(plan, uri):
 
 def test_addresses_lancedb_could_not_open_are_refused(plan, tmp_path):
     with pytest.raises(InputError, match=r"must end in \.lance"):
-        Ledger.begin(str(tmp_path / "table"), SPEC, plan)
+        Ledger.begin(Location(str(tmp_path / "table")), SPEC, plan)

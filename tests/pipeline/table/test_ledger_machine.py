@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kalm_encoder.errors import FencedError, KalmError
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import Fields
@@ -23,7 +24,7 @@ from pipeline.corpus.text import Slice
 from pipeline.messages import ShardResult
 from pipeline.table import finish as maintenance
 from pipeline.table.claim import COMPLETE, LOADING
-from pipeline.table.finish import Maintainer, publish
+from pipeline.table.finish import SealedTable, publish
 from pipeline.table.fragments import write_fragment
 from pipeline.table.ledger import Ledger
 
@@ -54,7 +55,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.uri = str(self.folder / "t.lance")
         self.generation = 1
         self.plan = make_plan(1)
-        self.ledgers = [Ledger.begin(self.uri, SPEC, self.plan)]
+        self.ledgers = [Ledger.begin(Location(self.uri), SPEC, self.plan)]
         self.zombies = []
         self.corpus = None
         self.coming = self.planned()
@@ -71,7 +72,7 @@ class LedgerMachine(RuleBasedStateMachine):
         return self.ledger_at().state
 
     def ledger_at(self):
-        return Ledger(self.uri, self.plan)
+        return Ledger(Location(self.uri), self.plan)
 
     def encode(self, number):
         rows = rows_of([f"r{number}-{i}" for i in range(ROWS)], self.generation)
@@ -92,13 +93,13 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def take_over(self):
         self.zombies.append(self.ledgers[-1])
-        self.ledgers.append(Ledger.begin(self.uri, SPEC, self.plan))
+        self.ledgers.append(Ledger.begin(Location(self.uri), SPEC, self.plan))
 
     @precondition(lambda self: self.state() == LOADING)
     @rule(number=st.integers(0, SHARDS - 1))
     def crash_before_commit_and_resume(self, number):
         self.encode(number)
-        self.ledgers = [Ledger.begin(self.uri, SPEC, self.plan)]
+        self.ledgers = [Ledger.begin(Location(self.uri), SPEC, self.plan)]
 
     @precondition(lambda self: self.zombies)
     @rule(number=st.integers(0, SHARDS - 1))
@@ -129,18 +130,18 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state() != LOADING and self.unfinished is None)
     @rule()
     def finish(self):
-        Maintainer(self.uri).finish()
+        SealedTable(Location(self.uri)).finish()
 
     @precondition(lambda self: self.state() == COMPLETE)
     @rule()
     def publish(self):
-        publish(self.uri, None)
+        publish(Location(self.uri))
         self.corpus = dict(self.coming)
 
     @precondition(lambda self: self.state() == COMPLETE)
     @rule()
     def compact(self):
-        maintenance.compact(self.uri, None)
+        maintenance.compact(Location(self.uri))
         self.corpus = dict(self.coming)
 
     @precondition(lambda self: self.state() != LOADING and self.state() != "sealed")
@@ -158,7 +159,7 @@ class LedgerMachine(RuleBasedStateMachine):
             deletes = [i for n, i in enumerate(ids) if n in gone and i not in upserts]
             self.unfinished = (upserts, deletes, self.value)
         upserts, deletes, value = self.unfinished
-        writer = Maintainer(self.uri)
+        writer = SealedTable(Location(self.uri))
         writer.begin_change()
         if crash_after == 0:
             return
@@ -175,7 +176,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         writer.finish(compact=False)
         if crash_after > 3:
-            publish(self.uri, None)
+            publish(Location(self.uri))
         self.coming.update(dict.fromkeys(upserts, value))
         for id in deletes:
             del self.coming[id]
@@ -190,7 +191,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.generation += 1
         self.plan = make_plan(self.generation)
-        self.ledgers = [Ledger.begin(self.uri, SPEC, self.plan, new_generation=True)]
+        self.ledgers = [Ledger.begin(Location(self.uri), SPEC, self.plan, new_generation=True)]
         self.coming = self.planned()
 
     @invariant()

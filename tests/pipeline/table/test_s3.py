@@ -8,6 +8,7 @@ import s3fs
 
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.run.kept_plan import PlanCopy
@@ -50,19 +51,19 @@ def test_a_table_lives_on_s3_from_encode_to_gc(s3, model_dir):
     assert run(job, encode_inline).shards_encoded == 0
     table = PassageTable.open(TABLE, storage_options=s3.options)
     assert len(table.take([f"p{i}" for i in range(40)])) == 40
-    assert [r.line for r in RejectStore(TABLE, s3.options).read()] == [41]
+    assert [r.line for r in RejectStore(Location(TABLE, s3.options)).read()] == [41]
     assert verify(TABLE, storage_options=s3.options).num_problems == 0
 
     put_corpus(s3, "c.jsonl", ["changed", *texts[1:], "new"])
     changes, _ = sync(job, encode_inline)
     assert (changes.unchanged, changes.changed, changes.new, changes.missing) == (39, 1, 1, [])
-    assert maintenance.delete(TABLE, s3.options, ["p3"]) == 1
-    maintenance.compact(TABLE, s3.options)
+    assert maintenance.delete(Location(TABLE, s3.options), ["p3"]) == 1
+    maintenance.compact(Location(TABLE, s3.options))
     assert verify(TABLE, storage_options=s3.options).num_problems == 0
     assert len(PassageTable.open(TABLE, storage_options=s3.options)) == 40
-    maintenance.rollback(TABLE, s3.options)
+    maintenance.rollback(Location(TABLE, s3.options))
     assert len(PassageTable.open(TABLE, storage_options=s3.options)) == 40
-    stats = collect_garbage(TABLE, s3.options, dry_run=True)
+    stats = collect_garbage(Location(TABLE, s3.options), dry_run=True)
     assert stats.versions == 0  # all are younger than a week
     staged = (s3.folder / "bucket" / "tables" / "t.lance" / "_kalm" / "sync").rglob("*")
     assert not [path for path in staged if path.is_file()]
@@ -89,7 +90,7 @@ def test_secrets_are_written_nowhere(s3, model_dir, caplog):
 
 
 def test_doctor_finds_nothing_wrong(s3):
-    checks = list(examine("s3://bucket/other.lance", s3.options))
+    checks = list(examine(Location("s3://bucket/other.lance", s3.options)))
     assert len(checks) == 12
     assert [c for c in checks if c.problem] == []
     assert not [p for p in (s3.folder / "bucket" / "other.lance").rglob("*") if p.is_file()]
@@ -108,7 +109,7 @@ def test_what_is_wrong_with_a_store_is_explained(s3, monkeypatch, change, uri, s
     options = {**s3.options, **change}
     assert says in " ".join(c.problem or "" for c in examine_first(uri, options))
     with pytest.raises(InputError, match=says):
-        check_writable(uri, options)
+        check_writable(Location(uri, options))
 
 
 def test_wrong_credentials_end_the_command(s3, model_dir, tmp_path):
@@ -126,7 +127,7 @@ def test_wrong_credentials_end_the_command(s3, model_dir, tmp_path):
 
 def examine_first(uri, options):
     """The checks up to the first that fails: what follows waits for a store that is not there."""
-    for check in examine(uri, options):
+    for check in examine(Location(uri, options)):
         yield check
         if check.problem:
             return
@@ -155,7 +156,7 @@ def test_moto_agrees(model_dir, tmp_path):
             "aws_access_key_id": "x", "aws_secret_access_key": "x", "aws_region": "us-east-1",
         }  # fmt: skip
         s3fs.S3FileSystem(key="x", secret="x", endpoint_url=options["aws_endpoint"]).mkdir("bucket")
-        assert [c for c in examine(TABLE, options) if c.problem] == []
+        assert [c for c in examine(Location(TABLE, options)) if c.problem] == []
         corpus = write_corpus(tmp_path / "c.jsonl", make_texts(12))
         job = EncodeJob(
             inputs=(str(corpus),), uri=TABLE, model=str(model_dir), shard_size=5,

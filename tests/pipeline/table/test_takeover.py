@@ -8,9 +8,10 @@ import lance
 import pytest
 
 from kalm_encoder.errors import FencedError
+from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.table.finish import Maintainer
+from pipeline.table.finish import SealedTable
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.verify import verify
 from pipeline.workers.local import encode_inline
@@ -77,7 +78,7 @@ def test_a_sync_of_a_table_that_changed_meanwhile_stops(model_dir, tmp_path):
 
     def meanwhile(config, shards):
         yield from encode_inline(config, shards)
-        other = Maintainer(job.uri)
+        other = SealedTable(Location(job.uri))
         other.begin_change(rows=False)
         other.finish()
 

@@ -13,6 +13,7 @@ import pytest
 
 from kalm_encoder import PassageEncoder, PassageTable
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
+from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table import finish as maintenance
@@ -129,7 +130,7 @@ def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeyp
         raise KillError
 
     with monkeypatch.context() as broken:
-        broken.setattr(maintenance.Maintainer, step, kill)
+        broken.setattr(maintenance.SealedTable, step, kill)
         with pytest.raises(KillError):
             sync(job, encode_inline, delete_missing=True)
     ids = lance.dataset(job.uri, version="live").to_table(columns=["id"])["id"].to_pylist()
@@ -189,13 +190,13 @@ def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_pat
         broken.setattr(PassageEncoder, "_start", breaks)
         summary = run(job, encode_inline)
     assert (summary.num_rows, summary.num_rejected) == (19, 1)
-    (reject,) = RejectStore(job.uri).read()
+    (reject,) = RejectStore(Location(job.uri)).read()
     assert (reject.line, reject.id) == (8, "p7")
     assert reject.reason == "the encoder failed: RuntimeError: a kernel failed"
     encoded = count_encoded(monkeypatch)
     again = retry_rejects(job, encode_inline)
     assert (sum(encoded), again.num_rows) == (1, 1)
-    assert RejectStore(job.uri).read() == []
+    assert RejectStore(Location(job.uri)).read() == []
     assert len(PassageTable.open(job.uri).take(["p7"])) == 1
     assert verify(job.uri).num_problems == 0
     assert retry_rejects(job, encode_inline) is None
@@ -213,7 +214,7 @@ def test_a_broken_device_rejects_nothing(model_dir, tmp_path, monkeypatch):
         broken.setattr(encode_shard.PassageEncoder, "_start", breaks)
         with pytest.raises(Exception, match="the device is gone"):
             run(job, encode_inline)
-    assert RejectStore(job.uri).read() == []
+    assert RejectStore(Location(job.uri)).read() == []
     assert run(job, encode_inline).num_rows == 5
 
 
@@ -226,13 +227,13 @@ def test_a_new_generation_is_switched_and_rolled_back(job):
     assert (summary.num_rows, summary.live) == (50, False)
     assert PassageTable.open(job.uri).spec.ratios == (4,)
     assert run(other, encode_inline).shards_encoded == 0
-    maintenance.publish(job.uri, None)
+    maintenance.publish(Location(job.uri))
     assert PassageTable.open(job.uri).spec.ratios == (2, 8)
     assert verify(job.uri).num_problems == 0
-    maintenance.rollback(job.uri, None)
+    maintenance.rollback(Location(job.uri))
     assert PassageTable.open(job.uri).spec.ratios == (4,)
     assert len(PassageTable.open(job.uri).take(["p1", "p49"])) == 2
-    maintenance.rollback(job.uri, None)
+    maintenance.rollback(Location(job.uri))
     assert PassageTable.open(job.uri).spec.ratios == (2, 8)
 
 
@@ -259,12 +260,12 @@ def test_an_interrupted_generation_is_resumed(job):
 
 def test_delete_compact_and_gc(job):
     with pytest.raises(MissingIdsError):
-        maintenance.delete(job.uri, None, ["p1", "nobody"])
+        maintenance.delete(Location(job.uri), ["p1", "nobody"])
     assert len(PassageTable.open(job.uri)) == 50
-    assert maintenance.delete(job.uri, None, ["p1", "p2", "p1"]) == 2
+    assert maintenance.delete(Location(job.uri), ["p1", "p2", "p1"]) == 2
     with pytest.raises(MissingIdsError):
         PassageTable.open(job.uri).take(["p1"])
-    maintenance.compact(job.uri, None)
+    maintenance.compact(Location(job.uri))
     table = PassageTable.open(job.uri)
     assert len(table.dataset.get_fragments()) == 1
     assert verify(job.uri).num_problems == 0
@@ -278,20 +279,20 @@ def test_delete_compact_and_gc(job):
         shutil.copy(file, orphan)
     for orphan in (old, staged):
         os.utime(orphan, (time.time() - 7200,) * 2)
-    planned = collect_garbage(job.uri, None, older_than=timedelta(0), dry_run=True)
-    found = collect_garbage(job.uri, None, older_than=timedelta(0))
+    planned = collect_garbage(Location(job.uri), older_than=timedelta(0), dry_run=True)
+    found = collect_garbage(Location(job.uri), older_than=timedelta(0))
     assert planned == found
     assert found.versions > 3
     assert young.exists() and not old.exists() and not staged.exists()
     np.testing.assert_array_equal(PassageTable.open(job.uri).take(["p3"])[0].states, held.states)
-    maintenance.rollback(job.uri, None)  # a tagged version is never removed
+    maintenance.rollback(Location(job.uri))  # a tagged version is never removed
     assert verify(job.uri).num_problems == 0
 
 
 def test_only_complete_versions_can_be_published(job):
     with pytest.raises(InputError, match=r"version 1 of .* is loading"):
-        maintenance.publish(job.uri, None, 1)
+        maintenance.publish(Location(job.uri), 1)
     with pytest.raises(InputError, match="has no version 999"):
-        maintenance.publish(job.uri, None, 999)
+        maintenance.publish(Location(job.uri), 999)
     with pytest.raises(InputError, match="no earlier published version"):
-        maintenance.rollback(job.uri, None)
+        maintenance.rollback(Location(job.uri))

@@ -1,7 +1,6 @@
 """jobs/recipes/nginx.conf, really run: a process is restarted under load and no request is lost."""
 
 import json
-import shutil
 import signal
 import subprocess
 import threading
@@ -16,16 +15,14 @@ import httpx
 import pytest
 
 from kalm_encoder import Reranker
+from tests.support import programs
 from tests.support.commands import Command
 from tests.support.serving import free_port, ready, wait_until
 
 RECIPE = Path(__file__).parents[3] / "jobs" / "recipes" / "nginx.conf"
 IDS = [f"p{i}" for i in range(12)]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed"),
-]
+pytestmark = pytest.mark.slow
 
 
 class Answer(NamedTuple):
@@ -92,7 +89,8 @@ def load(port, query, num_threads=16):
 
 @contextmanager
 def behind_nginx(table, folder):
-    """Two processes and nginx; yields nginx's port, the processes, and their ports."""
+    """Run two processes behind nginx; yield nginx's port, the processes and their ports."""
+    programs.require("nginx")
     front, *ports = (free_port() for _ in range(3))
     recipe = RECIPE.read_text()
     for old, new in zip((8080, 8081, 8082), (front, *ports), strict=True):

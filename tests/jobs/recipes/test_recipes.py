@@ -109,7 +109,8 @@ def test_the_container_gets_all_that_is_installed():
         for source in line.split()[:-1]
     }
     assert all((ROOT / source).exists() for source in copied)
-    packages = {name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}
+    included = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {name.removesuffix("*") for name in included}
     licences = set(PROJECT["project"]["license-files"])
     needed = {"pyproject.toml", "constraints.txt", PROJECT["project"]["readme"], *licences}
     assert copied == packages | needed

@@ -1,19 +1,30 @@
-"""Shared fixtures: a small checkpoint of the exact architecture, a corpus, a table."""
+"""What all tests share: the hypothesis profiles, a small checkpoint, a corpus and a table."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
 from kalm_encoder import PassageEncoder, QueryDecoder
 from pipeline.run.driver import Summary, run
 from pipeline.run.job import EncodeJob
 from pipeline.workers.local import encode_inline
+from tests.support import programs
 from tests.support.random_model import make_checkpoint
 
 transformers_logging.disable_progress_bar()
+
+# No property may fail because the machine is slow, hence neither a deadline nor `too_slow`.
+COMMON = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+# `make test` tries the same examples every time: a failure comes from the change that is tested.
+settings.register_profile("quick", COMMON, max_examples=25, derandomize=True)
+# `make test-all` looks for new examples, but not in CI, where a find would block another change.
+settings.register_profile("thorough", COMMON, max_examples=200, derandomize="CI" in os.environ)
+settings.load_profile("quick")
 
 SCRIPTS = (
     "Die Würde des Menschen ist unantastbar und älter als jede Datenbank.",
@@ -77,3 +88,12 @@ def small_table(model_dir, tmp_path_factory) -> Path:
     table = folder / "small.lance"
     encode_table(model_dir, corpus, table, ratios=(2, 8), store_dtype="float32", shard_size=10)
     return table
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """Say last which programs were missing, and how to get them."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    for line in programs.advice(str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(line, yellow=True)

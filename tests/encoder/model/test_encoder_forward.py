@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
@@ -66,7 +66,6 @@ def run(forward, ids, lengths):
 
 
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=6), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
 def test_any_lengths_give_what_the_padded_forward_gives(plain, packed, lengths, seed):
     ids = random_ids(lengths, seed)
     got, want = run(packed, ids, lengths), padded(plain, ids, lengths)
@@ -148,7 +147,6 @@ def test_weights_are_packed_and_not_kept_twice(model_dir, packed):
 
 
 @given(n=st.integers(1, 70), m=st.integers(1, 70), k=st.integers(1, 300))
-@settings(max_examples=50, deadline=None)
 def test_a_product_is_that_of_torch(n, m, k):
     draw = torch.Generator().manual_seed(n * m + k)
     x, weight = torch.randn(n, k, generator=draw), torch.randn(k, m, generator=draw).T

@@ -17,6 +17,7 @@ def url(small_table):
         yield str(client.base_url).rstrip("/")
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_request_is_a_server_error(url, mode):
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
@@ -29,7 +30,7 @@ def test_no_request_is_a_server_error(url, mode):
         if mode is GenerationMode.NEGATIVE and not operation.body:
             continue  # nothing in it can be wrong
 
-        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case):
             reply = case.call()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +20,6 @@ from pipeline.estimate.flops import MODELS, Shape, decoder_flops, encoder_flops
 from pipeline.estimate.intervals import Estimate, Part, mean, quantiles, student, total
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     lines=st.lists(st.integers(0, 90), max_size=40),
     block=st.integers(1, 64),

@@ -4,7 +4,7 @@ import heapq
 import math
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.run.pace import LEAST_SHARDS, WINDOW_S, Pace
@@ -39,7 +39,6 @@ def etas(arrivals, *, left=0.0, every=7.0):
         now += every
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(8, 25), st.floats(10, 5000))
 def test_at_constant_speed_the_eta_is_right_from_the_first_one_on(workers, rounds, speed):
     arrivals = simulate(workers, workers * rounds, lambda now: speed)
@@ -58,7 +57,6 @@ def test_at_constant_speed_the_eta_is_right_from_the_first_one_on(workers, round
     assert told > 10  # of 150 looks; the shortest run lasts 16 s behind a start-up of 45
 
 
-@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 8), st.sampled_from([0.3, 0.5, 2.0, 4.0]))
 def test_after_a_change_of_speed_it_follows_within_the_window(workers, change):
     change_at, speed = 600.0, 2000.0
@@ -74,7 +72,6 @@ def test_after_a_change_of_speed_it_follows_within_the_window(workers, change):
         assert abs(eta.value - (end - now)) <= shard_s
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 16), st.floats(0.0, 1.0), st.integers(0, 2**32))
 def test_it_is_never_negative_and_lies_in_its_interval(workers, spread, seed):
     arrivals = simulate(workers, 40, lambda now: 700.0, spread=spread, seed=seed)

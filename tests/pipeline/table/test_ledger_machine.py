@@ -213,7 +213,6 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 LedgerMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+    stateful_step_count=25, suppress_health_check=list(HealthCheck)
+)
 TestLedgerMachine = LedgerMachine.TestCase

@@ -1,36 +1,48 @@
-# Every check of this project; CI calls these targets and nothing else.
+# Every command of a developer; CI calls these targets and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# Two files at a time, one thread each: for a machine of two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint type bench
+.PHONY: help setup demo test test-all faults lint type bench constraints
 
 help:  ## show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup:  ## make a virtual environment and install everything
+setup: $(INSTALLED)  ## make the virtual environment that all other targets use; they do it themselves
+
+$(INSTALLED): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
 
-demo:  ## encode the standard library's documentation and rerank from it, offline
+demo: $(INSTALLED)  ## encode the documentation of Python's standard library and rerank from it, offline
 	$(BIN)/kalm demo
 
-test:  ## run all tests, two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED)  ## run the tests (at most 8 minutes on two cores)
+	$(PYTEST) -m 'not slow'
 
-faults:  ## hundreds of faults against real jobs (about 20 minutes); exit 1 if a row is wrong
+test-all: test  ## run the tests, then the long ones, with more examples for each property
+	$(PYTEST) -m 'slow or hypothesis' --hypothesis-profile thorough
+
+faults: $(INSTALLED)  ## inject hundreds of faults into real jobs (20 minutes); fail if a row is wrong
 	$(BIN)/python -m tests.faults
 
-lint:  ## style, and the layering of the packages
+lint: $(INSTALLED)  ## check the style and the directions of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-type:  ## strict types of kalm_encoder and pipeline
+type: $(INSTALLED)  ## check the types strictly
 	$(BIN)/mypy
 
-bench:  ## speed and memory with Nano dimensions and random weights, against peers (about 30 minutes)
-	$(BIN)/python -m tests.bench.run
+bench: $(INSTALLED)  ## measure speed and memory against peers (30 minutes; SHORT=1: 5 minutes)
+	$(BIN)/python -m tests.bench.run $(if $(SHORT),--short)
+
+constraints:  ## resolve all dependencies anew and write their versions to constraints.txt
+	PYTHON=$(PYTHON) .ci/constraints

@@ -13,5 +13,5 @@
 # `ray job stop ID` stops it; submitted again it resumes. --no-wait, before the two dashes, returns
 # at once; the job runs on either way when this terminal goes away.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 exec ray job submit --working-dir . -- kalm encode "$@"

@@ -106,7 +106,7 @@ def encode(
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
     execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
-    from pipeline.corpus.inputs import FieldOptions
+    from pipeline.corpus.passages import FieldOptions
     from pipeline.run.driver import run
     from pipeline.run.job import EncodeJob
 

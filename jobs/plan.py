@@ -67,7 +67,8 @@ def plan(
     from kalm_encoder.table.spec import TableSpec
 
     try:
-        from pipeline.corpus.inputs import FieldOptions, expand_inputs
+        from pipeline.corpus.inputs import expand_inputs
+        from pipeline.corpus.passages import FieldOptions
         from pipeline.estimate.forecast import Request, forecast
         from pipeline.estimate.sampling import sample_corpus
         from pipeline.estimate.storage import measure_rows

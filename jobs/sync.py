@@ -42,7 +42,7 @@ def sync(
 
     from kalm_encoder.table.location import Location
     from kalm_encoder.table.spec import TableSpec
-    from pipeline.corpus.inputs import FieldOptions
+    from pipeline.corpus.passages import FieldOptions
     from pipeline.run.job import EncodeJob, plan_job
     from pipeline.upkeep import sync as syncing
     from pipeline.upkeep.compare import Comparison

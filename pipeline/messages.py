@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.inputs import Reject
+from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard
 from pipeline.logs import LogOptions
 

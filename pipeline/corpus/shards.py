@@ -1,45 +1,85 @@
-"""The plan: which rows of which file make which shard. Same files in, same shards out.
+"""The plan: which rows of which file make which shard. The same files give the same shards.
 
-A shard is a run of rows of one file, whatever the number of workers; its content hash comes from
+A shard is a run of rows of one file, whatever the number of workers. Its content hash comes from
 the bytes it was planned from, and reading it later checks them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Protocol
 
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus import columnar as columnar_files
-from pipeline.corpus import text as text_files
-from pipeline.corpus import text_scan
-from pipeline.corpus.inputs import FieldOptions, Fields, Passage, Reject, file_format, to_passage
-from pipeline.corpus.text import Slice
+from pipeline.corpus.columnar import LanceTable, ParquetFile
+from pipeline.corpus.inputs import RowRange, file_format
+from pipeline.corpus.passages import FieldOptions, Fields, Passage, RawRow, Reject, to_rows
+from pipeline.corpus.text_scan import TextFile
 
 MAX_SHARDS = (1 << 20) - 1
 """Lance fragment ids are number + 1 in 20 bits; the bits above count generations."""
 
 
+class CorpusFile(Protocol):
+    """An input file of any format."""
+
+    def scan(
+        self, shard_size: int, max_rows: int | None, options: FieldOptions
+    ) -> tuple[Fields, list[RowRange]]:
+        """Choose the fields and cut the file into ranges of at most `shard_size` rows.
+
+        Raises:
+            InputError: If the file cannot be read, or has no usable id or text field.
+        """
+        ...
+
+    def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
+        """Yield (line from 1, row) of a range.
+
+        Raises:
+            InputError: If the file changed since it was planned, or cannot be read.
+        """
+        ...
+
+
+READERS: dict[str, Callable[[str, dict[str, str] | None], CorpusFile]] = {
+    "jsonl": TextFile,
+    "csv": TextFile,
+    "tsv": TextFile,
+    "parquet": ParquetFile,
+    "lance": LanceTable,
+}
+"""The class that reads each format of `inputs.FORMATS`."""
+
+
+def open_file(path: str, storage_options: dict[str, str] | None) -> CorpusFile:
+    """Open an input file with the reader of its format.
+
+    Raises:
+        InputError: If the format is unknown, or the file cannot be opened.
+    """
+    return READERS[file_format(path)](path, storage_options)
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One unit of work.
+    """One unit of work and of commit.
 
     Attributes:
-        number: position in the plan, from 0.
-        path: file it comes from.
-        fields: where the passages are in it.
-        rows: which rows.
+        number: Position in the plan, from 0.
+        path: File that it comes from.
+        fields: Where the passages are in the file.
+        rows: Which rows of the file.
     """
 
     number: int
     path: str
     fields: Fields
-    rows: Slice
+    rows: RowRange
 
     @property
     def id(self) -> str:
@@ -55,12 +95,12 @@ class Plan:
 
     @cached_property
     def num_rows(self) -> int:
-        """Rows planned, rejects included."""
+        """Number of planned rows, rejects included."""
         return sum(shard.rows.num_rows for shard in self.shards)
 
     @cached_property
     def hash(self) -> str:
-        """Of every shard's content, place and fields, but no path: a moved corpus stays itself."""
+        """Hash of each shard's content, place and fields, but of no path: a corpus may move."""
         lines = (f"{s.id} {s.rows.content} {s.rows.num_rows} {s.fields.names}" for s in self.shards)
         return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
@@ -73,27 +113,26 @@ def plan_shards(
     fields: FieldOptions | None = None,
     storage_options: dict[str, str] | None = None,
 ) -> Plan:
-    """Cut files into shards of `shard_size` rows, the last of a file (or row group) shorter.
+    """Cut files into shards of `shard_size` rows; the last of a file (or row group) is shorter.
 
     Args:
-        files: from `expand_inputs`.
-        shard_size: rows a shard.
-        limit: use only the first so many rows.
-        fields: fields the user named.
-        storage_options: for object stores.
+        files: Files, from `expand_inputs`.
+        shard_size: Rows per shard.
+        limit: Number of rows to use, from the first one on; None uses all.
+        fields: Fields that the user named.
+        storage_options: Options of the object store.
 
     Raises:
-        InputError: no passage in any file, a file that cannot be read, or too many shards.
+        InputError: If there is no row, a file cannot be read, or there are too many shards.
     """
     if shard_size < 1:
         raise InputError(f"shard size {shard_size} must be at least 1")
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} must be at least 1")
-    options = fields or FieldOptions()
-    scans = _scans(files, shard_size, limit, options, storage_options)
+    scans = _scans(files, shard_size, limit, fields or FieldOptions(), storage_options)
     shards: list[Shard] = []
-    for path, (chosen, slices) in zip(files, scans, strict=False):  # a limit ends them early
-        shards += [Shard(len(shards) + i, path, chosen, rows) for i, rows in enumerate(slices)]
+    for path, (chosen, ranges) in zip(files, scans, strict=False):  # a limit ends the scans early
+        shards += [Shard(len(shards) + i, path, chosen, rows) for i, rows in enumerate(ranges)]
     if not shards:
         raise InputError(f"no rows in {', '.join(files)}")
     if len(shards) > MAX_SHARDS:
@@ -110,18 +149,14 @@ def _scans(
     limit: int | None,
     options: FieldOptions,
     storage_options: dict[str, str] | None,
-) -> Iterator[tuple[Fields, list[Slice]]]:
-    """Yield what each file was cut into, in their order.
+) -> Iterator[tuple[Fields, list[RowRange]]]:
+    """Yield what each file was cut into, in the order of the files."""
 
-    Without a limit several files are scanned at once: scanning waits for the store and works
-    without the interpreter lock.
-    """
-
-    def scan(path: str, left: int | None) -> tuple[Fields, list[Slice]]:
-        scan_file = columnar_files.scan if is_columnar(path) else text_scan.scan
-        return scan_file(path, shard_size, left, options, storage_options)
+    def scan(path: str, left: int | None) -> tuple[Fields, list[RowRange]]:
+        return open_file(path, storage_options).scan(shard_size, left, options)
 
     if limit is None:
+        # Scanning waits for the store and works without the interpreter lock: threads pay off.
         with ThreadPoolExecutor(thread_name_prefix="plan") as pool:
             yield from pool.map(lambda path: scan(path, None), files)
         return
@@ -134,45 +169,20 @@ def _scans(
 
 
 class ShardReader:
-    """Reads shards; keeps the last file open, since the next shard is often its next part."""
+    """Reads shards; it keeps the last file open, since the next shard often continues it."""
 
     def __init__(self, storage_options: dict[str, str] | None = None) -> None:
         self._storage_options = storage_options
         self._path: str | None = None
-        self._file: text_files.TextFile | columnar_files.ColumnarFile | None = None
+        self._file: CorpusFile | None = None
 
     def read(self, shard: Shard) -> tuple[list[Passage], list[Reject]]:
         """Return the usable passages of a shard and its rejects, in input order; ids may repeat.
 
         Raises:
-            InputError: the file changed since it was planned, or is gone.
+            InputError: If the file changed since it was planned, or cannot be read.
         """
         if self._file is None or self._path != shard.path:
-            module = columnar_files if is_columnar(shard.path) else text_files
-            self._file = module.open_file(shard.path, self._storage_options)
+            self._file = open_file(shard.path, self._storage_options)
             self._path = shard.path
         return to_rows(self._file.read(shard.rows, shard.fields), shard.fields, shard.path)
-
-
-def to_rows(
-    records: Iterable[tuple[int, dict[str, Any] | str]], fields: Fields, path: str
-) -> tuple[list[Passage], list[Reject]]:
-    """Sort (line, record) pairs of a file into passages and rejects, each in input order."""
-    passages: list[Passage] = []
-    rejects: list[Reject] = []
-    for line, record in records:
-        row = (
-            Reject(path, line, record)
-            if isinstance(record, str)
-            else to_passage(record, fields, path, line)
-        )
-        if isinstance(row, Reject):
-            rejects.append(row)
-        else:
-            passages.append(row)
-    return passages, rejects
-
-
-def is_columnar(path: str) -> bool:
-    """Whether slices of a file are measured in rows; those of text files are in bytes."""
-    return file_format(path) in ("parquet", "lance")

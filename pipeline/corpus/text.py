@@ -1,16 +1,15 @@
-"""JSONL, CSV and TSV, plain or compressed, read in byte ranges that text_scan.py cuts.
+"""JSONL, CSV and TSV: from lines to rows. All that is decided about a text file is decided here.
 
-Offsets count decompressed bytes, so one mechanism serves all: seek, read, check the hash, parse. A
-compressed file is decompressed from where the last shard ended, or from its start.
+CSV follows RFC 4180 with a header (quoted line breaks are fine). TSV with a header is the same with
+tabs; TSV without one is MS MARCO's `pid<TAB>text`, without quoting. Columns stand for the dialect:
+none for JSONL, "0" and "1" for MS MARCO's, the header's names for the others.
 
-CSV is RFC 4180 with a header (quoted line breaks are fine). TSV with a header is the same with
-tabs; TSV without one is MS MARCO's `pid<TAB>text`, no quoting.
+Does not know shards: `text_scan` cuts a file into them.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,92 +18,31 @@ from itertools import islice
 from typing import Any
 
 import fsspec
-import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import (
-    ID_FIELDS,
-    TEXT_FIELDS,
-    FieldOptions,
-    Fields,
-    file_format,
-    fsspec_options,
-)
+from pipeline.corpus.inputs import file_format, fsspec_options
+from pipeline.corpus.passages import ID_FIELDS, TEXT_FIELDS, FieldOptions, Fields, RawRow
 
 SAMPLE_RECORDS = 100
+"""How many records of a JSONL file are looked at for the names of its fields."""
+WITHOUT_HEADER = ("0", "1")
 BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KB
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """A run of rows of one file.
-
-    Attributes:
-        start: first decompressed byte (text) or row (Parquet, Lance).
-        length: in bytes (text) or rows.
-        first_line: line of `start`, from 1 (row number in Parquet and Lance).
-        num_rows: records in it, blank lines not counted.
-        content: hex hash of what was planned.
-        columns: of a CSV or TSV file, in its order; empty elsewhere.
-        version: of a Lance table; 0 elsewhere.
-    """
-
-    start: int
-    length: int
-    first_line: int
-    num_rows: int
-    content: str
-    columns: tuple[str, ...] = ()
-    version: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Record:
-    """Bytes of one record, how many lines they are, and its cells (None: parse the bytes)."""
+    """The bytes of one record, how many lines they are, and its cells (None: parse the bytes)."""
 
     raw: bytes
     num_lines: int
     cells: list[str] | None
 
 
-class TextFile:
-    """An open file, read slice after slice."""
-
-    def __init__(self, path: str, storage_options: dict[str, str] | None) -> None:
-        self.path = path
-        self._storage_options = storage_options
-        self._stream: Any = None
-
-    def read(self, rows: Slice, fields: Fields) -> Iterator[tuple[int, dict[str, Any] | str]]:
-        """Yield (line, record) of a slice; a record that cannot be parsed is its reason.
-
-        Raises:
-            InputError: the bytes are not those that were planned.
-        """
-        try:
-            if self._stream is None or self._stream.tell() > rows.start:
-                self.close()
-                self._stream = open_text(self.path, self._storage_options)
-            self._stream.seek(rows.start)
-            raw = self._stream.read(rows.length)
-        except (OSError, EOFError) as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
-        if xxhash.xxh3_128_hexdigest(raw) != rows.content:
-            raise InputError(
-                f"{self.path} changed after it was planned (line {rows.first_line} and after): "
-                "encode it into a new table"
-            )
-        yield from parse_all(io.BytesIO(raw), rows.columns, self.path, rows.first_line)
-
-    def close(self) -> None:
-        """Close the file; the next read opens it again."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-
-open_file = TextFile
+def open_text(path: str, storage_options: dict[str, str] | None) -> Any:
+    """Open a text file as a stream of decompressed bytes."""
+    options = fsspec_options(path, storage_options)
+    return fsspec.open(path, "rb", compression="infer", **options).open()
 
 
 def detect(
@@ -113,44 +51,48 @@ def detect(
     """Return the fields, the columns (empty for JSONL) and the header record to skip.
 
     Raises:
-        InputError: the file cannot be read or decompressed, or has no id or text field.
+        InputError: If the file cannot be read or decompressed, or has no id or text field.
     """
     try:
         with open_text(path, storage_options) as stream:
-            return _detect(path, stream, options)
+            if file_format(path) == "jsonl":
+                return _detect_json(path, stream, options), (), None
+            return _detect_cells(path, stream, options)
     except (OSError, EOFError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
 
 
-def _detect(
+def _detect_json(path: str, stream: Any, options: FieldOptions) -> Fields:
+    sample = islice((line for line in stream if line.strip()), SAMPLE_RECORDS)
+    parsed = [row for line in sample if isinstance(row := _parse(Record(line, 1, None), ()), dict)]
+    # A file without a usable record is no error yet: each of its rows is rejected with its line.
+    names = dict.fromkeys(name for row in parsed for name in row)
+    return options.detect(names, path) if parsed else Fields("id", "text")
+
+
+def _detect_cells(
     path: str, stream: Any, options: FieldOptions
 ) -> tuple[Fields, tuple[str, ...], Record | None]:
-    if file_format(path) == "jsonl":
-        names: dict[str, None] = {}
-        parsed = 0
-        for raw in islice((r for r in stream if r.strip()), SAMPLE_RECORDS):
-            record = _parse(Record(raw, 1, None), ())
-            if isinstance(record, dict):
-                names.update(dict.fromkeys(record))
-                parsed += 1
-        return (options.detect(names, path) if parsed else Fields("id", "text")), (), None
-    first = next(records(iter(stream), ("?",), path, quoted=True), None)
+    first = next(records(iter(stream), ("?",), path), None)
     if first is None or first.cells is None:
         return Fields("id", "text"), (), None
     cells = [cell.removeprefix("\ufeff") for cell in first.cells]
     wanted = (options.id, *ID_FIELDS), (options.text, *TEXT_FIELDS)
-    if all(any(cell in names for cell in cells) for names in wanted):
-        return options.detect(cells, path), tuple(cells), first
-    if file_format(path) == "tsv" and len(cells) == 2 and not (options.id or options.text):
-        return Fields("0", "1"), ("0", "1"), None
+    is_header = all(any(cell in names for cell in cells) for names in wanted)
+    named = options.id or options.text
+    if file_format(path) == "tsv" and len(cells) == 2 and not is_header and not named:
+        return Fields(*WITHOUT_HEADER), WITHOUT_HEADER, None
     return options.detect(cells, path), tuple(cells), first
 
 
-def records(
-    lines: Iterator[bytes], columns: tuple[str, ...], path: str, *, quoted: bool | None = None
-) -> Iterator[Record]:
-    """Cut lines into records: a line each, or as the quoting of CSV says."""
-    if is_plain(columns) and not quoted:
+def is_plain(columns: tuple[str, ...]) -> bool:
+    """Return whether each line is a record: JSONL, and TSV without a header. Else quotes decide."""
+    return not columns or columns == WITHOUT_HEADER
+
+
+def records(lines: Iterator[bytes], columns: tuple[str, ...], path: str) -> Iterator[Record]:
+    """Cut lines into records: each line is one, or the quoting of CSV decides."""
+    if is_plain(columns):
         for raw in lines:
             yield Record(raw, 1, None)
         return
@@ -169,21 +111,15 @@ def records(
 
 def parse_all(
     lines: Iterable[bytes], columns: tuple[str, ...], path: str, line: int = 1
-) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield (line, record) of whole records; one that cannot be parsed is its reason."""
+) -> Iterator[tuple[int, RawRow]]:
+    """Yield (line, row) of whole records, numbered from `line`; blank lines are left out."""
     for record in records(iter(lines), columns, path):
         if record.raw.strip():
             yield line, _parse(record, columns)
         line += record.num_lines
 
 
-def is_plain(columns: tuple[str, ...]) -> bool:
-    """Whether each line is a record: JSONL, and TSV without a header. Else quotes decide."""
-    return not columns or columns == ("0", "1")
-
-
-def _parse(record: Record, columns: tuple[str, ...]) -> dict[str, Any] | str:
-    """Return the fields of a record, or the reason it has none."""
+def _parse(record: Record, columns: tuple[str, ...]) -> RawRow:
     cells = record.cells
     if cells is None:
         try:
@@ -200,9 +136,3 @@ def _parse(record: Record, columns: tuple[str, ...]) -> dict[str, Any] | str:
     if len(cells) != len(columns):
         return f"{len(cells)} columns instead of {len(columns)}"
     return dict(zip(columns, cells, strict=True))
-
-
-def open_text(path: str, storage_options: dict[str, str] | None) -> Any:
-    """Open a text file as a stream of decompressed bytes."""
-    options = fsspec_options(path, storage_options)
-    return fsspec.open(path, "rb", compression="infer", **options).open()

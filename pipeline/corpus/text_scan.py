@@ -1,170 +1,199 @@
-"""Planning of a text file: where its shards begin and what their bytes hash to, in one read of it.
+"""Ranges of a text file: cut in one read of it, and read again one by one.
 
-Where each line is a record, a few megabytes are cut at a time: no Python object a line, and
-reading, decompressing, searching and hashing all run without the interpreter lock, so that several
-files are scanned at once by threads. Quoted CSV is read record by record.
+Offsets count decompressed bytes, so that one mechanism serves all: seek, read, check the hash,
+parse. A compressed file is decompressed from where the last range ended, or from its start.
+
+Where each line is a record, a few megabytes are cut at a time. There is no Python object per line,
+and reading, decompressing, searching and hashing all run without the interpreter lock, so that
+threads scan several files at once. Quoted CSV is read record by record. No library does this: what
+reads JSON or CSV in blocks gives no byte offsets and fails at the first bad row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import FieldOptions, Fields
-from pipeline.corpus.text import Record, Slice, detect, is_plain, open_text, records
+from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.passages import FieldOptions, Fields, RawRow
+from pipeline.corpus.text import Record, detect, is_plain, open_text, parse_all, records
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BLOCK = 4 << 20
+READ_BYTES = 4 << 20
+"""How much is read and cut at once: enough for NumPy to pay off, little beside a model."""
+RECORDS_AT_ONCE = 64
 NEWLINE = 10
 IS_BLANK = np.isin(np.arange(256), np.frombuffer(b" \t\n\r\v\f", np.uint8))
-"""By byte: whether `bytes.strip` takes it away."""
+"""(256,) whether `bytes.strip` removes the byte."""
 
 
-def scan(
-    path: str,
-    shard_size: int,
-    max_rows: int | None,
-    options: FieldOptions,
-    storage_options: dict[str, str] | None,
-) -> tuple[Fields, list[Slice]]:
-    """Choose the fields of a file and cut it into slices, reading it once.
+class TextFile:
+    """A text file, cut into ranges and read range after range."""
 
-    Raises:
-        InputError: the file cannot be read or decompressed, or has no id or text field.
-    """
-    fields, columns, header = detect(path, options, storage_options)
-    try:
-        with open_text(path, storage_options) as stream:
-            cutter = _Cutter(
-                start=len(header.raw) if header else 0,
-                first_line=1 + (header.num_lines if header else 0),
-                shard_size=shard_size,
-                max_rows=max_rows,
-                columns=columns,
+    def __init__(self, path: str, storage_options: dict[str, str] | None) -> None:
+        self.path = path
+        self._storage_options = storage_options
+        self._stream: Any = None
+
+    def scan(
+        self, shard_size: int, max_rows: int | None, options: FieldOptions
+    ) -> tuple[Fields, list[RowRange]]:
+        """Choose the fields and cut the file into ranges, reading it once.
+
+        Raises:
+            InputError: If the file cannot be read or decompressed, or has no id or text field.
+        """
+        fields, columns, header = detect(self.path, options, self._storage_options)
+        start, num_lines = (len(header.raw), header.num_lines) if header else (0, 0)
+        try:
+            with open_text(self.path, self._storage_options) as stream:
+                stream.read(start)
+                chunks = (
+                    line_chunks(stream)
+                    if is_plain(columns)
+                    else record_chunks(records(iter(stream), columns, self.path))
+                )
+                ranges = cut(
+                    chunks, start, 1 + num_lines, shard_size, max_rows=max_rows, columns=columns
+                )
+                return fields, list(ranges)
+        except (OSError, EOFError) as error:
+            raise InputError(f"cannot read {self.path}: {error}") from error
+
+    def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
+        """Yield (line, row) of a range.
+
+        Raises:
+            InputError: If the bytes are not those that were planned, or cannot be read.
+        """
+        try:
+            if self._stream is None or self._stream.tell() > rows.start:
+                self.close()
+                self._stream = open_text(self.path, self._storage_options)
+            self._stream.seek(rows.start)
+            raw = self._stream.read(rows.length)
+        except (OSError, EOFError) as error:
+            raise InputError(f"cannot read {self.path}: {error}") from error
+        if xxhash.xxh3_128_hexdigest(raw) != rows.content:
+            raise InputError(
+                f"{self.path} changed after it was planned (line {rows.first_line} and after): "
+                "encode it into a new table"
             )
-            stream.read(cutter.start)
-            if is_plain(columns):
-                return fields, list(cutter.cut_lines(whole_lines(stream)))
-            return fields, list(cutter.cut_records(records(iter(stream), columns, path)))
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        yield from parse_all(io.BytesIO(raw), rows.columns, self.path, rows.first_line)
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
-def whole_lines(stream: Any, size: int = BLOCK) -> Iterator[bytes]:
-    """Yield the bytes of a stream in blocks of about `size` that end where a line ends."""
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Whole records that were read at once.
+
+    Attributes:
+        raw: Their bytes.
+        starts: (n + 1,) where each record begins in `raw`, and the length of `raw`.
+        lines: (n + 1,) number of lines before each record, and of all.
+        is_row: (n,) whether the record counts; blank lines do not.
+    """
+
+    raw: bytes
+    starts: NDArray[np.int64]
+    lines: NDArray[np.int64]
+    is_row: NDArray[np.bool_]
+
+
+def line_chunks(stream: Any, size: int = READ_BYTES) -> Iterator[Chunk]:
+    """Yield a stream in chunks of about `size` bytes, where each line is a record."""
+    for raw in _whole_lines(stream, size):
+        ends = np.flatnonzero(np.frombuffer(raw, np.uint8) == NEWLINE) + 1
+        rest = [] if raw.endswith(b"\n") else [len(raw)]
+        starts = np.concatenate([[0], ends, rest]).astype(np.int64)
+        # The first byte tells for most lines; only those that begin with a space are looked at.
+        is_row: NDArray[np.bool_] = ~IS_BLANK[np.frombuffer(raw, np.uint8)[starts[:-1]]]
+        for i in np.flatnonzero(~is_row):
+            is_row[i] = bool(raw[starts[i] : starts[i + 1]].strip())
+        yield Chunk(raw, starts, np.arange(len(starts)), is_row)
+
+
+def _whole_lines(stream: Any, size: int) -> Iterator[bytes]:
     parts: list[bytes] = []
-    while block := stream.read(size):
-        end = block.rfind(b"\n") + 1
+    while read := stream.read(size):
+        end = read.rfind(b"\n") + 1
         if end:
-            yield b"".join([*parts, block[:end]])
+            yield b"".join([*parts, read[:end]])
             parts.clear()
-        parts.append(block[end:])
+        parts.append(read[end:])
     if any(parts):
         yield b"".join(parts)
 
 
-class _Cutter:
-    """Groups records into slices of `shard_size`, at most `max_rows` in all.
-
-    A slice ends where the record begins that has no place in it; blank lines are no records, and
-    stay in the slice of the record before them.
-    """
-
-    def __init__(
-        self,
-        *,
-        start: int,
-        first_line: int,
-        shard_size: int,
-        max_rows: int | None,
-        columns: tuple[str, ...],
-    ) -> None:
-        self.start, self._line, self._columns = start, first_line, columns
-        self._shard_size, self._left = shard_size, max_rows
-        self._begin()
-
-    def cut_lines(self, blocks: Iterator[bytes]) -> Iterator[Slice]:
-        """Yield the slices of blocks of whole lines, each line a record."""
-        for block in blocks:
-            starts = _line_starts(block)
-            counting = np.flatnonzero(~_blank(block, starts))
-            line = row = 0  # of this block, taken so far
-            while len(counting) - row > (room := self._room()):
-                full = int(counting[row + room])
-                self._add(block, starts, line, full, room)
-                yield self._end()
-                if self._left == 0:
-                    return
-                line, row = full, row + room
-            self._add(block, starts, line, len(starts) - 1, len(counting) - row)
-        if self._rows:
-            yield self._end()
-
-    def cut_records(self, found: Iterator[Record]) -> Iterator[Slice]:
-        """Yield the slices of records."""
-        for record in found:
-            counts = bool(record.raw.strip())
-            if counts and self._room() == 0:
-                yield self._end()
-                if self._left == 0:
-                    return
-            self._take(record.raw, record.num_lines, counts)
-        if self._rows:
-            yield self._end()
-
-    def _begin(self) -> None:
-        self._length = self._lines = self._rows = 0
-        self._digest = xxhash.xxh3_128()
-
-    def _room(self) -> int:
-        """Return how many more records the slice may take."""
-        room = self._shard_size - self._rows
-        return room if self._left is None else min(room, self._left)
-
-    def _add(
-        self, block: bytes, starts: NDArray[np.int64], first: int, last: int, rows: int
-    ) -> None:
-        """Take lines `first` to `last`, exclusive, of a block."""
-        piece = memoryview(block)[starts[first] : starts[last]]
-        self._take(piece, last - first, rows)
-
-    def _take(self, raw: bytes | memoryview, lines: int, rows: int) -> None:
-        self._digest.update(raw)
-        self._length += len(raw)
-        self._lines += lines
-        self._rows += rows
-        self._left = None if self._left is None else self._left - rows
-
-    def _end(self) -> Slice:
-        done = Slice(
-            self.start,
-            self._length,
-            self._line,
-            self._rows,
-            self._digest.hexdigest(),
-            self._columns,
+def record_chunks(found: Iterator[Record]) -> Iterator[Chunk]:
+    """Yield records in chunks."""
+    while batch := list(islice(found, RECORDS_AT_ONCE)):
+        yield Chunk(
+            b"".join(record.raw for record in batch),
+            np.cumsum([0, *(len(record.raw) for record in batch)]),
+            np.cumsum([0, *(record.num_lines for record in batch)]),
+            np.array([bool(record.raw.strip()) for record in batch]),
         )
-        self.start, self._line = self.start + self._length, self._line + self._lines
-        self._begin()
-        return done
 
 
-def _line_starts(block: bytes) -> NDArray[np.int64]:
-    """Return where the lines of a block begin, and its length: n + 1 numbers for n lines."""
-    starts = np.flatnonzero(np.frombuffer(block, np.uint8) == NEWLINE) + 1
-    whole = block.endswith(b"\n")
-    return np.concatenate([[0], starts, [] if whole else [len(block)]]).astype(np.int64)
+def cut(
+    chunks: Iterable[Chunk],
+    start: int,
+    first_line: int,
+    shard_size: int,
+    *,
+    max_rows: int | None = None,
+    columns: tuple[str, ...] = (),
+) -> Iterator[RowRange]:
+    """Cut records into ranges of `shard_size` rows, at most `max_rows` in all.
 
+    A range ends where the first row begins that has no place in it. A blank line stays in the range
+    of the row before it.
 
-def _blank(block: bytes, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return for each line whether it is white space alone; most are known by their first byte."""
-    blank: NDArray[np.bool_] = IS_BLANK[np.frombuffer(block, np.uint8)[starts[:-1]]]
-    for line in np.flatnonzero(blank):
-        blank[line] = not block[starts[line] : starts[line + 1]].strip()
-    return blank
+    Args:
+        chunks: Records of a file, in order.
+        start: Byte at which the first one begins.
+        first_line: Line of that byte.
+        shard_size: Rows per range.
+        max_rows: Rows in all; None takes all there are.
+        columns: Columns of the file, noted in each range.
+    """
+    left = sys.maxsize if max_rows is None else max_rows
+    digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
+    for chunk in chunks:
+        rows = np.flatnonzero(chunk.is_row)
+        first = taken = 0  # records and rows of this chunk that are in a range
+        while True:
+            room = min(shard_size - num_rows, left)
+            full = len(rows) - taken > room
+            end = int(rows[taken + room]) if full else len(chunk.is_row)
+            more = room if full else len(rows) - taken
+            digest.update(memoryview(chunk.raw)[chunk.starts[first] : chunk.starts[end]])
+            length += int(chunk.starts[end] - chunk.starts[first])
+            num_lines += int(chunk.lines[end] - chunk.lines[first])
+            num_rows, left = num_rows + more, left - more
+            first, taken = end, taken + more
+            if not full:
+                break
+            yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), columns)
+            if left == 0:
+                return
+            start, first_line = start + length, first_line + num_lines
+            digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
+    if num_rows:
+        yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), columns)

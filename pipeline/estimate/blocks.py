@@ -15,11 +15,11 @@ from typing import Any
 import fsspec
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus import columnar as columnar_files
 from pipeline.corpus import text as text_files
-from pipeline.corpus.columnar import slice_hash
-from pipeline.corpus.inputs import Fields, fsspec_options
-from pipeline.corpus.text import Record, Slice
+from pipeline.corpus.inputs import RowRange, fsspec_options, range_hash
+from pipeline.corpus.passages import Fields
+from pipeline.corpus.shards import open_file
+from pipeline.corpus.text import Record
 
 AT_ONCE, CHUNK, WARM_UP = 1 << 10, 1 << 13, 1 << 18
 Records = list[tuple[int, dict[str, Any] | str]]
@@ -84,10 +84,10 @@ def read_piece(
         return len(raw), raw.count(b"\n") + (raw[-1:] not in (b"", b"\n")), records
     start = piece.start + number * piece.block
     rows = min(piece.block, piece.start + piece.length - start)
-    part = Slice(
-        start, rows, start + 1, rows, slice_hash(piece.content, start, rows), (), piece.version
+    part = RowRange(
+        start, rows, start + 1, rows, range_hash(piece.content, start, rows), (), piece.version
     )
-    file = columnar_files.open_file(piece.path, storage_options)
+    file = open_file(piece.path, storage_options)
     return rows, rows, list(file.read(part, piece.fields))
 
 

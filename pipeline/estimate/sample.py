@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.corpus.inputs import Passage
+from pipeline.corpus.passages import Passage
 
 TEXT, COLUMNS, ORDERED = "plain text", "Parquet and Lance", "compressed or quoted"
 

@@ -21,11 +21,10 @@ import numpy as np
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.model.encoder import passage_ids
-from pipeline.corpus import columnar as columnar_files
 from pipeline.corpus import text as text_files
-from pipeline.corpus.columnar import LanceTable
-from pipeline.corpus.inputs import COMPRESSIONS, FieldOptions, Fields, file_format
-from pipeline.corpus.shards import to_rows
+from pipeline.corpus.columnar import LanceTable, ParquetFile
+from pipeline.corpus.inputs import COMPRESSIONS, file_format
+from pipeline.corpus.passages import FieldOptions, to_rows
 from pipeline.estimate.blocks import WARM_UP, OrderedFile, Piece, count_lines, read_piece, text_size
 from pipeline.estimate.sample import COLUMNS, ORDERED, TEXT, Block, Sample, Stratum
 
@@ -123,11 +122,11 @@ class _Sampler:
         for number, path in enumerate(self._files):
             if file_format(path) not in ("parquet", "lance"):
                 continue
-            file = columnar_files.open_file(path, self._options)
-            fields: Fields = columnar_files.choose_fields(file, self._fields)
-            version = file.dataset.version if isinstance(file, LanceTable) else 0
+            reader = LanceTable if file_format(path) == "lance" else ParquetFile
+            file = reader(path, self._options)
+            fields = file.choose_fields(self._fields)
             pieces += [
-                Piece(number, path, fields, start, rows, 0, (), file.content, version)
+                Piece(number, path, fields, start, rows, 0, (), file.content, file.version)
                 for start, rows in file.groups()
                 if rows
             ]

@@ -20,7 +20,7 @@ from kalm_encoder.matryoshka import PassageStates, num_groups
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.inputs import Passage
+from pipeline.corpus.passages import Passage
 from pipeline.table.ledger import create_table
 
 SAMPLE_BYTES = 64 << 20

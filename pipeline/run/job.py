@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.corpus.inputs import FieldOptions, expand_inputs
+from pipeline.corpus.inputs import expand_inputs
+from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import Plan, plan_shards
 
 logger = logging.getLogger(__name__)

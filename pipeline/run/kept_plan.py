@@ -27,9 +27,9 @@ import xxhash
 from lance.file import LanceFileSession
 
 from kalm_encoder.errors import first_line
-from pipeline.corpus.inputs import Fields, expand_inputs, file_format, fsspec_options
+from pipeline.corpus.inputs import RowRange, expand_inputs, file_format, fsspec_options
+from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
-from pipeline.corpus.text import Slice
 from pipeline.run.job import EncodeJob
 from pipeline.table.side_files import KEPT_PLANS, STORE_ERRORS
 
@@ -160,8 +160,8 @@ def _from_table(table: pa.Table, files: Sequence[str]) -> Plan:
     rows = zip(*(table[name].to_pylist() for name in SCHEMA.names), strict=True)
     for file, start, length, line, num_rows, content, version in rows:
         fields, columns = facts[file]
-        piece = Slice(start, length, line, num_rows, content, columns, version)
-        shards.append(Shard(len(shards), files[file], fields, piece))
+        part = RowRange(start, length, line, num_rows, content, columns, version)
+        shards.append(Shard(len(shards), files[file], fields, part))
     plan = Plan(tuple(shards))
     if plan.hash != metadata[b"hash"].decode():
         raise ValueError(f"its hash is {plan.hash}, {metadata[b'hash'].decode()} was written")

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from kalm_encoder.errors import FencedError, first_line
 from pipeline import logs
-from pipeline.corpus.shards import Plan, Shard, is_columnar
+from pipeline.corpus.inputs import is_columnar
+from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import ShardResult
 from pipeline.run import live
 from pipeline.run.live import LiveFile

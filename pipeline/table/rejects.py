@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kalm_encoder.table.location import Location
-from pipeline.corpus.inputs import Reject
+from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard
 from pipeline.table.side_files import REJECTS, read_text, write_text
 

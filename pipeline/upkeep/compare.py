@@ -12,7 +12,7 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import ids_in
-from pipeline.corpus.inputs import Passage, Reject
+from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Plan, ShardReader
 from pipeline.run.job import EncodeJob
 from pipeline.table.duplicates import repeated

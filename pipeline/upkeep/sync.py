@@ -20,7 +20,7 @@ from kalm_encoder.errors import MismatchError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.location import Location
-from pipeline.corpus.inputs import FieldOptions, Passage
+from pipeline.corpus.passages import FieldOptions, Passage
 from pipeline.corpus.shards import ShardReader
 from pipeline.messages import Executor
 from pipeline.run.driver import Summary, run

@@ -14,10 +14,9 @@ import lance
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import build_rows, read_rows
-from pipeline.corpus.columnar import slice_hash
-from pipeline.corpus.inputs import Fields, absolute
+from pipeline.corpus.inputs import RowRange, absolute, range_hash
+from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
-from pipeline.corpus.text import Slice
 from pipeline.messages import Outcome, ShardResult, WorkerConfig
 from pipeline.run.driver import Summary, load
 from pipeline.run.job import EncodeJob
@@ -62,7 +61,7 @@ def truncate(
     shards: list[Shard] = []
     for start in range(0, total, shard_size):
         rows = min(shard_size, total - start)
-        part = Slice(start, rows, start + 1, rows, slice_hash(content, start, rows))
+        part = RowRange(start, rows, start + 1, rows, range_hash(content, start, rows))
         shards.append(Shard(len(shards), source, Fields("id", "text"), part))
     if not shards:
         raise InputError(f"{source} has no rows")

@@ -21,7 +21,7 @@ from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
-from pipeline.corpus.inputs import Passage, Reject
+from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Shard, ShardReader
 from pipeline.messages import ShardResult, WorkerConfig
 from pipeline.table.fragments import open_to_write, write_fragment

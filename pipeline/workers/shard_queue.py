@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.corpus.inputs import COMPRESSIONS
-from pipeline.corpus.shards import Shard, is_columnar
+from pipeline.corpus.inputs import COMPRESSIONS, is_columnar
+from pipeline.corpus.shards import Shard
 from pipeline.logs import in_shard
 from pipeline.messages import ShardFailure
 

@@ -17,9 +17,9 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.inputs import Fields
+from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.corpus.text import Slice
 from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.workers.on_ray import actor as workers
 from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
@@ -71,7 +71,7 @@ def _join_and_leave(cluster: Cluster) -> tuple[float, float, int]:
     """Return shards/s on one node, on two, and how many shards ran twice as one left."""
     cluster.add_node(num_cpus=WORKERS_PER_NODE)
     shards = [
-        Shard(i, "f.jsonl", Fields("id", "text"), Slice(0, 1, 1, 1, f"{i:032x}"))
+        Shard(i, "f.jsonl", Fields("id", "text"), RowRange(0, 1, 1, 1, f"{i:032x}"))
         for i in range(SHARDS)
     ]
     with tempfile.TemporaryDirectory() as folder:

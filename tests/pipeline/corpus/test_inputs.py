@@ -1,5 +1,6 @@
 import csv
 import gzip
+import io
 import json
 
 import fsspec
@@ -10,10 +11,14 @@ import pytest
 from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_128_hexdigest
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import FieldOptions, Passage, Reject, expand_inputs
+from pipeline.corpus.inputs import RowRange, expand_inputs
+from pipeline.corpus.passages import FieldOptions, Passage, Reject
 from pipeline.corpus.shards import ShardReader, plan_shards
+from pipeline.corpus.text import Record
+from pipeline.corpus.text_scan import cut, line_chunks, record_chunks
 
 
 def read_all(files, *, shard_size=7, **options):
@@ -221,3 +226,49 @@ def test_any_fsspec_url_works():
         file.write(jsonl())
     _, passages, _ = read_all(expand_inputs(["memory://corpus/*.jsonl"], None))
     assert passages == EXPECTED
+
+
+LINES = [b"\n", b" ", b"\r\n", b"\v\f", b"\t\n", b"x", b"{}\n", b" y\n", b"\xff\n", b"\x85\n"]
+
+
+def cut_by_hand(lines, start, first_line, shard_size, max_rows):
+    """The ranges of lines, one line at a time: a row that has no place begins a new range."""
+    ranges, taken, rows, all_rows = [], [], 0, 0
+
+    def finish():
+        raw = b"".join(taken)
+        ranges.append(RowRange(start, len(raw), first_line, rows, xxh3_128_hexdigest(raw)))
+        return start + len(raw), first_line + len(taken)
+
+    for line in lines:
+        if line.strip():
+            if all_rows == max_rows:
+                break
+            if rows == shard_size:
+                start, first_line = finish()
+                taken, rows = [], 0
+            rows, all_rows = rows + 1, all_rows + 1
+        taken.append(line)
+    if rows:
+        finish()
+    return ranges
+
+
+@given(
+    st.lists(st.sampled_from(LINES), max_size=60),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 12),
+    st.integers(1, 40),
+)
+def test_ranges_are_cut_where_lines_are(parts, shard_size, max_rows, read_bytes):
+    """Cutting megabytes at a time gives the ranges and hashes of going line by line."""
+    raw = b"".join(parts)
+    lines = [line + b"\n" for line in raw.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    lines = [line for line in lines if line]
+    by_hand = cut_by_hand(lines, 7, 2, shard_size, max_rows)
+    for chunks in (
+        line_chunks(io.BytesIO(raw), read_bytes),
+        record_chunks(Record(line, 1, None) for line in lines),
+    ):
+        assert list(cut(chunks, 7, 2, shard_size, max_rows=max_rows)) == by_hand

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kalm_encoder.errors import InputError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.decoder import Pair
-from pipeline.corpus.inputs import Fields
+from pipeline.corpus.passages import Fields
 from pipeline.estimate.blocks import Piece, count_lines, read_piece
 from pipeline.estimate.flops import MODELS, Shape, decoder_flops, encoder_flops
 from pipeline.estimate.intervals import Estimate, Part, mean, quantiles, student, total

@@ -18,7 +18,7 @@ from jobs import plan as plan_command
 from jobs.options import check_folder
 from jobs.status import table_facts
 from kalm_encoder.errors import InputError, MismatchError
-from pipeline.corpus.inputs import FieldOptions
+from pipeline.corpus.passages import FieldOptions
 from pipeline.estimate import sampling as corpus_sample
 from pipeline.estimate.census import Census
 from pipeline.estimate.check import compare, read_plan

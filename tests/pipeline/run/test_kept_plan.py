@@ -1,6 +1,5 @@
 """The plan kept beside a table: used while the corpus is what it was, never when it is not."""
 
-import io
 import json
 import os
 
@@ -8,19 +7,16 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kalm_encoder.errors import IncompleteError, MismatchError
-from pipeline.corpus.inputs import FieldOptions
+from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import ShardReader, plan_shards
-from pipeline.corpus.text import Record
-from pipeline.corpus.text_scan import _Cutter, whole_lines
 from pipeline.messages import ShardFailure
 from pipeline.run import kept_plan as plan_copy
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
-from pipeline.run.kept_plan import FOLDER, PlanCopy
+from pipeline.run.kept_plan import PlanCopy
+from pipeline.table.side_files import KEPT_PLANS
 from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
 
@@ -96,7 +92,7 @@ def test_a_moved_corpus_keeps_its_plan(tmp_path):
 @pytest.mark.parametrize("harm", ["cut", "other"])
 def test_a_damaged_copy_is_planned_again(job, tmp_path, caplog, harm):
     keep(job)
-    (file,) = (tmp_path / "t.lance" / FOLDER).iterdir()
+    (file,) = (tmp_path / "t.lance" / KEPT_PLANS).iterdir()
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-9])
     else:
@@ -173,26 +169,3 @@ def test_files_scanned_at_once_make_the_plan_of_one_after_the_other(tmp_path):
     some = plan_shards(names, shard_size=3, limit=together.num_rows - 1)
     assert some.num_rows == together.num_rows - 1
     assert some.shards[:-1] == together.shards[: len(some.shards) - 1]
-
-
-PIECES = [b"\n", b" ", b"\r\n", b"\v\f", b"\t\n", b"x", b"{}\n", b" y\n", b"\xff\n", b"\x85\n"]
-
-
-@given(
-    st.lists(st.sampled_from(PIECES), max_size=60),
-    st.integers(1, 5),
-    st.none() | st.integers(1, 12),
-    st.integers(1, 40),
-)
-def test_blocks_are_cut_where_lines_are(pieces, shard_size, max_rows, block):
-    """Cutting megabytes at a time gives the slices and hashes of going line by line."""
-    raw = b"".join(pieces)
-    by_line = [line + b"\n" for line in raw.split(b"\n")]
-    by_line[-1] = by_line[-1][:-1]
-
-    def cutter():
-        return _Cutter(start=7, first_line=2, shard_size=shard_size, max_rows=max_rows, columns=())
-
-    blocks = list(cutter().cut_lines(whole_lines(io.BytesIO(raw), block)))
-    records = [Record(line, 1, None) for line in by_line if line]
-    assert blocks == list(cutter().cut_records(iter(records)))

@@ -11,7 +11,7 @@ from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.inputs import Reject
+from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import plan_shards
 from pipeline.messages import ShardResult
 from pipeline.table.committer import COMMIT_SHARE, LONGEST_PAUSE_S, MOST_WAITING, Committer, pause_s

@@ -9,9 +9,9 @@ import pytest
 from ray import cloudpickle
 
 from kalm_encoder.errors import InputError, KalmError
-from pipeline.corpus.inputs import Fields
+from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.corpus.text import Slice
 from pipeline.messages import ShardFailure, ShardResult, WorkerConfig
 from pipeline.workers.on_ray import actor as workers
 from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
@@ -24,7 +24,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 def make_shards(count):
     return [
-        Shard(i, "file.jsonl", Fields("id", "text"), Slice(0, 1, 1, 1, f"{i:032x}"))
+        Shard(i, "file.jsonl", Fields("id", "text"), RowRange(0, 1, 1, 1, f"{i:032x}"))
         for i in range(count)
     ]
 

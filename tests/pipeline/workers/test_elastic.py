@@ -21,9 +21,9 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import Fields
+from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.corpus.text import Slice
 from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.run.records import read_records
 from pipeline.workers.on_ray import actor as workers
@@ -56,7 +56,7 @@ class Noting(Worker):
 
 def make_shards(count, *, workers_first=1):
     return [
-        Shard(i, "f.jsonl", Fields("id", "text"), Slice(0, 9, workers_first, 1, f"{i:032x}"))
+        Shard(i, "f.jsonl", Fields("id", "text"), RowRange(0, 9, workers_first, 1, f"{i:032x}"))
         for i in range(count)
     ]
 

@@ -3,15 +3,15 @@
 import pytest
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import Fields
+from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.corpus.text import Slice
 from pipeline.workers.on_ray.cluster import RayOptions, WorkerShape, worker_shape
 from pipeline.workers.shard_queue import ShardQueue, short_last
 
 
 def shard(number, length=100, path="a.jsonl"):
-    rows = Slice(0, length, 1, 1, f"{number:032x}")
+    rows = RowRange(0, length, 1, 1, f"{number:032x}")
     return Shard(number, path, Fields("id", "text"), rows)
 
 

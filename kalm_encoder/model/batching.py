@@ -1,6 +1,18 @@
-"""Batches under a token budget: padded ones of similar length, or packed ones."""
+"""Which items go through a forward together, and where the passages of a packed batch lie.
+
+The decoder takes padded batches of similar length, the encoder takes packed ones: the passages lie
+one behind the other without padding. Everything about a packed batch is computed without waiting
+for a GPU, so that batches can be sent to it ahead of time.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
 
 
 def make_batches(
@@ -9,16 +21,17 @@ def make_batches(
     """Group items so that rows x (longest row + overhead) stays within the budget.
 
     Args:
-        lengths: size of each item, in tokens or states.
-        budget: what one batch may cost, padding included; an item above it goes alone.
-        overhead: what each row costs on top of its length (a prompt that every row repeats).
-        max_padding: largest share of padding in a batch, overhead counted as content.
+        lengths: Size of each item, in tokens or states.
+        budget: What one batch may cost, with padding. An item that costs more goes alone.
+        overhead: What each row costs in addition to its length (a prompt that every row repeats).
+        max_padding: Largest share of padding in a batch; overhead counts as content.
 
     Returns:
-        Batches of indices into `lengths`, each index once, longest items first (memory then peaks
-        at once, not at the end).
+        Batches of indices into `lengths`, each index once, longest items first: memory then peaks
+        in the first batch and not in the last.
 
-    Example: lengths 3, 9, 8 with budget 18 give [[1, 2], [0]]: 2 x 9 = 18 fits, 3 x 9 does not.
+    Example: Lengths 3, 9, 8 with budget 18 give [[1, 2], [0]], because 2 x 9 = 18 fits and 3 x 9
+    does not.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
@@ -40,14 +53,14 @@ def make_packed_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Group passages that are packed without padding into batches of about the same size.
 
     Args:
-        lengths: tokens of each passage.
-        budget: tokens of one batch; a passage above it goes alone.
+        lengths: Number of tokens of each passage.
+        budget: Number of tokens of one batch. A passage that is longer goes alone.
 
     Returns:
         Batches of indices into `lengths`, each index once, in order.
 
-    Example: lengths 3, 9, 8, 4 with budget 18 give [[0, 1], [2, 3]], not [[0, 1], [2], [3]] nor
-    a full batch and a small one: 24 tokens need two batches, of 12 each.
+    Example: Lengths 3, 9, 8, 4 with budget 18 give [[0, 1], [2, 3]]. The 24 tokens need two
+    batches, so each gets about 12 of them; filling the first batch would leave a small last one.
     """
     aim = sum(lengths) / max(1, -(-sum(lengths) // budget))
     batches: list[list[int]] = []
@@ -59,3 +72,42 @@ def make_packed_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         batches[-1].append(i)
         size += length
     return batches
+
+
+def send(values: Any, device: torch.device) -> torch.Tensor:
+    """Return values as an int64 tensor on the device, without waiting for its current work."""
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=torch.long, pin_memory=pinned).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where b passages with T tokens in all lie in a packed batch.
+
+    Attributes:
+        lengths: Number of tokens of each passage; none is 0.
+        device: Device of the tensors.
+    """
+
+    lengths: Sequence[int]
+    device: torch.device
+
+    @cached_property
+    def sizes(self) -> torch.Tensor:
+        """The lengths as a tensor, (b,) int64."""
+        return send(self.lengths, self.device)
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """The first token of each passage, followed by T: (b + 1,) int32."""
+        return torch.nn.functional.pad(self.sizes.cumsum(0), (1, 0)).int()
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """The position of each token in its passage, (T,) int64."""
+        places = torch.arange(sum(self.lengths), device=self.device)
+        return places - self.spread(self.starts[:-1])
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Repeat the (b,) value of each passage for each of its tokens: (T,)."""
+        return values.repeat_interleave(self.sizes, output_size=sum(self.lengths))

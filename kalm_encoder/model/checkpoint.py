@@ -1,12 +1,16 @@
-"""Finds a checkpoint and loads one half of it; weights.py reads its files, nothing else does.
+"""Finds a checkpoint and loads one half of it.
 
 A KaLM reranker on the hub is a whole T5Gemma2: text encoder, decoder and a vision tower of 417M
-parameters that text reranking never uses. A passage worker needs the text encoder, a query process
-the decoder; each is built without weights and filled from the safetensors files, and a weight that
-is missing is an error (`from_pretrained` on a half leaves random weights there without one).
+parameters that text reranking never uses. A passage worker needs the text encoder and a query
+process needs the decoder. Each half is built without weights and filled from the safetensors files.
+
+`from_pretrained` can load a half too, but on a CPU its weights are the mapped file: overwriting the
+checkpoint would change a running model after its fingerprint was checked. While it loads, it also
+changes torch's default dtype for all threads of a service.
 """
 
 import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, T5Gemma2Config
 from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2Decoder,
@@ -24,8 +28,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2TextEncoder,
 )
 
-from kalm_encoder.errors import CheckpointError, InputError
-from kalm_encoder.model.weights import read_tensors, weight_index
+from kalm_encoder.errors import CheckpointError, InputError, first_line
 from kalm_encoder.version import __version__
 
 TOKENIZER_FILES = (
@@ -36,30 +39,28 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
 )
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_checkpoint"
-"""A small trained checkpoint that comes with the package; see the README.md in it."""
+"""Directory of a small trained checkpoint that comes with the package; see its README.md."""
 DEMO_NAME = "kalm-demo"
-"""What it is called where a model is asked for."""
+"""Name of the demo checkpoint wherever a model is asked for."""
 DEMO_NOTE = (
     "This is the demo checkpoint: 3.5 million parameters trained for an hour on documentation. It "
-    "shows how ratios and dtypes behave, and says nothing of KaLM-Reranker-V1's quality."
+    "shows how ratios and dtypes behave, and says nothing about KaLM-Reranker-V1's quality."
 )
 WEIGHTS_INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+STORED_NAME = re.compile(r"(?:model\.)?(encoder|decoder)\.(?:text_model\.)?(.+)")
+"""Half and name of a weight, in all spellings that transformers has written."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Files of one model revision on this machine.
+    """The files of one model revision on this machine.
 
     Attributes:
-        path: directory that holds config, tokenizer and weights.
-        name: what the user called it: a hub id or the directory.
-        revision: the hub commit the files come from, for `kalm-demo` the version of this package;
-            None for a local directory.
+        path: Directory that holds config, tokenizer and weights.
+        name: Name that the user gave, a hub id or the directory.
+        revision: Hub commit that the files come from. It is the version of this package for
+            `kalm-demo`, and None for a local directory.
     """
 
     path: Path
@@ -68,7 +69,11 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> T5Gemma2Config:
-        """The model's configuration."""
+        """The model's configuration.
+
+        Raises:
+            CheckpointError: If it cannot be read or is of another architecture.
+        """
         try:
             config = T5Gemma2Config.from_pretrained(self.path)
         except (OSError, ValueError) as error:
@@ -81,10 +86,9 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 over the names and contents of config, tokenizer and weights files.
+        """Hex sha256 over the names and contents of the config, tokenizer and weights files.
 
-        Two checkpoints with one fingerprint produce the same states and scores. Reads every byte
-        (about a second a gigabyte and core).
+        Equal fingerprints mean equal states and scores. It takes about 1 s per gigabyte and core.
         """
         names = ["config.json", *TOKENIZER_FILES, WEIGHTS_INDEX]
         files = [self.path / n for n in names if (self.path / n).exists()] + self._weight_files()
@@ -94,10 +98,10 @@ class Checkpoint:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def tokenizer(self) -> Any:
-        """Load the tokenizer of exactly these files.
+        """Load the tokenizer from these files.
 
         Raises:
-            CheckpointError: it cannot be loaded or has neither a pad nor an end token.
+            CheckpointError: If it cannot be loaded, or has neither a pad nor an end token.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
@@ -110,47 +114,49 @@ class Checkpoint:
         return tokenizer
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> T5Gemma2TextEncoder:
-        """Build the text encoder alone: embedding, encoder layers, final norm."""
-        with torch.device("meta"):
-            model = T5Gemma2TextEncoder(self.config.encoder.text_config, self._eoi())
-        return self._fill(model, "encoder.", device, dtype)
+        """Load the text encoder alone: embedding, encoder layers, final norm."""
+        return self._load_half(T5Gemma2TextEncoder, "encoder", device, dtype)
 
     def load_decoder(self, device: torch.device, dtype: torch.dtype) -> T5Gemma2Decoder:
-        """Build the decoder alone; its embedding doubles as the LM head, as the model ties them."""
+        """Load the decoder alone. The model ties its embedding to the LM head, so it is both."""
+        return self._load_half(T5Gemma2Decoder, "decoder", device, dtype)
+
+    def _load_half(self, kind: Any, half: str, device: torch.device, dtype: torch.dtype) -> Any:
+        """Build one half without weights and fill it with copies of the stored ones.
+
+        Raises:
+            CheckpointError: If weights are missing, damaged or of other shapes than the config's.
+        """
+        config = self.config.decoder if half == "decoder" else self.config.encoder.text_config
         with torch.device("meta"):
-            model = T5Gemma2Decoder(self.config.decoder, self._eoi())
-        return self._fill(model, "decoder.", device, dtype)
-
-    def _eoi(self) -> int:
-        return int(self.config.eoi_token_index)
-
-    def _fill(self, model: Any, prefix: str, device: torch.device, dtype: torch.dtype) -> Any:
-        """Give a model built on the meta device its weights from the files."""
-        index = weight_index(self._weight_files(), self.name)
-        state = {}
-        for name in model.state_dict():
-            # The embedding is stored once, under whichever module the writer met first.
-            tied = ("encoder.", "decoder.") if name.startswith("embed_tokens.") else ()
-            found = next((index[p + name] for p in (prefix, *tied) if p + name in index), None)
-            if found is None:
+            model = kind(config, int(self.config.eoi_token_index))
+        wanted, found = model.state_dict().keys(), {}
+        for file in self._weight_files():
+            try:
+                with safe_open(file, framework="pt") as weights:
+                    for key in weights.keys():  # noqa: SIM118 - safe_open is not a mapping
+                        stored = STORED_NAME.fullmatch(key)
+                        owner, name = stored.groups() if stored else ("", key)
+                        # The tied embedding is stored once, under either half.
+                        tied = name.startswith("embed_tokens.") and name not in found
+                        if name in wanted and (owner == half or tied):
+                            found[name] = weights.get_tensor(key).to(device, dtype, copy=True)
+            except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{self.name} has no weight {prefix}{name}: it is not a complete KaLM "
-                    "reranker. Download it again, or check the model id."
-                )
-            state[name] = found
-        try:
-            tensors = read_tensors(state, device, dtype)
-        except (SafetensorError, OSError) as error:
+                    f"{file.name} of {self.name} is damaged ({error}). Download it again."
+                ) from error
+        if missing := [f"{half}.{name}" for name in wanted if name not in found]:
             raise CheckpointError(
-                f"a weights file of {self.name} is damaged ({error}). Download it again."
-            ) from error
+                f"{self.name} has no weight {', '.join(missing)}: it is not a complete KaLM "
+                "reranker. Download it again, or check the model id."
+            )
         try:
-            model.load_state_dict(tensors, strict=True, assign=True)
+            model.load_state_dict(found, assign=True)
         except RuntimeError as error:
             raise CheckpointError(
                 f"the weights of {self.name} do not fit its config.json: {error}"
             ) from error
-        # Buffers that are derived, not stored, are still on the meta device.
+        # These buffers are derived and not stored, so they are still on the meta device.
         model.rotary_emb = T5Gemma2RotaryEmbedding(model.config)
         model.embed_tokens.embed_scale = torch.tensor(model.embed_tokens.scalar_embed_scale)
         return model.to(device).requires_grad_(False).eval()
@@ -159,7 +165,7 @@ class Checkpoint:
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise CheckpointError(
-                f"no .safetensors file in {self.name}: other weight formats are never loaded"
+                f"no .safetensors file in {self.name}: no other weight format is ever loaded"
             )
         return files
 
@@ -169,16 +175,16 @@ def resolve(
 ) -> Checkpoint:
     """Find a checkpoint: a local directory, `kalm-demo`, or a hub id that is downloaded once.
 
-    Weights, config and tokenizer all come from one snapshot, so a revision pins the three of them.
+    Weights, config and tokenizer all come from one snapshot, so a revision pins all three.
 
     Args:
-        model_name_or_path: hub id or directory.
-        revision: of the hub id.
-        weights: whether to download the weights too; counting tokens needs none.
+        model_name_or_path: Hub id or directory.
+        revision: Revision of the hub id.
+        weights: Whether to download the weights too; counting tokens does not need them.
 
     Raises:
-        CheckpointError: neither a directory nor a hub id that can be fetched, or a directory given
-            with a revision.
+        CheckpointError: If this is neither a directory nor a hub id that can be fetched, or if a
+            directory is given with a revision.
     """
     path = Path(model_name_or_path)
     if path.is_dir():
@@ -197,16 +203,15 @@ def resolve(
     try:
         snapshot = snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{model_name_or_path!r} (revision {revision or 'main'}) is no local directory and "
-            f"cannot be fetched from the Hugging Face hub: {reason}"
+            f"{model_name_or_path!r} (revision {revision or 'main'}) is not a local directory and "
+            f"cannot be fetched from the Hugging Face hub: {first_line(error)}"
         ) from error
     return Checkpoint(Path(snapshot), model_name_or_path, Path(snapshot).name)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device asked for; without one, the first GPU, else the CPU."""
+    """Return the wanted device. None chooses the first GPU, or the CPU if there is no GPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(device)
@@ -216,7 +221,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return the compute dtype asked for; without one, bfloat16 on GPU and float32 on CPU."""
+    """Return the wanted compute dtype. None chooses bfloat16 on a GPU and float32 on a CPU."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -229,7 +234,7 @@ def answer_token_id(tokenizer: Any, answer: str) -> int:
     """Return the id of `yes` or `no`, which must be exactly one token.
 
     Raises:
-        CheckpointError: it is several, so the score would read the wrong logit.
+        CheckpointError: If it is several tokens, because the score would read the wrong logit.
     """
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:

@@ -1,15 +1,19 @@
-"""The decoder's forward through torch.compile, for batches whose shapes are rounded up to a few.
+"""The decoder's forward through torch.compile, for batches whose shapes are rounded up.
 
-One graph is compiled for all shapes. A GPU records each shape once more, as a CUDA graph, so there
-must be few and they should be met before the first request: rows and states are rounded up to
-powers of two, prompts to multiples of 32. What is added is never attended to: rows are dropped,
-states masked, and prompts padded on the left, so that their last position stays the last.
+One graph is compiled for all shapes. A GPU records each shape once more as a CUDA graph, so there
+must be few shapes, and the first request should meet none that is new: rows and states are rounded
+up to powers of two, prompts to multiples of 32. What is added is never attended to: rows are
+dropped, states are masked, and prompts are padded on the left, so that the last position stays the
+last.
 
-Tested on a CPU with inductor, where it gains nothing; untried on a GPU, which it is for.
+This is tested on a CPU with inductor, where it gains nothing. It is meant for a GPU, where it was
+not tried.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -20,17 +24,21 @@ from torch.nn.functional import pad
 from kalm_encoder.errors import InputError
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 
-LEAST_ROWS, MOST_ROWS = 2, 128  # torch would compile a batch of one apart
+logger = logging.getLogger(__name__)
+LEAST_ROWS, MOST_ROWS = 2, 128
+"""Limits of the rows of a batch. torch would compile a separate graph for a batch of one."""
 LEAST_STATES, MOST_STATES = 8, 256
-PROMPT_STEP = 32
+"""Limits of the states per passage for which `warm_up` prepares shapes."""
+PROMPT_STEP_TOKENS = 32
+"""Prompts are padded to a multiple of this many tokens."""
 
 
 class CompiledForward:
-    """`last_hidden` of one decoder, compiled when it is first called.
+    """`last_hidden` of one decoder; the first call compiles it.
 
     Args:
-        model: a T5Gemma2Decoder in eval mode.
-        token_budget: prompt tokens plus states, padding included, of one forward.
+        model: A T5Gemma2Decoder in eval mode.
+        token_budget: Most prompt tokens plus states of one forward, with padding.
     """
 
     def __init__(self, model: Any, token_budget: int) -> None:
@@ -40,17 +48,17 @@ class CompiledForward:
         mode = "reduce-overhead" if self.on_gpu else None  # CUDA graphs
         self._run = torch.compile(_last_hidden, dynamic=True, mode=mode)
 
-    def plan(self, sizes: Sequence[int], length: int) -> list[list[int]]:
+    def make_batches(self, sizes: Sequence[int], length: int) -> list[list[int]]:
         """Group passages for prompts of one length so that a rounded batch fits the budget.
 
         Args:
-            sizes: states of each passage.
-            length: tokens of the prompt.
+            sizes: Number of states of each passage.
+            length: Number of tokens of the prompt.
 
         Returns:
-            Batches of indices into `sizes`, each index once; longest passages first.
+            Batches of indices into `sizes`, each index once, longest passages first.
 
-        Example: sizes 3, 9, 8 are rounded to 8, 16, 8 states and give [[1], [0, 2]].
+        Example: Sizes 3, 9, 8 are rounded to 8, 16, 8 states and give [[1], [0, 2]].
         """
         alike = defaultdict(list)
         for i, size in enumerate(sizes):
@@ -64,7 +72,7 @@ class CompiledForward:
     def shapes(self, length: int) -> list[tuple[int, int, int]]:
         """Return the (rows, prompt, states) that prompts of a length can meet, smallest first.
 
-        Passages of more than MOST_STATES states have shapes beyond these, met when they come.
+        Passages with more than MOST_STATES states have larger shapes, which are not prepared.
         """
         prompt, states, found = _prompt(length), LEAST_STATES, []
         while states <= MOST_STATES:
@@ -75,46 +83,49 @@ class CompiledForward:
             states *= 2
         return found
 
-    def warm_up(self, lengths: Sequence[int]) -> int:
-        """Compile, and on a GPU run every shape that prompts of these lengths can meet.
+    def warm_up(self, shortest: int) -> None:
+        """Compile, and on a GPU run every shape that queries of up to 64 tokens can meet.
 
-        Call it in the thread that will score: CUDA graphs belong to a thread.
+        It must run in the thread that will score, because CUDA graphs belong to a thread. On a CPU
+        one shape is enough for all.
 
-        Returns:
-            How many shapes were run; on a CPU, one does for all.
+        Args:
+            shortest: Number of tokens of the prompt of an empty query.
 
         Raises:
-            InputError: torch cannot compile here.
+            InputError: If torch cannot compile on this machine.
         """
+        began, weight = time.monotonic(), self.model.embed_tokens.weight
+        lengths = (shortest, shortest + PROMPT_STEP_TOKENS, shortest + 64)
         shapes = sorted({shape for length in lengths for shape in self.shapes(length)})
-        weight = self.model.embed_tokens.weight
         chosen = shapes if self.on_gpu else shapes[:1]
         for rows, prompt, states in chosen:
             tokens = weight.new_zeros((1, prompt), dtype=torch.long)
             passages = weight.new_zeros((rows, states, weight.shape[1]))
+            memory = PassageMemory(passages, weight.new_ones((1, states), dtype=torch.bool))
             try:
-                self(
-                    tokens, PassageMemory(passages, weight.new_ones((1, states), dtype=torch.bool))
-                )
+                self(tokens, memory)
             except torch._dynamo.exc.TorchDynamoException as error:
                 raise InputError(
-                    f"torch cannot compile here, leave compile out: {error}"
+                    f"torch cannot compile on this machine, leave compile out: {error}"
                 ) from error
-        return len(chosen)
+        logger.info(
+            "compiled in %.1f s, %d shapes are ready", time.monotonic() - began, len(chosen)
+        )
 
     @torch.inference_mode()
     def __call__(self, prompts: torch.Tensor, memory: PassageMemory) -> torch.Tensor:
-        """Return (b, d), as `last_hidden` does.
+        """Return (b, d) as `last_hidden` does.
 
         Args:
-            prompts: (1 or b, p) token ids of one length.
-            memory: of the b passages.
+            prompts: Token ids of prompts of one length, (1 or b, p).
+            memory: Memory of the b passages.
         """
         (b, m), p = memory.states.shape[:2], prompts.shape[1]
         rows, length, states = _power(b, LEAST_ROWS), _prompt(p), _power(m, LEAST_STATES)
         more = (length - p, 0, 0, rows - b)
         real = pad(memory.real.expand(b, -1), (0, states - m, 0, rows - b))
-        real[b:, 0] = True  # a row that may attend to nothing would be NaN
+        real[b:, 0] = True  # a row that can attend to no state would become NaN
         if self.on_gpu:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         hidden: torch.Tensor = self._run(
@@ -140,7 +151,7 @@ def _last_hidden(
     states: torch.Tensor,
     real: torch.Tensor,
 ) -> torch.Tensor:
-    """What is compiled: tensors in, a tensor out."""
+    """Call `last_hidden` with tensors alone, which is what torch.compile takes."""
     return last_hidden(model, prompts, PassageMemory(states, real), positions=positions)[0]
 
 
@@ -150,4 +161,4 @@ def _power(count: int, least: int) -> int:
 
 
 def _prompt(length: int) -> int:
-    return -(-length // PROMPT_STEP) * PROMPT_STEP
+    return -(-length // PROMPT_STEP_TOKENS) * PROMPT_STEP_TOKENS

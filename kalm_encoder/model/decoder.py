@@ -1,14 +1,12 @@
-"""A query and stored passage states to scores: the online half of the model.
+"""Turns a query and stored passage states into scores: the online half of the model.
 
-Pairs whose prompts have one length go through the decoder together, so prompts are never padded;
-only stored states are, among neighbours in length. Of the LM head two rows at one position are
-computed: P(yes) needs no more. The decoder knows nothing of tables.
+Pairs whose prompts have the same length go through the decoder together. Prompts are therefore
+never padded; only stored states are, next to others of similar length. Only two rows of the LM head
+are computed at one position, because P(yes) needs no more. The decoder knows nothing of tables.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,19 +17,19 @@ import torch
 from kalm_encoder.errors import InputError, NonFiniteError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.batching import make_batches
-from kalm_encoder.model.compiled_forward import PROMPT_STEP, CompiledForward
+from kalm_encoder.model.compiled_forward import CompiledForward
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
-from kalm_encoder.model.hot_passages import HotPassages
-from kalm_encoder.model.pairs import Pair, Prompt, memory_of
+from kalm_encoder.model.pairs import HotPassages, Pair, Prompt, memory_of
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION, before_query, render_query
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
 __all__ = ["Pair", "Prompt", "QueryDecoder"]
 CPU_TOKEN_BUDGET = 4096
+"""Most prompt tokens plus states of a forward on a CPU."""
 GPU_TOKEN_BUDGET = 131072
+"""Most prompt tokens plus states of a forward on a GPU."""
 MAX_PADDING = 0.05
 """Largest share of padding among the prompt tokens and states of a batch that is not compiled."""
 
@@ -40,12 +38,17 @@ class QueryDecoder:
     """The decoder of one checkpoint on one device.
 
     Attributes:
-        model: the decoder, in eval mode; its embedding is the LM head too.
-        query_max_length: tokens the raw query is cut to before it goes into the prompt.
-        token_budget: prompt tokens plus states, padding included, of one forward.
-        fingerprint: of the checkpoint the weights come from; a table must record the same.
-        hot: the memory of repeated passages, or None.
-        compiled: the forward through torch.compile, or None.
+        model: The decoder in eval mode; its embedding is also the LM head.
+        query_max_length: Number of tokens that the raw query is cut to, without the prompt.
+        token_budget: Most prompt tokens plus states of one forward, with padding. None chooses it
+            from the device.
+        fingerprint: Fingerprint of the checkpoint. A table must record the same.
+        hot: Memory of repeated passages, or None.
+        compiled: Forward through torch.compile, or None.
+
+    Raises:
+        CheckpointError: If the tokenizer splits `yes` or `no`.
+        InputError: If `compile` is combined with `hot_bytes`.
     """
 
     def __init__(
@@ -85,15 +88,14 @@ class QueryDecoder:
         hot_bytes: int = 0,
         compile: bool = False,
     ) -> QueryDecoder:
-        """Load the decoder of a hub id or a local directory, and nothing else of it.
+        """Load the decoder of a hub id or a local directory, and no other part of the model.
 
         With `compile` the forward goes through torch.compile: batches are padded to a few shapes,
-        and the first one waits for the compiler, or `warm_up` does.
+        and the first one waits for the compiler unless `warm_up` ran before.
 
         Raises:
-            CheckpointError: the checkpoint is missing, incomplete, damaged or no KaLM reranker, or
-                its tokenizer splits `yes` or `no`.
-            InputError: an impossible device or dtype, or `compile` with `hot_bytes`.
+            CheckpointError: If it is missing, incomplete, damaged or not a KaLM reranker.
+            InputError: If the device or the dtype is impossible.
         """
         files = checkpoint.resolve(model_name_or_path, revision)
         place = checkpoint.choose_device(device)
@@ -110,13 +112,13 @@ class QueryDecoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Device of the model."""
         device: torch.device = self.model.device
         return device
 
     @property
     def dim(self) -> int:
-        """Width d of the states this decoder attends to."""
+        """Width d of the states that this decoder attends to."""
         return int(self.model.config.hidden_size)
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
@@ -131,7 +133,8 @@ class QueryDecoder:
         )
         tokens = self._tokens(render_query(cut, instruction))
         shared = self._tokens(before_query(instruction))
-        # A tokenizer may join the end of the beginning with the query: then nothing is shared.
+        # A tokenizer may merge the last token of the beginning with the query: then prompts of
+        # this instruction have no common beginning.
         prefix = len(shared) if tokens[: len(shared)] == shared else 0
         return Prompt(tuple(tokens), prefix)
 
@@ -140,7 +143,7 @@ class QueryDecoder:
         return ids
 
     def recall(self, prompt: Prompt, key: Hashable) -> torch.Tensor | None:
-        """Return what is kept of a passage for prompts that begin like this one, if anything is."""
+        """Return what is kept of a passage for prompts with this beginning, or None."""
         if self.hot is None or not prompt.prefix:
             return None
         return self.hot.get((key, prompt.ids[: prompt.prefix]))
@@ -155,36 +158,37 @@ class QueryDecoder:
         """Score passages against one query.
 
         Args:
-            query: raw text; cut to `query_max_length` tokens.
-            states: one (m, d) array a passage, m >= 1 and different for each.
-            instruction: the task; None takes the default one.
+            query: Raw text; it is cut to `query_max_length` tokens.
+            states: An (m, d) array per passage; m >= 1 may differ between passages.
+            instruction: Description of the task; None takes the default one.
 
         Returns:
-            (score, margin) a passage, in input order: score = P(yes) in [0, 1], margin = the logit
-            of `yes` minus that of `no`. A pair's score does not depend on the other passages.
+            (score, margin) per passage, in input order: the score is P(yes) in [0, 1], the margin
+            is the logit of `yes` minus that of `no`. A pair's score does not depend on the others.
 
         Raises:
-            InputError: states that are not (m, d) with this decoder's d.
-            NonFiniteError: the logits overflowed.
+            InputError: If states are not (m, d) with this decoder's d.
+            NonFiniteError: If the logits overflowed.
         """
         prompt = self.prompt(query, instruction)
         return self.score_pairs([Pair(prompt, array) for array in states])
 
     @torch.inference_mode()
     def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
-        """Score any pairs, as `score` does: prompts may differ."""
+        """Score pairs as `score` does; their prompts may differ."""
         alike = defaultdict(list)
         for i, pair in enumerate(pairs):
-            if not self._fits(pair.passage):
+            shape = tuple(pair.passage.shape)
+            recalled = isinstance(pair.passage, torch.Tensor)
+            if not recalled and (len(shape) != 2 or not shape[0] or shape[1] != self.dim):
                 raise InputError(
-                    f"states[{i}] has shape {tuple(pair.passage.shape)}; this decoder takes "
-                    f"(m, {self.dim})"
+                    f"states[{i}] has shape {shape}; this decoder takes (m, {self.dim})"
                 )
             alike[len(pair.prompt.ids), pair.prompt.prefix, pair.held].append(i)
         scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
         for (length, _, held), members in alike.items():
             sizes = [pairs[i].num_states for i in members]
-            for batch in self._plan(sizes, length - held):
+            for batch in self._make_batches(sizes, length - held):
                 chosen = [members[j] for j in batch]
                 logits = self.forward([pairs[i] for i in chosen])
                 if not torch.isfinite(logits).all():
@@ -198,25 +202,22 @@ class QueryDecoder:
                     scores[i] = score
         return scores
 
-    def _plan(self, sizes: Sequence[int], length: int) -> list[list[int]]:
+    def _make_batches(self, sizes: Sequence[int], length: int) -> list[list[int]]:
         if self.compiled is not None:
-            return self.compiled.plan(sizes, length)
+            return self.compiled.make_batches(sizes, length)
         return make_batches(sizes, self.token_budget, overhead=length, max_padding=MAX_PADDING)
 
     def warm_up(self) -> None:
-        """Compile for queries of up to 64 tokens, in this thread; without `compile` do nothing.
+        """Compile for short queries in this thread; do nothing without `compile`.
 
         Raises:
-            InputError: torch cannot compile here.
+            InputError: If torch cannot compile on this machine.
         """
-        if self.compiled is None:
-            return
-        began, shortest = time.monotonic(), len(self.prompt("").ids)
-        shapes = self.compiled.warm_up([shortest, shortest + PROMPT_STEP, shortest + 64])
-        logger.info("compiled, %d shapes met, %.1f s", shapes, time.monotonic() - began)
+        if self.compiled is not None:
+            self.compiled.warm_up(len(self.prompt("").ids))
 
     def forward(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """Run the decoder on b pairs whose prompts have one length, all recalled or none.
+        """Run the decoder on b pairs with prompts of one length; all are recalled, or none is.
 
         Returns:
             (b, 2) float32 logits of `yes` and `no` at the last prompt position.
@@ -241,8 +242,3 @@ class QueryDecoder:
         logits: torch.Tensor = hidden.float() @ self._answers.T
         cap = self.model.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def _fits(self, passage: NDArray[np.floating] | torch.Tensor) -> bool:
-        if isinstance(passage, torch.Tensor):
-            return True
-        return passage.ndim == 2 and len(passage) > 0 and passage.shape[1] == self.dim

@@ -1,12 +1,14 @@
 """The decoder's forward for prompts and their passages, with every saving that is exact.
 
-Rows usually share one prompt, and only its last position is read. So the first layer projects a
-shared prompt once for all rows, the last layer computes queries, output and feed-forward for the
-last position alone, and the mask has one row per passage only where lengths differ. What a prompt
-attends to beside itself is a *memory*: the passage's keys and values, projected now
-(`PassageMemory`), or kept from before together with those of the prompt's beginning (`KeptMemory`).
-The layers' own weights are used; what they compute is T5Gemma2's merged attention (self and cross
-in one softmax, keys and values of both from the same projections).
+The rows of a batch usually share one prompt, and only its last position is read. Therefore the
+first layer projects a shared prompt once for all rows, the last layer computes queries, output and
+feed-forward for the last position alone, and the mask has one row per passage only if their lengths
+differ. What a prompt attends to besides itself is called its memory: the keys and values of the
+passage, which are either projected now (`PassageMemory`) or kept from an earlier forward together
+with those of the prompt's beginning (`KeptMemory`).
+
+The forward uses the weights of the model's own layers. It computes T5Gemma2's merged attention:
+self and cross attention in one softmax, with keys and values of both from the same projections.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ class PassageMemory:
     """Passages whose keys and values are projected in each layer.
 
     Attributes:
-        states: (b, m, d), right padded.
-        real: (b, m) bool, False for padding; (1, m) where all rows are alike.
+        states: States of the passages, (b, m, d), padded on the right.
+        real: (b, m) bool, False for padding; (1, m) if all rows have the same length.
+        prefix: Number of prompt tokens that the memory holds, which is none.
     """
 
     states: torch.Tensor
@@ -36,18 +39,19 @@ class PassageMemory:
     prefix: int = 0
 
     def keys_values(self, attention: Any, _layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return both as (b, kv heads, m, head_dim)."""
+        """Return keys and values, (b, kv heads, m, head_dim) each."""
         return _project(attention, self.states)
 
 
 @dataclass(frozen=True, slots=True)
 class KeptMemory:
-    """Keys and values kept from an earlier forward, of a prompt's first tokens and the passage.
+    """Keys and values of a prompt's first tokens and of the passage, kept from an earlier forward.
 
     Attributes:
-        entries: one (layers, 2, prefix + m_i, kv heads, head_dim) tensor a row, see `last_hidden`.
-        prefix: how many prompt tokens they hold; the prompts given now begin behind them.
-        real: (b, prefix + m) bool, False for padding; (1, prefix + m) where all rows are alike.
+        entries: A (layers, 2, prefix + m_i, kv heads, head_dim) tensor per row; see `last_hidden`.
+        prefix: Number of prompt tokens that they hold. The prompts given now begin after these.
+        real: (b, prefix + m) bool, False for padding; (1, prefix + m) if all rows have the same
+            length.
     """
 
     entries: Sequence[torch.Tensor]
@@ -55,7 +59,7 @@ class KeptMemory:
     real: torch.Tensor
 
     def keys_values(self, _attention: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return both as (b, kv heads, prefix + m, head_dim)."""
+        """Return keys and values, (b, kv heads, prefix + m, head_dim) each."""
         keys, values = (
             pad_sequence([entry[layer, part] for entry in self.entries], batch_first=True)
             for part in (0, 1)
@@ -74,16 +78,17 @@ def last_hidden(
     """Run the decoder and return its final hidden state at the last prompt position.
 
     Args:
-        model: a T5Gemma2Decoder in eval mode.
-        prompts: (1 or b, p) token ids of one length; one row where all passages share it.
-        memory: of the b passages.
-        keep: also return keys and values of the first `keep` prompt tokens and the passages.
-        positions: (p,) of the tokens given, rising to the last; below 0 they are padding. None:
-            they begin at 0, or behind what the memory holds, and none is padding.
+        model: A T5Gemma2Decoder in eval mode.
+        prompts: Token ids of prompts of one length, (1 or b, p); one row if all passages share it.
+        memory: Memory of the b passages.
+        keep: Number of prompt tokens whose keys and values are returned with those of the passages.
+        positions: Positions of the given tokens, (p,), ascending. Tokens at negative positions are
+            padding. None means that they begin at 0, or after what the memory holds.
 
     Returns:
-        (b, d) after the final norm, and with `keep` a (b, layers, 2, keep + m, kv heads, head_dim)
-        tensor, each row of it, its padding cut off, an entry for `KeptMemory`; else None.
+        The hidden state after the final norm, (b, d), and with `keep` a tensor of shape (b, layers,
+        2, keep + m, kv heads, head_dim), otherwise None. A row of that tensor without its padding
+        is an entry for `KeptMemory`.
     """
     config = model.config
     layers = model.layers[: config.num_hidden_layers]
@@ -103,11 +108,11 @@ def last_hidden(
         other = memory.keys_values(attention, i)
         if keep:
             kept.append(_to_keep(own, other, keep))
-        last = -1 if layer is layers[-1] else 0  # from which position on there is more to compute
-        turn = [part[:, :, last:] for part in rotary[kind]]
-        mask = masks[kind][:, :, :, last:].flatten(2, 3)
-        hidden, normed = hidden[:, last:], normed[:, last:]
-        attended = _attend(attention, normed, turn, own, other, mask)
+        first = -1 if layer is layers[-1] else 0  # the last layer computes the last position alone
+        rotation = [part[:, :, first:] for part in rotary[kind]]
+        mask = masks[kind][:, :, :, first:].flatten(2, 3)
+        hidden, normed = hidden[:, first:], normed[:, first:]
+        attended = _attend(attention, normed, rotation, own, other, mask)
         hidden = hidden + norm(layer.post_self_attn_layernorm, attended)
         fed = feed_forward(layer.mlp, norm(layer.pre_feedforward_layernorm, hidden))
         hidden = hidden + norm(layer.post_feedforward_layernorm, fed)
@@ -117,7 +122,7 @@ def last_hidden(
 def _project(
     attention: Any, hidden: torch.Tensor, rotary: Sequence[torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values (b, kv heads, n, head_dim) of (b, n, d); rotated if asked for."""
+    """Return the keys, rotated if `rotary` is given, and the values: (b, kv heads, n, head_dim)."""
     heads = (*hidden.shape[:2], -1, attention.head_dim)
     key = norm(attention.k_norm, attention.k_proj(hidden).view(heads)).transpose(1, 2)
     value = attention.v_proj(hidden).view(heads).transpose(1, 2)
@@ -132,18 +137,18 @@ def _attend(
     other: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Return (b, p, d): attention over memory and prompt, in one softmax.
+    """Return (b, p, d): attention over memory and prompt in one softmax.
 
-    The query heads of one key head are laid out one after the other as if they were positions, so
-    that keys and values are never repeated.
+    The query heads of one key head are laid out as if they were positions, so that keys and values
+    are never repeated.
 
     Args:
-        attention: the layer's T5Gemma2MergedAttention.
-        hidden: (1 or b, p, d), normed.
-        rotary: cos and sin, (1, 1, p, head_dim).
-        own: keys and values of the prompts, (1 or b, kv heads, p', head_dim).
-        other: those of the memory, (b, kv heads, n, head_dim).
-        mask: additive, (1 or b, 1, heads / kv heads * p, n + p').
+        attention: T5Gemma2MergedAttention of the layer.
+        hidden: Normed hidden states, (1 or b, p, d).
+        rotary: Cosines and sines, (1, 1, p, head_dim).
+        own: Keys and values of the prompts, (1 or b, kv heads, p', head_dim).
+        other: Keys and values of the memory, (b, kv heads, n, head_dim).
+        mask: Additive mask, (1 or b, 1, heads / kv heads * p, n + p').
     """
     b, p = len(other[0]), hidden.shape[1]
     heads = (*hidden.shape[:2], -1, attention.head_dim)
@@ -169,7 +174,7 @@ def _attend(
 def _to_keep(
     own: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], keep: int
 ) -> torch.Tensor:
-    """Return (b, 2, keep + m, kv heads, head_dim): what the same passage will need again."""
+    """Return what a later forward of the same passages needs: (b, 2, keep + m, kv heads, k)."""
     b = len(other[0])
     parts = [
         torch.cat([prompt[:, :, :keep].expand(b, -1, -1, -1), passage], dim=2)
@@ -181,7 +186,7 @@ def _to_keep(
 def _masks(
     config: Any, positions: torch.Tensor, memory: PassageMemory | KeptMemory, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Return additive masks (1 or b, 1, heads / kv heads, p, n + p), by kind of layer."""
+    """Return an additive mask (1 or b, 1, heads / kv heads, p, n + p) per kind of layer."""
     p, groups = len(positions), config.num_attention_heads // config.num_key_value_heads
     real = memory.real[:, None, None, :].expand(-1, 1, p, -1)
     before = torch.arange(memory.prefix, device=positions.device)

@@ -1,8 +1,8 @@
-"""Texts to passage states: the offline half of the model.
+"""Turns texts into passage states: the offline half of the model.
 
-Three steps: `tokenise` (CPU), `forward` and pooling (device; only pooled states leave it). `start`
-sends a batch to the device and returns at once where that is a GPU, so that it never waits for the
-host between batches. The encoder knows nothing of files, shards or tables.
+`tokenise` runs on the CPU, `forward` and pooling run on the device, and only pooled states leave
+it. On a GPU `start` returns at once, so that the device never waits for the host between batches.
+The encoder knows nothing of files, shards or tables.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import torch
 from kalm_encoder.errors import CheckpointError, InputError
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model import checkpoint
-from kalm_encoder.model.batching import make_packed_batches
+from kalm_encoder.model.batching import Packed, make_packed_batches, send
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens, mark
-from kalm_encoder.model.packing import Packed, send
 from kalm_encoder.model.pooling import pool_packed
 from kalm_encoder.prompts import render_passage
 
 logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 512
-"""Fastest where a thread has a forward of its own: 1,024 are 4 % slower, 2,048 12 % (measured)."""
+"""Tokens of a forward on a CPU. Each thread runs its own forward: 1,024 tokens were measured to be
+4 % slower per token, and 2,048 tokens 12 %."""
 GPU_TOKEN_BUDGET = 65536
-"""The most tokens of a forward on a GPU; less where its free memory holds less."""
+"""Most tokens of a forward on a GPU; a GPU with little free memory gets fewer."""
 MEMORY_SHARE = 0.8
-"""Of a GPU's free memory that a forward may take."""
+"""Largest share of a GPU's free memory that a forward may take."""
 PROBE_TOKENS = 4096
+"""Tokens of the forward that measures the memory per token on a GPU."""
 
 
 class PassageEncoder:
-    """The text encoder of one checkpoint on one device.
-
-    Several threads may use it at once.
+    """The text encoder of one checkpoint on one device. Several threads may use it at once.
 
     Attributes:
-        model: the text encoder, in eval mode; taken over, see `PackedForward`.
-        max_length: tokens a passage is cut to, its prefix included.
-        token_budget: tokens that one forward takes at most (one passage always goes). Chosen by
-            device and free memory unless given; halved for good when memory runs out.
+        model: The text encoder in eval mode. `PackedForward` changes its layers.
+        max_length: Number of tokens that a passage is cut to, with its prefix.
+        token_budget: Most tokens of one forward; a single passage may have more. None chooses it
+            from the device and its free memory. If memory runs out, it is halved for the rest of
+            the encoder's life.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class PassageEncoder:
         token_budget: int | None = None,
         compile: bool = False,
     ) -> PassageEncoder:
-        """Load the text encoder of a hub id or a local directory, and nothing else of it.
+        """Load the text encoder of a hub id or a local directory, and no other part of the model.
 
         Raises:
-            CheckpointError: the checkpoint is missing, incomplete, damaged or no KaLM reranker.
-            InputError: an impossible device, dtype or length.
+            CheckpointError: If it is missing, incomplete, damaged or not a KaLM reranker.
+            InputError: If the device, the dtype or a length is impossible.
         """
         files = checkpoint.resolve(model_name_or_path, revision)
         place = checkpoint.choose_device(device)
@@ -99,18 +99,21 @@ class PassageEncoder:
         )
 
     def tokenise(self, texts: Sequence[str]) -> list[PassageTokens]:
-        """Render and tokenise passages, cutting each to max_length.
+        """Render and tokenise passages, and cut each to max_length.
 
-        Tokenising first and cutting the ids equals the reference's `truncation=True` (no special
-        token is added), and tells which passages were cut.
+        No special token is added, so cutting the ids equals the reference's `truncation=True`. It
+        also tells which passages were cut.
+
+        Raises:
+            CheckpointError: If the tokenizer makes tokens that the model does not have.
         """
         encoded = passage_ids(self.tokenizer, texts)
         vocabulary = self.model.config.vocab_size
         top = max((max(ids) for ids in encoded), default=0)
         if top >= vocabulary:
             raise CheckpointError(
-                f"the tokenizer made token {top}, the model has {vocabulary}: they do not belong "
-                "together"
+                f"the tokenizer made token {top}, but the model has {vocabulary} tokens: they do "
+                "not belong together"
             )
         return [PassageTokens(i[: self.max_length], len(i) > self.max_length) for i in encoded]
 
@@ -118,11 +121,11 @@ class PassageEncoder:
         """Encode passages.
 
         Args:
-            texts: raw passages, title already joined; the empty one is legal.
-            ratio: tokens averaged into one state, the paper's r.
+            texts: Raw passages, with the title already joined. The empty passage is legal.
+            ratio: Number of tokens that are averaged into one state, the paper's r.
 
         Returns:
-            One PassageStates a text, in input order; states (ceil(num_tokens / ratio), d) float32.
+            One PassageStates per text, in input order. The states are float32.
         """
         if ratio < 1:
             raise InputError(f"ratio {ratio} must be at least 1")
@@ -133,7 +136,7 @@ class PassageEncoder:
         return [states for batch in started for states in batch.result()]
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Group passages of these lengths in tokens, as `encode` does: indices, in order."""
+        """Return the batches in which `encode` groups passages of these lengths, as indices."""
         return make_packed_batches(lengths, self.token_budget)
 
     def encode_batch(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[PassageStates]:
@@ -141,16 +144,16 @@ class PassageEncoder:
         return [states for batch in self.start(tokens, ratio=ratio) for states in batch.result()]
 
     def start(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[BatchInFlight]:
-        """Send a batch to the device, and on a GPU do not wait for it.
+        """Send a batch to the device; on a GPU, return without waiting for the result.
 
-        Where memory runs out the token budget is halved, for this batch and all later ones, and
-        the batch goes in parts.
+        If memory runs out, the token budget is halved for this batch and all later ones, and the
+        batch is sent in parts.
 
         Returns:
-            What becomes the states of all passages, in order; usually one.
+            The parts of the batch, in order; usually there is one.
 
         Raises:
-            torch.OutOfMemoryError: one passage alone does not fit.
+            torch.OutOfMemoryError: If a single passage does not fit.
         """
         total = sum(len(t.ids) for t in tokens)
         if len(tokens) == 1 or total <= self.token_budget:
@@ -159,7 +162,7 @@ class PassageEncoder:
             except (torch.OutOfMemoryError, MemoryError):
                 if len(tokens) == 1:
                     raise
-            # Outside of the handler, whose traceback would hold on to the tensors.
+            # This is outside the handler, because its traceback would keep the tensors alive.
             self.token_budget = max(1, total // 2)
             logger.warning(
                 "out of memory on %d tokens: from now on %d at a time", total, self.token_budget
@@ -174,23 +177,19 @@ class PassageEncoder:
         """Run the text encoder.
 
         Args:
-            batch: lists of token ids, none empty, T tokens in all.
+            batch: Token ids of each passage, none empty, T tokens in all.
 
         Returns:
-            (T, d) last hidden states after the final norm, on the device, and where they lie.
+            (T, d) last hidden states after the final norm, and where each passage lies in them.
         """
-        ids, packed = self._send(batch)
-        return self._forward(ids, packed), packed
-
-    def _send(self, batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packed]:
         ids = send([i for passage in batch for i in passage], self.device)
-        return ids, Packed([len(passage) for passage in batch], self.device)
+        packed = Packed([len(passage) for passage in batch], self.device)
+        return self._forward(ids, packed), packed
 
     @torch.inference_mode()
     def _start(self, tokens: Sequence[PassageTokens], ratio: int) -> BatchInFlight:
-        ids, packed = self._send([t.ids for t in tokens])
         began = mark(self.device)
-        hidden = self._forward(ids, packed)
+        hidden, packed = self.forward([t.ids for t in tokens])
         forwarded = mark(self.device)
         pooled = pool_packed(hidden, packed, ratio)
         if self.device.type == "cuda":
@@ -203,7 +202,7 @@ class PassageEncoder:
 
     @torch.inference_mode()
     def _fitting_budget(self) -> int:
-        """Return how many tokens fit into this GPU's free memory, by the peak of a small batch."""
+        """Measure the peak memory of a small batch and return how many tokens fit this GPU."""
         length = min(self.max_length, PROBE_TOKENS)
         probe = [[self.tokenizer.pad_token_id] * length] * (PROBE_TOKENS // length)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -218,9 +217,9 @@ class PassageEncoder:
 
 
 def token_budget(free_bytes: float, bytes_per_token: float, max_length: int) -> int:
-    """Return the tokens of a forward that a GPU's free memory holds: a passage at least.
+    """Return how many tokens of a forward a GPU's free memory holds, at least one passage.
 
-    Example: 60 GB free at 300 kB a token hold 160,000 tokens; GPU_TOKEN_BUDGET is enough.
+    Example: 60 GB of free memory hold 160,000 tokens of 300 kB; the result is GPU_TOKEN_BUDGET.
     """
     fitting = int(MEMORY_SHARE * free_bytes / bytes_per_token)
     return max(max_length, min(GPU_TOKEN_BUDGET, fitting))
@@ -229,19 +228,17 @@ def token_budget(free_bytes: float, bytes_per_token: float, max_length: int) -> 
 def passage_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each rendered passage, not cut."""
     if not texts:
-        return []  # a tokenizer fails on none
-    rendered = [render_passage(text) for text in texts]
-    encoded: list[list[int]] = tokenizer(
-        rendered, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+        return []  # a tokenizer fails on an empty list
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded: list[list[int]] = tokenizer([render_passage(t) for t in texts], **options)["input_ids"]
     return encoded
 
 
 def check_max_length(max_length: int, tokenizer: Any, text_config: Any) -> None:
-    """Refuse a passage length that holds no passage or that the model has no positions for.
+    """Refuse a passage length that no passage fits in, or that exceeds the model's positions.
 
     Raises:
-        InputError: with both limits.
+        InputError: If the length is outside these limits; the message names both.
     """
     limit = int(text_config.max_position_embeddings)
     shortest = len(tokenizer(render_passage(""), add_special_tokens=False)["input_ids"])

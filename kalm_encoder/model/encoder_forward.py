@@ -1,10 +1,10 @@
-"""The text encoder's forward over packed passages: no padding, no attention to what is not seen.
+"""The text encoder's forward over packed passages, without padding.
 
-The tokens of a batch lie behind one another, (T, d), so what works token by token does no needless
-work. Attention runs passage by passage, without a mask where a layer sees all of a passage, and in
-the sliding layers of longer passages block by block over the tokens in reach; on a GPU in 16 bit
-torch's variable-length flash attention does both. Equal to the model's own padded forward to
-float32 rounding (tests/encoder/model/test_encoder_forward.py).
+The tokens of a batch lie one behind the other, (T, d), so that what works token by token does no
+needless work. Attention runs passage by passage: without a mask if a layer sees the whole passage,
+and block by block over the tokens in reach in the sliding layers of longer passages. On a GPU in
+16 bit, torch's variable-length flash attention does both. The result equals that of the model's own
+padded forward up to float32 rounding (tests/encoder/model/test_encoder_forward.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch.nn.functional import embedding
 
 from kalm_encoder.errors import CheckpointError
+from kalm_encoder.model.batching import Packed
 from kalm_encoder.model.layers import feed_forward, norm, rotate
 from kalm_encoder.model.onednn import pack_linears, product
-from kalm_encoder.model.packing import Packed
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -28,27 +28,27 @@ except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 BLOCK = 128
-"""Queries of a sliding layer computed together: up to BLOCK - 1 keys of each are masked."""
-
+"""Number of queries of a sliding layer that are computed together. A larger block needs fewer
+products, but masks more keys: up to BLOCK - 1 for each query."""
 
 Attention = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Packed, float, int | None], torch.Tensor
 ]
-"""(T, heads, k) queries, (T, kv heads, k) keys and values, where passages lie, scale, window (None:
-all of a passage is seen) to (T, heads, k)."""
+"""Takes (T, heads, k) queries, (T, kv heads, k) keys and values, where the passages lie, the scale
+and the window (None: the whole passage is seen), and returns (T, heads, k)."""
 
 
 class PackedForward:
     """The forward of one text encoder.
 
     Args:
-        model: a T5Gemma2TextEncoder in eval mode. On a CPU its layers' weights are packed for
-            oneDNN: its own forward goes on working, its state_dict no longer holds them.
-        compile: send what lies between the attentions through torch.compile: two small graphs for
-            all layers and lengths, compiled in the first forward.
+        model: A T5Gemma2TextEncoder in eval mode. On a CPU the weights of its layers are packed for
+            oneDNN: its own forward still works, but its state_dict no longer holds them.
+        compile: Whether the parts between the attentions go through torch.compile. Two small graphs
+            serve all layers and lengths; they are compiled in the first forward.
 
     Raises:
-        CheckpointError: the model caps attention logits.
+        CheckpointError: If the model caps attention logits.
     """
 
     def __init__(self, model: Any, *, compile: bool = False) -> None:
@@ -71,8 +71,8 @@ class PackedForward:
         """Return the (T, d) last hidden states, after the final norm.
 
         Args:
-            ids: (T,) int64 token ids of all passages, one behind the other, on the device.
-            packed: where they lie.
+            ids: Token ids of all passages one behind the other, (T,) int64 on the device.
+            packed: Where each passage lies.
         """
         model, config = self.model, self.model.config
         hidden = _embed(model.embed_tokens, ids)
@@ -91,7 +91,7 @@ class PackedForward:
 
 
 def _has_flash(weight: torch.Tensor) -> bool:
-    """Whether variable-length flash attention with a window works on this device and dtype."""
+    """Return whether flash attention with lengths and a window works on this device and dtype."""
     return (
         weight.device.type == "cuda"
         and weight.element_size() == 2
@@ -102,7 +102,7 @@ def _has_flash(weight: torch.Tensor) -> bool:
 
 
 def _embed(module: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return (T, d), as T5Gemma2TextScaledWordEmbedding, which waits for a GPU to find a token."""
+    """Return (T, d) as T5Gemma2TextScaledWordEmbedding does, but without waiting for a GPU."""
     embedded = embedding(ids, module.weight) * module.embed_scale.to(module.weight.dtype)
     special = (ids == module.eoi_token_index).unsqueeze(1)
     return torch.where(special, module.eoi_embedding.to(embedded.dtype), embedded)
@@ -111,7 +111,7 @@ def _embed(module: Any, ids: torch.Tensor) -> torch.Tensor:
 def _before(
     layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return rotated queries and keys, and values, (T, heads, head_dim) each."""
+    """Return the rotated queries and keys and the values, (T, heads, head_dim) each."""
     attention = layer.self_attn
     normed = norm(layer.pre_self_attn_layernorm, hidden)
     heads = (len(hidden), -1, attention.head_dim)
@@ -132,8 +132,8 @@ def _after(layer: Any, hidden: torch.Tensor, seen: torch.Tensor) -> torch.Tensor
 def reach(window: int) -> tuple[int, int]:
     """Return how many tokens to the left and to the right a sliding layer of the encoder sees.
 
-    Example: a window of 512 sees 255 to the left and 256 to the right, as transformers'
-    `sliding_window_mask_function(…, is_causal=False)` has it.
+    Example: A window of 512 sees 255 tokens to the left and 256 to the right, as in transformers'
+    `sliding_window_mask_function(…, is_causal=False)`.
     """
     return (window + 1) // 2 - 1, window // 2
 
@@ -146,22 +146,15 @@ def _attend_varlen(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Attention by torch's variable-length flash attention; see `Attention`."""
-    starts = packed.starts
-    longest = max(packed.lengths)
+    """Compute attention with torch's variable-length flash attention; see `Attention`."""
+    starts, longest = packed.starts, max(packed.lengths)
     seen = varlen_attn(
-        query,
-        key,
-        value,
-        starts,
-        starts,
-        longest,
-        longest,
+        *(query, key, value, starts, starts, longest, longest),
         scale=scale,
         window_size=(-1, -1) if window is None else reach(window),
         enable_gqa=True,
     )
-    assert isinstance(seen, torch.Tensor)  # a pair only with return_aux
+    assert isinstance(seen, torch.Tensor)  # it is a pair only with return_aux
     return seen
 
 
@@ -173,10 +166,10 @@ def _attend_blocks(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Attention as plain matrix products, passage by passage; see `Attention`.
+    """Compute attention as plain matrix products, passage by passage; see `Attention`.
 
-    The query heads of one key head are laid out as if they were positions: keys and values are
-    never repeated, and the products are large.
+    The query heads of one key head are laid out as if they were positions, so that keys and values
+    are never repeated and the products are large.
     """
     query = query * scale
     seen = torch.empty_like(query)
@@ -207,8 +200,8 @@ def _blocks(
     """Cut the attention of one passage into blocks of queries and the keys in their reach.
 
     Returns:
-        (first query, last, first key, last, (queries, keys) bool of what is hidden or None), each
-        `last` exclusive.
+        For each block the first and last query, the first and last key (each last is exclusive),
+        and a (queries, keys) bool tensor of what is hidden, or None if nothing is.
     """
     left, right = (length, length) if window is None else reach(window)
     if length <= min(left, right) + 1:

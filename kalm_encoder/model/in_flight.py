@@ -1,7 +1,7 @@
-"""Batches of passages under way on a device, and the device's own clock.
+"""Batches of passages that a device is working on, and the device's own clock.
 
-A GPU works behind the host's back: what it did when is known from events among its work, and only
-once they have passed. A CPU is done when the call returns.
+A GPU works asynchronously: events among its work tell when it did what, and they can be read only
+after they have passed. A CPU is done when the call returns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kalm_encoder.matryoshka import PassageStates, num_groups
 
 @dataclass(frozen=True, slots=True)
 class PassageTokens:
-    """Token ids of one rendered passage, cut to max_length, and whether it was cut."""
+    """The token ids of one rendered passage, cut to max_length, and whether it was cut."""
 
     ids: list[int]
     truncated: bool
@@ -32,12 +32,12 @@ class BatchInFlight:
     """A batch that was sent to the device.
 
     Args:
-        tokens: of its passages.
-        ratio: it is pooled at.
-        pooled: (G, d) float32 on the CPU, valid once the device is done.
-        computed: tokens the encoder computed, padding included.
-        marks: the device's clock when the batch before in this thread had ended, this one began,
-            was through the encoder, and was pooled.
+        tokens: Tokens of its passages.
+        ratio: Ratio at which it is pooled.
+        pooled: (G, d) float32 on the CPU; the values are valid once the device is done.
+        computed: Number of tokens that the encoder computed, with padding.
+        marks: The device's clock at four moments: the end of the thread's previous batch, the begin
+            of this one, the end of its forward, and the end of its pooling.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class BatchInFlight:
         self._taking = threading.Lock()
 
     def result(self) -> list[PassageStates]:
-        """Wait for the device and return one PassageStates a passage; the same ones every time.
+        """Wait for the device and return one PassageStates per passage.
 
-        Any thread may call it.
+        Any thread may call it, and every call returns the same objects.
         """
         with self._taking:
             if self._pooled is not None:
                 rows = self._pooled.numpy()
                 if not isinstance(self._marks[-1], float):
                     self._marks[-1].synchronize()
-                    rows = rows.copy()  # pinned memory is scarce, and the next batch needs it
+                    rows = rows.copy()  # the next batches need the pinned memory, which is scarce
                 self._states, self._pooled = self._cut(rows), None
             return self._states
 
@@ -82,13 +82,13 @@ class BatchInFlight:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of the device, once `result` has returned: idle before, forward, pool."""
+        """Seconds of the device (idle before the batch, forward, pool); call `result` first."""
         spans = (_between(a, b) for a, b in pairwise(self._marks))
         return dict(zip(("idle", "forward", "pool"), spans, strict=True))
 
 
 def mark(device: torch.device) -> Any:
-    """Return this moment on the device's clock: seconds, or an event among a GPU's work."""
+    """Return this moment on the device's clock: seconds on a CPU, an event on a GPU."""
     if device.type == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]

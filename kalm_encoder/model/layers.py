@@ -1,6 +1,6 @@
-"""Pieces of a T5Gemma2 layer that both halves compute, in fewer passes over memory than its own.
+"""Parts of a T5Gemma2 layer that both halves compute, with fewer passes over memory than its own.
 
-They read the weights of the layer's modules and give the same values to float32 rounding.
+They read the weights of the layer's modules and give the same values up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn.functional import gelu
 
 
 def feed_forward(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Return down(gelu(gate) * up) of (…, d), with one temporary less than T5Gemma2MLP makes."""
+    """Return down(gelu(gate) * up) of (…, d), with one temporary less than T5Gemma2MLP."""
     gated = gelu(mlp.gate_proj(hidden), approximate="tanh").mul_(mlp.up_proj(hidden))
     fed: torch.Tensor = mlp.down_proj(gated)
     return fed

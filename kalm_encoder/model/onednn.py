@@ -1,9 +1,9 @@
 """Float32 matrix products on CPUs with AVX-512 through oneDNN instead of MKL.
 
-torch sends float32 products to MKL, which on AMD processors keeps to AVX2: 115 GFLOP/s a core
-where oneDNN, compiling for AVX-512, reaches 265. Without AVX-512 MKL is the faster one, 80 against
-71 (docs/benchmarks.md). The operators are those that torch.compile itself emits for a CPU.
-Results differ by float32 rounding alone.
+torch sends float32 products to MKL, which on AMD processors uses only AVX2 and reaches 115 GFLOP/s
+per core. oneDNN compiles for AVX-512 and reaches 265. Without AVX-512 MKL is faster, with 80
+against 71 (docs/benchmarks.md). The operators are those that torch.compile itself emits for a CPU.
+Results differ only by float32 rounding.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 LIKELY_ROWS = 1024
-"""Rows that packed weights are laid out for; other numbers work as well."""
-
-
+"""Number of rows that packed weights are laid out for; other numbers work as well."""
 AVAILABLE = (
     platform.machine() in ("x86_64", "AMD64")
     and torch._C._has_mkldnn
@@ -27,12 +25,12 @@ FASTER = AVAILABLE and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def usable(weight: torch.Tensor) -> bool:
-    """Whether products with this weight go through oneDNN here."""
+    """Return whether products with this weight go through oneDNN on this machine."""
     return FASTER and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x @ weight.T, (n, k) and (m, k) to (n, m), by the fastest exact way there is."""
+    """Return x @ weight.T, (n, k) and (m, k) to (n, m), by the faster of the two libraries."""
     return _product(x, weight) if usable(weight) else linear(x, weight)
 
 
@@ -42,7 +40,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLinear(torch.nn.Module):
-    """A bias-free Linear whose weight lies in oneDNN's own layout; takes the place of one."""
+    """Replacement of a Linear without bias, with the weight in oneDNN's own layout."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -55,14 +53,12 @@ class PackedLinear(torch.nn.Module):
 
 
 def pack_linears(module: Any) -> None:
-    """Replace each Linear without bias in a module by a PackedLinear, where oneDNN is faster.
+    """Replace each Linear without bias in a module by a PackedLinear if oneDNN is faster.
 
-    The weights are moved, not kept twice.
+    The weights are moved and not kept twice.
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            plain = isinstance(child, torch.nn.Linear) and "bias" not in dict(
-                child.named_parameters()
-            )
+            plain = isinstance(child, torch.nn.Linear) and child.bias is None
             if plain and usable(child.weight):
                 setattr(parent, name, PackedLinear(child.weight))

@@ -1,13 +1,20 @@
-"""A query, a passage, and what a batch of them is on the device."""
+"""A query paired with a passage, and the memory of passages that keep coming back.
+
+With one instruction, the keys and values of a prompt's beginning depend on nothing but the passage,
+and so do the passage's own. Once they are kept, a repeated candidate costs only the tokens of the
+query. This is a module of its own because decoder.py would be too long with it.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 
 from kalm_encoder.model.decoder_forward import KeptMemory, PassageMemory
 
@@ -20,8 +27,8 @@ class Prompt:
     """A query as the decoder reads it.
 
     Attributes:
-        ids: token ids.
-        prefix: how many of them every query with this instruction begins with.
+        ids: Token ids.
+        prefix: How many of the ids are common to all queries with this instruction.
     """
 
     ids: tuple[int, ...]
@@ -30,12 +37,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One prompt against one passage.
+    """One prompt and one passage.
 
     Attributes:
-        prompt: the query.
-        passage: (m, d) states, m >= 1, or what `QueryDecoder.recall` returned.
-        key: names the passage (its table, ratio and id) so that it can be recalled; None: never.
+        prompt: The query.
+        passage: (m, d) states with m >= 1, or what `QueryDecoder.recall` returned.
+        key: Name of the passage (its table, ratio and id) under which it is kept. With None it is
+            never kept.
     """
 
     prompt: Prompt
@@ -44,17 +52,17 @@ class Pair:
 
     @property
     def held(self) -> int:
-        """Prompt tokens that need no forward: they are in what was recalled."""
+        """Number of prompt tokens that need no forward, because they were recalled."""
         return self.prompt.prefix if isinstance(self.passage, torch.Tensor) else 0
 
     @property
     def num_states(self) -> int:
-        """States of the passage, m."""
+        """Number of states of the passage, m."""
         return int(self.passage.shape[2 if self.held else 0]) - self.held
 
     @property
     def size(self) -> int:
-        """Prompt tokens to compute and states, what a token budget counts."""
+        """Number of prompt tokens to compute plus states, which a token budget counts."""
         return len(self.prompt.ids) - self.held + self.num_states
 
 
@@ -64,9 +72,9 @@ def memory_of(
     """Return the passages of a batch: recalled entries, or states padded to one length.
 
     Args:
-        pairs: all recalled or none.
-        device: of the decoder.
-        dtype: of the decoder.
+        pairs: Pairs that are all recalled, or of which none is.
+        device: Device of the decoder.
+        dtype: Dtype of the decoder.
     """
     lengths = [pair.held + pair.num_states for pair in pairs]
     longest = max(lengths)
@@ -84,3 +92,42 @@ def memory_of(
     if device.type == "cuda":
         states = states.pin_memory()
     return PassageMemory(states.to(device, non_blocking=True).to(dtype), real)
+
+
+class HotPassages:
+    """A bounded memory of passages. It drops the least recently used; threads may share it.
+
+    Args:
+        max_bytes: Limit of all entries together. A single entry that is larger is not kept.
+
+    Attributes:
+        hits: Number of look-ups that found an entry.
+        misses: Number of look-ups that found none.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._entries: LRUCache[Hashable, torch.Tensor] = LRUCache(
+            max_bytes, getsizeof=lambda entry: entry.nbytes
+        )
+        self._lock = threading.Lock()
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes held now."""
+        return int(self._entries.currsize)
+
+    def get(self, key: Hashable) -> torch.Tensor | None:
+        """Return the entry of a passage, or None."""
+        with self._lock:
+            entry = self._entries.get(key)
+            self.hits += entry is not None
+            self.misses += entry is None
+            return entry
+
+    def put(self, key: Hashable, entry: torch.Tensor) -> None:
+        """Keep an entry, and drop older ones if they leave no room for it."""
+        with self._lock:
+            if entry.nbytes <= self._entries.maxsize:
+                self._entries[key] = entry

@@ -1,4 +1,4 @@
-"""Mean pooling of token states on the device: padded batches and packed ones."""
+"""Mean pooling of token states on the device, for padded batches and for packed ones."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from kalm_encoder.matryoshka import num_groups
 if TYPE_CHECKING:
     import torch
 
-    from kalm_encoder.model.packing import Packed
+    from kalm_encoder.model.batching import Packed
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> torch.Tensor:
     """Average every `ratio` consecutive token states; padding never enters a mean.
 
-    Same as `_pool_encoder_chunks` of the reference, but accumulated in float32.
+    This is `_pool_encoder_chunks` of the reference, but the sums are float32. Production code pools
+    packed batches; the training of the demo model and the tests pool padded ones.
 
     Args:
-        states: (b, n, d) encoder output, right padded.
+        states: Encoder output, (b, n, d), padded on the right.
         mask: (b, n), 1 or True for real tokens.
-        ratio: tokens a group, >= 1.
+        ratio: Number of tokens per group, >= 1.
 
     Returns:
         (b, ceil(n / ratio), d) float32. Row i holds num_groups(mask[i].sum(), ratio) group means,
-        then zeros.
+        followed by zeros.
 
-    Example: n = 5 tokens 1, 2, 3, 4, 5 (d = 1) at ratio 2 give 1.5, 3.5, 5.0.
+    Example: The states 1, 2, 3, 4, 5 (n = 5, d = 1) at ratio 2 give 1.5, 3.5, 5.0.
     """
     b, n, d = states.shape
     m = num_groups(n, ratio)
@@ -42,16 +43,16 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> torch.Ten
 def pool_packed(hidden: torch.Tensor, packed: Packed, ratio: int) -> torch.Tensor:
     """Average every `ratio` consecutive token states of each passage of a packed batch.
 
-    As `mean_pool`, without padding. The device is never waited for, and sums are taken in a fixed
-    order: the same batch gives the same bits.
+    It does not wait for the device, and it takes sums in a fixed order, so that the same batch
+    gives the same bits.
 
     Args:
-        hidden: (T, d) encoder output, the passages one behind the other.
-        packed: where they lie.
-        ratio: tokens a group, >= 1.
+        hidden: Encoder output, (T, d), the passages one behind the other.
+        packed: Where each passage lies.
+        ratio: Number of tokens per group, >= 1.
 
     Returns:
-        (G, d) float32, the num_groups(n, ratio) group means of each passage one behind the other.
+        (G, d) float32: the num_groups(n, ratio) group means of each passage, one behind the other.
     """
     total = sum(num_groups(n, ratio) for n in packed.lengths)
     groups = (packed.sizes + (ratio - 1)) // ratio

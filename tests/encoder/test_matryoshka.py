@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.matryoshka import coarsen, num_groups
-from kalm_encoder.model.packing import Packed
+from kalm_encoder.model.batching import Packed
 from kalm_encoder.model.pooling import mean_pool, pool_packed
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from kalm_encoder import PassageEncoder, QueryDecoder
 from kalm_encoder.errors import CheckpointError, InputError
-from kalm_encoder.model.checkpoint import resolve
+from kalm_encoder.model import checkpoint
+from kalm_encoder.model.checkpoint import DEMO_CHECKPOINT, resolve
 from tests.support.random_model import train_tokenizer
 
 
@@ -153,3 +155,105 @@ def test_unknown_models_devices_and_dtypes_are_named(model_dir, monkeypatch):
         PassageEncoder.load(str(model_dir), dtype="int8")
     with pytest.raises(InputError, match="max_length 3"):
         PassageEncoder.load(str(model_dir), max_length=3)
+
+
+def stored_weights(folder, half):
+    """What the safetensors files hold for one half, by its own names, read without our code."""
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    own = re.compile(rf"(model\.)?{half}\.(text_model\.)?")
+    tied = re.compile(r"(model\.)?(encoder|decoder)\.(text_model\.)?embed_tokens\.")
+    return {own.sub("", tied.sub("embed_tokens.", k), count=1): v for k, v in weights.items()}
+
+
+def text_only(weights):
+    return {k: v for k, v in weights.items() if "vision" not in k and "multi_modal" not in k}
+
+
+LAYOUTS = {
+    "whole model": dict,
+    "text only": text_only,
+    "text only, without model.": lambda w: {
+        k.removeprefix("model."): v for k, v in text_only(w).items()
+    },
+    "encoder.text_model.": lambda w: {
+        k.replace("encoder.", "encoder.text_model.", 1): v for k, v in text_only(w).items()
+    },
+    "embedding under the decoder": lambda w: {
+        k.replace("encoder.embed_tokens", "decoder.embed_tokens"): v for k, v in w.items()
+    },
+    "embedding under both": lambda w: (
+        w
+        | {
+            k.replace("encoder.", "decoder."): v.clone()
+            for k, v in w.items()
+            if "embed_tokens" in k
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("source", ["random", "demo"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tensor_is_the_stored_one_to_the_bit(model_dir, tmp_path, source, layout, dtype):
+    copy = shutil.copytree(model_dir if source == "random" else DEMO_CHECKPOINT, tmp_path / "copy")
+    rewrite(copy, LAYOUTS[layout])
+    files = resolve(str(copy))
+    for half, load in (("encoder", files.load_text_encoder), ("decoder", files.load_decoder)):
+        loaded = load(torch.device("cpu"), dtype).state_dict()
+        stored = stored_weights(copy, half)
+        assert len(loaded) == 29 or source == "random"
+        for name, tensor in loaded.items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, stored[name].to(dtype)), name
+
+
+def test_all_missing_weights_are_named(copy):
+    gone = ("model.decoder.norm.weight", "model.decoder.layers.1.mlp.up_proj.weight")
+    rewrite(copy, lambda w: {k: v for k, v in w.items() if k not in gone})
+    with pytest.raises(CheckpointError) as caught:
+        QueryDecoder.load(str(copy))
+    assert all(key.removeprefix("model.") in str(caught.value) for key in gone)
+
+
+def test_only_the_weights_of_the_half_are_read(model_dir, monkeypatch):
+    read = []
+    real = checkpoint.safe_open
+
+    class Recording:
+        def __init__(self, file, framework):
+            self.opened = real(file, framework=framework)
+
+        def __enter__(self):
+            self.weights = self.opened.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.opened.__exit__(*error)
+
+        def keys(self):
+            return self.weights.keys()
+
+        def get_tensor(self, key):
+            read.append(key)
+            return self.weights.get_tensor(key)
+
+    monkeypatch.setattr(checkpoint, "safe_open", Recording)
+    decoder = resolve(str(model_dir)).load_decoder(torch.device("cpu"), torch.float32)
+    assert len(read) == len(decoder.state_dict())
+    assert all("decoder." in key or "embed_tokens." in key for key in read)
+
+
+def test_overwriting_the_file_does_not_change_a_loaded_model(copy):
+    files, device = resolve(str(copy)), torch.device("cpu")
+    halves = [files.load_text_encoder(device, torch.float32)]
+    halves.append(files.load_decoder(device, torch.float32))
+    before = [{k: v.clone() for k, v in half.state_dict().items()} for half in halves]
+    file = copy / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        stream.write(b"\xff" * (file.stat().st_size // 2))
+    for half, was in zip(halves, before, strict=True):
+        assert all(torch.equal(tensor, was[k]) for k, tensor in half.state_dict().items())

@@ -81,7 +81,7 @@ def test_every_batch_has_a_shape_that_was_foreseen(compiled):
         assert all(rows * (p + m) <= 20_000 for rows, p, m in foreseen)
         for count in (1, 5, 64, 200, 513):
             sizes = [rng.randint(1, 256) for _ in range(count)]
-            plan = forward.plan(sizes, length)
+            plan = forward.make_batches(sizes, length)
             assert sorted(i for batch in plan for i in batch) == list(range(count))
             met.clear()
             for batch in plan:

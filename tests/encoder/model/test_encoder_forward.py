@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 from kalm_encoder import PassageEncoder
 from kalm_encoder.model import checkpoint, onednn
+from kalm_encoder.model.batching import Packed
 from kalm_encoder.model.encoder_forward import (
     BLOCK,
     PackedForward,
@@ -18,7 +19,6 @@ from kalm_encoder.model.encoder_forward import (
     reach,
 )
 from kalm_encoder.model.onednn import PackedLinear, product, usable
-from kalm_encoder.model.packing import Packed
 
 TOLERANCE = 2e-5
 

@@ -1,14 +1,14 @@
-"""How the numbers of a state lie on disk: float32, float16, int8 or int4.
+"""How the numbers of a state are stored: as float32, float16, int8 or int4.
 
 A codec turns (m, d) float32 states into an (m, width) array of its dtype and back. The integer
 codecs store bytes: first the values, then their float16 scales, little endian.
 
-    int8  d signed bytes, one scale a vector; value = byte x scale
-    int4  ceil(d / 2) bytes, the even dimension in the low four bits, each value + 8; then a scale
-          for every 64 dimensions; value = (four bits - 8) x scale
+    int8  d signed bytes, then one scale per vector; value = byte x scale
+    int4  ceil(d / 2) bytes, with the even dimension in the low four bits and 8 added to each value;
+          then one scale per 64 dimensions; value = (four bits - 8) x scale
 
-A scale is max(|x|) / 127 (int8) or / 7 (int4) over its dimensions, rounded to float16; values are
-rounded to nearest and clipped to +-127 or +-7. A scale of zero stands for zeros.
+A scale is max(|x|) / 127 (int8) or max(|x|) / 7 (int4) over its dimensions, rounded to float16.
+Values are rounded to nearest and clipped to +-127 or +-7. A scale of zero stands for zeros.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INT4_GROUP = 64
+"""Number of dimensions that share a scale. Smaller groups are more exact and need more scales."""
 
 
 @dataclass(frozen=True)
 class FloatCodec:
-    """States as they are, in float16 or float32."""
+    """Stores states as they are, in float16 or float32."""
 
     dtype: type[np.floating[Any]]
 
     @property
     def limit(self) -> float:
-        """Largest magnitude that can be stored."""
+        """The largest magnitude that can be stored."""
         return float(np.finfo(self.dtype).max)
 
     def width(self, dim: int) -> int:
-        """Return how many stored items a vector has."""
+        """Return the number of stored items per vector."""
         return dim
 
     def encode(self, states: NDArray[np.float32]) -> NDArray[Any]:
@@ -50,11 +51,11 @@ class FloatCodec:
 
 @dataclass(frozen=True)
 class IntCodec:
-    """States as scaled integers of 8 or 4 bits.
+    """Stores states as scaled integers of 8 or 4 bits.
 
     Attributes:
         bits: 8 or 4.
-        group: dimensions that share a scale; None for all.
+        group: Number of dimensions that share a scale; None for all.
     """
 
     bits: int
@@ -63,16 +64,16 @@ class IntCodec:
 
     @property
     def top(self) -> int:
-        """Largest integer: 127 or 7."""
+        """The largest integer: 127 or 7."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def limit(self) -> float:
-        """Largest magnitude that can be stored."""
+        """The largest magnitude that can be stored."""
         return self.top * float(np.finfo(np.float16).max)
 
     def width(self, dim: int) -> int:
-        """Return the bytes of a vector: values, then scales."""
+        """Return the number of bytes per vector, values and scales together."""
         return -(-dim * self.bits // 8) + 2 * self._groups(dim)
 
     def encode(self, states: NDArray[np.float32]) -> NDArray[Any]:

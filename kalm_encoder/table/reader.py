@@ -1,6 +1,7 @@
-"""Reads a passage table: which version, which rows, which ratio. Never writes one.
+"""Reads passages from one version of a table; it never writes.
 
-One handle is one version: what it returns does not change while a job writes. Knows no torch.
+What a handle returns does not change while a job writes to the table. This module knows nothing of
+torch.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from kalm_encoder.table.spec import TableSpec
 
 logger = logging.getLogger(__name__)
 LIVE_TAG = "live"
-"""The tag that names the newest complete version; a job moves it last."""
+"""Tag that names the newest complete version. A job moves it as its last step."""
 
 
 class PassageTable:
     """One version of a passage table, open for reading.
 
     Attributes:
-        uri: where it is.
-        spec: what it records of the model and settings that made it.
-        dataset: the Lance dataset behind it.
-        index: where its rows lie, in memory; None where that was not asked for, or is too large.
+        uri: Address of the table.
+        spec: What the table records about the model and the settings that made it.
+        dataset: The Lance dataset of this version.
+        index: Index of the rows in memory, or None if it was not wanted or is too large.
     """
 
     def __init__(self, uri: str, dataset: lance.LanceDataset) -> None:
@@ -54,15 +55,15 @@ class PassageTable:
         """Open a table.
 
         Args:
-            uri: local path or object store URL of the Lance table.
-            version: a version number or tag; None takes the tag `live`, which only a complete
+            uri: Local path or object store URL of the Lance table.
+            version: A version number or tag; None takes the tag `live`, which only a complete
                 table has.
-            storage_options: as Lance takes them, such as aws_endpoint.
-            index_bytes: memory for `load_index`; 0 does without.
+            storage_options: Storage options of Lance, such as aws_endpoint.
+            index_bytes: Most memory for an index of the rows (see `load_index`); 0 makes none.
 
         Raises:
-            TableError: no such table or version, or a job has not completed it.
-            CorruptRowError: see `load_index`.
+            TableError: If there is no such table or version, or no job has completed it.
+            CorruptRowError: If the index cannot be read.
         """
         dataset = Location(uri, storage_options).dataset()
         try:
@@ -80,19 +81,19 @@ class PassageTable:
         return table
 
     def load_index(self, max_bytes: int) -> None:
-        """Hold in memory where each row lies, so that `take` reads states alone; see row_index.py.
+        """Index the rows in memory, so that `take` reads nothing but states; see row_index.py.
 
-        It reads the light columns once, 0.2 to 0.5 s a million rows from a local disk. Where the
-        index would be larger than `max_bytes`, rows are read as before, and the log says so.
+        This reads the small columns once, which takes 0.2 to 0.5 s per million rows on a local
+        disk. If the index would be larger than `max_bytes`, the log says so and none is made.
 
         Raises:
-            CorruptRowError: the light columns cannot be read.
+            CorruptRowError: If the small columns cannot be read.
         """
         began, rows, ratios = time.monotonic(), len(self), self.spec.ratios
         if (size := RowIndex.size(rows, ratios)) > max_bytes:
             logger.warning(
-                "an index of %d rows takes %.1f MB of memory, the limit is %.1f: rows are looked "
-                "up on disk",
+                "an index of %d rows takes %.1f MB of memory and the limit is %.1f MB: rows are "
+                "looked up on disk",
                 *(rows, size / 2**20, max_bytes / 2**20),
             )
             return
@@ -106,27 +107,27 @@ class PassageTable:
 
     @property
     def version(self) -> int:
-        """Version number this handle reads."""
+        """Number of the version that this handle reads."""
         return int(self.dataset.version)
 
     def __len__(self) -> int:
         return int(self.dataset.count_rows())
 
     def take(self, ids: Sequence[str], *, ratio: int | None = None) -> list[PassageStates]:
-        """Read passages by id, checksums verified.
+        """Read passages by id and verify their checksums.
 
         Args:
-            ids: in any order; one may repeat.
-            ratio: any multiple of a stored ratio; the coarsest stored column that fits is read
-                and coarsened exactly. None takes the finest stored.
+            ids: Ids in any order; they may repeat.
+            ratio: Any multiple of a stored ratio. The coarsest stored column that fits is read and
+                coarsened exactly. None takes the finest stored ratio.
 
         Returns:
-            One PassageStates an id, in the order asked for.
+            One PassageStates per id, in the order of the ids.
 
         Raises:
-            MissingIdsError: names all ids the table does not hold.
-            InputError: the ratio cannot be made from what is stored.
-            CorruptRowError: a row's bytes are not what was written.
+            MissingIdsError: If the table does not hold some ids; it names all of them.
+            InputError: If the ratio cannot be made from what is stored.
+            CorruptRowError: If the bytes of a row are not what was written.
         """
         stored = self.spec.source_ratio(ratio)
         wanted = ratio or stored
@@ -143,9 +144,10 @@ class PassageTable:
     def _take_indexed(
         self, ids: Sequence[str], stored: int, wanted: int
     ) -> tuple[dict[str, PassageStates], list[str]]:
-        """Read passages through the index in memory; return them, and the ids it cannot settle.
+        """Read passages through the index; return them and the ids that it cannot settle.
 
-        Those share a hash with another id, or their row is damaged: the ordinary way tells which.
+        Such an id shares its hash with another one, or its row is damaged. The ordinary look-up
+        tells which.
         """
         if self.index is None:
             return {}, list(ids)
@@ -160,14 +162,14 @@ class PassageTable:
         return found, left + [i for i in single if i not in found]
 
     def known(self, ids: Sequence[str], *, where: str | None = None) -> set[str]:
-        """Return those ids that the table holds, and whose rows satisfy `where`.
+        """Return those ids that the table holds and whose rows satisfy `where`.
 
         Args:
-            ids: any strings.
-            where: SQL predicate over the table's columns, trusted.
+            ids: Any strings.
+            where: SQL predicate over the columns of the table. It is not checked here.
 
         Raises:
-            InputError: the predicate cannot be applied to this table's columns.
+            InputError: If Lance cannot apply the predicate to the columns of this table.
         """
         if where is None:
             return set(self._scan(["id"], ids_in(ids))["id"].to_pylist())
@@ -176,21 +178,21 @@ class PassageTable:
             return set()
         rows = f"_rowid IN ({', '.join(map(str, found['_rowid'].to_pylist()))}) AND ({where})"
         try:
-            # Lance plans this filter only where the row id is asked for, too.
+            # Lance accepts a filter on _rowid only if the scan also returns the row id.
             kept = self.dataset.scanner(columns=["id"], with_row_id=True, filter=rows).to_table()
         except (OSError, ValueError) as error:
             raise InputError(f"the filter {where!r} is refused: {first_line(error)}") from error
         return set(kept["id"].to_pylist())
 
     def texts(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return stored texts by id; empty where the table keeps none."""
+        """Return the stored texts by id, or nothing if the table keeps no texts."""
         if not self.spec.keep_text:
             return {}
         rows = self._scan(["id", "text"], ids_in(ids))
         return dict(zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True))
 
     def lengths(self, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
-        """Return (num_tokens, truncated) by id, of those ids that the table holds."""
+        """Return (num_tokens, truncated) by id for those ids that the table holds."""
         rows = self._scan(["id", "num_tokens", "truncated"], ids_in(ids))
         facts = zip(rows["num_tokens"].to_pylist(), rows["truncated"].to_pylist(), strict=True)
         return dict(zip(rows["id"].to_pylist(), facts, strict=True))
@@ -231,5 +233,5 @@ class PassageTable:
 
 
 def ids_in(ids: Sequence[str]) -> pc.Expression:
-    """Return the filter for rows of these ids; an expression, so that any id is safe in it."""
+    """Return a filter for rows with these ids. As an expression it is safe for any id."""
     return pc.field("id").isin(pa.array(ids, pa.string()))

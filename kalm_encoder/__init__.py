@@ -1,29 +1,24 @@
-"""Encode passages for KaLM-Reranker-V1 once, store them, and rerank from the stored states."""
+"""Encode passages for KaLM-Reranker-V1 once, store their states, and rerank from stored states.
+
+The names below are the public interface, together with those that kalm_encoder.adapters lists. Each
+is imported when it is first used, so that a reader of tables does not pay for torch.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from kalm_encoder.version import __version__
+from kalm_encoder.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from kalm_encoder.errors import KalmError
-    from kalm_encoder.matryoshka import PassageStates
-    from kalm_encoder.model.decoder import QueryDecoder
-    from kalm_encoder.model.encoder import PassageEncoder
-    from kalm_encoder.rerank.reranker import Reranker, RerankResult
-    from kalm_encoder.table.reader import PassageTable
+if TYPE_CHECKING:  # the same names for type checkers; tests/encoder/test_imports.py compares them
+    from kalm_encoder.errors import KalmError as KalmError
+    from kalm_encoder.matryoshka import PassageStates as PassageStates
+    from kalm_encoder.model.decoder import QueryDecoder as QueryDecoder
+    from kalm_encoder.model.encoder import PassageEncoder as PassageEncoder
+    from kalm_encoder.rerank.reranker import Reranker as Reranker
+    from kalm_encoder.rerank.reranker import RerankResult as RerankResult
+    from kalm_encoder.table.reader import PassageTable as PassageTable
 
-__all__ = [
-    "KalmError",
-    "PassageEncoder",
-    "PassageStates",
-    "PassageTable",
-    "QueryDecoder",
-    "RerankResult",
-    "Reranker",
-    "__version__",
-]
-_MODULES = {
+MODULES = {
     "KalmError": "errors",
     "PassageEncoder": "model.encoder",
     "PassageStates": "matryoshka",
@@ -35,7 +30,6 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for and no more: a table reader pays for no torch, and the reverse."""
-    if name not in _MODULES:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

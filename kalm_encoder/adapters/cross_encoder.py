@@ -1,11 +1,11 @@
-"""KaLMCrossEncoder: sentence-transformers' CrossEncoder calls, answered from stored states.
+"""KaLMCrossEncoder answers the calls of sentence-transformers' CrossEncoder from stored states.
 
     model = KaLMCrossEncoder("passages.lance")
     model.rank("how are states read?", ["d1", "d2", "d3"], top_k=2)  # [{"corpus_id": 1, "score": …
     model.predict([("how are states read?", "d1"), ("another query", "d7")])
 
-Documents are ids of the table, or with an encoder texts that are encoded when asked for. Knows
-nothing of sentence-transformers itself.
+Documents are ids of the table. With an encoder they are texts, which are encoded in each call. This
+module does not import sentence-transformers.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 class KaLMCrossEncoder:
-    """Scores (query, document) pairs by P(yes), each pair by itself.
+    """Scores (query, document) pairs by P(yes). The score of a pair depends on no other pair.
 
     Args:
-        reranker: an open Reranker, or the address of a passage table.
-        encoder: of the table's model; with one, documents are texts. Their states are float32,
-            so scores differ from stored ones by what the table's store_dtype rounds away.
-        instruction: the task; None takes the model's default.
-        ratio: any multiple of a stored ratio; None takes the finest stored.
+        reranker: An open Reranker, or the address of a passage table.
+        encoder: Encoder of the table's model; with one, documents are texts. Their states are
+            float32, so their scores are not rounded to the table's store_dtype.
+        instruction: Description of the task; None takes the model's default.
+        ratio: Any multiple of a stored ratio; None takes the finest stored.
 
     Raises:
-        MismatchError: the encoder is not of the table's width or passage length.
-        InputError: an impossible ratio.
+        MismatchError: If the encoder has another width or passage length than the table.
+        InputError: If the ratio is impossible.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class KaLMCrossEncoder:
         self._reranker = Reranker.open(reranker) if isinstance(reranker, str) else reranker
         self._reranker.table.spec.source_ratio(ratio)
         if encoder is not None:
-            check_encoder(self._reranker.table, encoder)
+            _check_encoder(self._reranker.table, encoder)
         self._encoder = encoder
         self._instruction = instruction
         self._ratio = ratio
@@ -71,18 +71,18 @@ class KaLMCrossEncoder:
         """Rank documents for a query.
 
         Args:
-            query: raw text.
-            documents: ids, or texts where there is an encoder; each position gets its score.
-            top_k: keep the best k; None keeps all.
-            return_documents: whether to add each document, as it was given, as "text".
-            batch_size: ignored; batches have a budget of tokens.
-            show_progress_bar: ignored.
-            convert_to_numpy: ignored; scores are Python floats.
-            convert_to_tensor: ignored, too.
+            query: Raw text.
+            documents: Ids, or texts if there is an encoder. A repeated one is in the result twice.
+            top_k: Number of results to keep; None keeps all.
+            return_documents: Whether to add each given document to its result as "text".
+            batch_size: Ignored, because batches have a token budget.
+            show_progress_bar: Ignored.
+            convert_to_numpy: Ignored, because scores are Python floats.
+            convert_to_tensor: Ignored for the same reason.
 
         Returns:
-            {"corpus_id": position, "score": P(yes)} a document, best first; ties by margin, then
-            by position.
+            {"corpus_id": position, "score": P(yes)} per document, best first; ties are broken by
+            margin and then by position.
         """
         scores = self._scores([(query, document) for document in documents])
         order = sorted(range(len(documents)), key=scores.__getitem__, reverse=True)[:top_k]
@@ -104,14 +104,14 @@ class KaLMCrossEncoder:
         """Score pairs.
 
         Args:
-            inputs: n (query, document) pairs, or one; documents as in `rank`.
-            batch_size: ignored; batches have a budget of tokens.
-            show_progress_bar: ignored.
-            convert_to_numpy: False returns a list of scalar tensors.
-            convert_to_tensor: True returns one tensor, whatever `convert_to_numpy` says.
+            inputs: n (query, document) pairs, or a single one; documents as in `rank`.
+            batch_size: Ignored, because batches have a token budget.
+            show_progress_bar: Ignored.
+            convert_to_numpy: Whether to return an array; False returns a list of scalar tensors.
+            convert_to_tensor: Whether to return one tensor. It overrides `convert_to_numpy`.
 
         Returns:
-            (n,) float32 P(yes), in input order; a scalar for one pair.
+            P(yes), (n,) float32 in input order; a scalar for a single pair.
         """
         single = len(inputs) > 0 and isinstance(inputs[0], str)
         pairs: Any = [inputs] if single else inputs
@@ -122,7 +122,7 @@ class KaLMCrossEncoder:
         return result[0] if single else result
 
     def _scores(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, float]]:
-        """Return (score, margin) a pair; a query is scored once, and so is a repeated document."""
+        """Return (score, margin) per pair. Each query and each repeated document is scored once."""
         documents: dict[str, dict[str, None]] = {}
         for query, document in pairs:
             documents.setdefault(query, {})[document] = None
@@ -140,18 +140,18 @@ class KaLMCrossEncoder:
         return [found[query, document] for query, document in pairs]
 
     def _encode(self, texts: Sequence[str]) -> dict[str, PassageStates]:
-        """Return what each text is encoded to at the table's finest ratio."""
+        """Return the states of each text at the table's finest ratio; none without an encoder."""
         if self._encoder is None:
             return {}
         passages = self._encoder.encode(texts, ratio=self._reranker.table.spec.ratios[0])
         return dict(zip(texts, passages, strict=True))
 
 
-def check_encoder(table: PassageTable, encoder: PassageEncoder) -> None:
+def _check_encoder(table: PassageTable, encoder: PassageEncoder) -> None:
     """Refuse an encoder whose states are not comparable with those of a table.
 
     Raises:
-        MismatchError: names the field and both values.
+        MismatchError: If they differ; it names the field and both values.
     """
     spec = table.spec
     for field, stored, given in (

@@ -1,26 +1,32 @@
-"""What the adapters for frameworks built on pydantic have in common."""
+"""What the adapters for LangChain and LlamaIndex share.
+
+It is a module of its own because neither adapter can be imported without its framework.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from kalm_encoder.rerank.reranker import Reranker, RerankResult
+from kalm_encoder.rerank.reranker import Reranker
+
+Item = TypeVar("Item")
 
 
 class RerankFields(BaseModel):
     """An open table and the options of `Reranker.rerank`.
 
     Attributes:
-        reranker: an open Reranker, or the address of a passage table.
-        top_n: keep the best n; None keeps all.
-        id_key: metadata key that holds the id of the passage table.
-        instruction: as in `Reranker.rerank`, like the three below.
-        ratio: of the states to score.
-        cascade: stages instead of one ratio.
-        max_ms: time budget.
+        reranker: An open Reranker, or the address of a passage table.
+        top_n: Number of items to keep; None keeps all.
+        id_key: Metadata key that holds the id of the passage.
+        instruction: Option of `Reranker.rerank`, like the three below.
+        ratio: Ratio of the states to score.
+        cascade: Stages instead of one ratio.
+        max_ms: Time budget in milliseconds.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -35,16 +41,23 @@ class RerankFields(BaseModel):
     _reranker: Reranker = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
-        """Open the table where an address was given."""
+        """Open the table if an address was given."""
         given = self.reranker
         self._reranker = Reranker.open(given) if isinstance(given, str) else given
 
-    def _rank(self, query: str, ids: Sequence[str]) -> list[RerankResult]:
-        return self._reranker.rerank(
+    def _rank(
+        self, query: str, ids: Sequence[str], items: Sequence[Item]
+    ) -> list[tuple[Item, float]]:
+        """Return the best items with P(yes), best first; items with the same id have one score."""
+        by_id = defaultdict(list)
+        for passage_id, item in zip(ids, items, strict=True):
+            by_id[passage_id].append(item)
+        results = self._reranker.rerank(
             query,
-            ids,
+            list(by_id),
             instruction=self.instruction,
             ratio=self.ratio,
             cascade=self.cascade,
             max_ms=self.max_ms,
         )
+        return [(item, r.score) for r in results for item in by_id[r.id]][: self.top_n]

@@ -1,9 +1,9 @@
-"""KaLMReranker: a reranker for LanceDB's vector, full-text and hybrid queries.
+"""KaLMReranker ranks the results of LanceDB's vector, full-text and hybrid queries.
 
     table.search("query", query_type="hybrid").rerank(KaLMReranker("passages.lance")).to_list()
 
-The searched table and the states are two tables, joined by an id column: LanceDB hands every column
-of a search result to its reranker, and states in the searched table would be read for nothing.
+The searched table and the passage table are two tables that share an id column. LanceDB hands every
+column of a search result to its reranker, so states in the searched table would be read needlessly.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SCORE = "_relevance_score"
 
 
 class KaLMReranker(LanceDBReranker):
-    """Scores search results by P(yes) from stored states; no text is sent to a model.
+    """Scores search results by P(yes) from stored states; it sends no text to a model.
 
     Args:
-        reranker: an open Reranker, or the address of a passage table.
-        id_column: of the searched table, holding the ids of the passage table.
+        reranker: An open Reranker, or the address of a passage table.
+        id_column: Column of the searched table that holds the ids of the passage table.
         return_score: "relevance", or "all" to keep `_distance` and `_score` too.
-        options: for every `Reranker.rerank`: instruction, ratio, cascade, max_ms.
+        options: Options of `Reranker.rerank`: instruction, ratio, cascade, max_ms.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class KaLMReranker(LanceDBReranker):
     def rerank_hybrid(
         self, query: str, vector_results: pa.Table, fts_results: pa.Table
     ) -> pa.Table:
-        """Merge both result sets and rank them."""
+        """Merge both sets of results and rank them."""
         merge = self._merge_and_keep_scores if self.score == "all" else self.merge_results
         return self._rank(query, merge(vector_results, fts_results))
 
@@ -61,11 +61,11 @@ class KaLMReranker(LanceDBReranker):
         return self._rank(query, fts_results)
 
     def _rank(self, query: str, rows: pa.Table) -> pa.Table:
-        """Return the rows best first, with float32 `_relevance_score`.
+        """Return the rows best first, with a float32 column `_relevance_score`.
 
         Raises:
-            InputError: no id column among the results.
-            MissingIdsError: names ids without stored states.
+            InputError: If the results have no id column.
+            MissingIdsError: If the passage table does not hold some ids; it names them.
         """
         if self._id_column not in rows.column_names:
             raise InputError(

@@ -1,10 +1,10 @@
-"""KaLMCompressor: ranks the documents of a LangChain retriever by stored states.
+"""KaLMCompressor ranks the documents of a LangChain retriever by stored states.
 
     compressor = KaLMCompressor(reranker="passages.lance", top_n=5)
     best = compressor.compress_documents(retriever.invoke(query), query)
     best[0].metadata["relevance_score"]  # P(yes)
 
-Retriever and states share only ids: the retriever may be any of LangChain's.
+Retriever and states share only ids, so any retriever of LangChain will do.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 
 class KaLMCompressor(RerankFields, BaseDocumentCompressor):
-    """Keeps the best documents by P(yes); no text is sent to a model.
+    """Keeps the best documents by P(yes); it sends no text to a model.
 
-    A document's passage is its metadata `id_key`; where it has none, its `id`.
-
-    The other fields are those of RerankFields.
+    The passage id of a document is its metadata `id_key`, or its `id` if it has no such key. The
+    other fields are those of RerankFields.
     """
 
     def compress_documents(
@@ -35,19 +34,15 @@ class KaLMCompressor(RerankFields, BaseDocumentCompressor):
         """Return copies of the best documents, best first, with metadata `relevance_score`.
 
         Raises:
-            InputError: a document without id.
-            MissingIdsError: names ids without stored states.
+            InputError: If a document has no id.
+            MissingIdsError: If the table does not hold some ids; it names them.
         """
-        by_id: dict[str, list[Document]] = {}
-        for position, document in enumerate(documents):
-            by_id.setdefault(self._passage_id(position, document), []).append(document)
-        results = self._rank(query, list(by_id))
-        ranked = [(document, r.score) for r in results for document in by_id[r.id]]
+        ids = [self._passage_id(*numbered) for numbered in enumerate(documents)]
         return [
             document.model_copy(
                 update={"metadata": {**document.metadata, "relevance_score": score}}
             )
-            for document, score in ranked[: self.top_n]
+            for document, score in self._rank(query, ids, documents)
         ]
 
     def _passage_id(self, position: int, document: Document) -> str:

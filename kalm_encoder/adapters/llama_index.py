@@ -1,10 +1,10 @@
-"""KaLMNodePostprocessor: ranks the nodes of a LlamaIndex retriever by stored states.
+"""KaLMNodePostprocessor ranks the nodes of a LlamaIndex retriever by stored states.
 
     postprocessor = KaLMNodePostprocessor(reranker="passages.lance", top_n=5)
     engine = index.as_query_engine(node_postprocessors=[postprocessor])
     postprocessor.postprocess_nodes(nodes, query_str="how are states read?")[0].score  # P(yes)
 
-Retriever and states share only ids: the retriever may be any of LlamaIndex's.
+Retriever and states share only ids, so any retriever of LlamaIndex will do.
 """
 
 from __future__ import annotations
@@ -17,41 +17,40 @@ from kalm_encoder.errors import InputError
 
 
 class KaLMNodePostprocessor(RerankFields, BaseNodePostprocessor):
-    """Keeps the best nodes by P(yes); no text is sent to a model.
+    """Keeps the best nodes by P(yes); it sends no text to a model.
 
-    A node's passage is its metadata `id_key`; where it has none, its `node_id`.
+    The passage id of a node is its metadata `id_key`, or its `node_id` if it has no such key. The
+    fields that are not listed here are those of RerankFields.
 
     Attributes:
-        keep_retrieval_score: whether to keep the retriever's score as metadata "retrieval_score",
-            as SentenceTransformerRerank does. The other fields are those of RerankFields.
+        keep_retrieval_score: Whether to keep the retriever's score as metadata "retrieval_score",
+            as SentenceTransformerRerank does.
     """
 
     keep_retrieval_score: bool = False
 
     @classmethod
     def class_name(cls) -> str:
-        """Name in LlamaIndex's serialised form."""
+        """Return the name in LlamaIndex's serialised form."""
         return "KaLMNodePostprocessor"
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """Return the best nodes, best first, with P(yes) as their score; the given stay as is.
+        """Return copies of the best nodes, best first, with P(yes) as their score.
 
         Raises:
-            InputError: no query.
-            MissingIdsError: names ids without stored states.
+            InputError: If there is no query.
+            MissingIdsError: If the table does not hold some ids; it names them.
         """
         if query_bundle is None:
             raise InputError("no query to rank by: give query_bundle or query_str")
-        by_id: dict[str, list[NodeWithScore]] = {}
-        for node in nodes:
-            given = node.node.metadata.get(self.id_key)
-            passage_id = node.node.node_id if given is None else str(given)
-            by_id.setdefault(passage_id, []).append(node)
-        results = self._rank(query_bundle.query_str, list(by_id))
-        ranked = [(node, r.score) for r in results for node in by_id[r.id]]
-        return [self._scored(node, score) for node, score in ranked[: self.top_n]]
+        ranked = self._rank(query_bundle.query_str, [self._passage_id(n) for n in nodes], nodes)
+        return [self._scored(node, score) for node, score in ranked]
+
+    def _passage_id(self, node: NodeWithScore) -> str:
+        given = node.node.metadata.get(self.id_key)
+        return node.node.node_id if given is None else str(given)
 
     def _scored(self, node: NodeWithScore, score: float) -> NodeWithScore:
         inner = node.node

@@ -1,9 +1,13 @@
 """What a query process loads, looked at in a fresh interpreter."""
 
+import inspect
+import re
 import subprocess
 import sys
 
 import pytest
+
+import kalm_encoder
 
 FRAMEWORKS = {"langchain_core", "llama_index", "mteb", "sentence_transformers"}
 FORBIDDEN = {"ray", "typer", "pipeline", "jobs", "fastapi", *FRAMEWORKS}
@@ -24,6 +28,15 @@ def test_reranking_loads_no_ray_no_command_line_and_no_encoder(small_table):
     )
     assert not FORBIDDEN & loaded
     assert "kalm_encoder.model.encoder" not in loaded
+
+
+def test_every_public_name_is_found_and_known_to_type_checkers():
+    for name in kalm_encoder.MODULES:
+        assert getattr(kalm_encoder, name).__name__ == name
+    listed = re.findall(r"import \w+ as (\w+)", inspect.getsource(kalm_encoder))
+    assert {*listed} == {*kalm_encoder.MODULES, "__version__"}
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        kalm_encoder.Nothing  # noqa: B018 - the access is what is tested
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -1,7 +1,7 @@
-"""Matryoshka Embedding Pooling: token states to group means, and group means to coarser ones.
+"""Matryoshka Embedding Pooling: token states become group means, and group means coarser ones.
 
-Pure functions over arrays; nothing here knows tokenizers, models or storage. `ratio` is the paper's
-r (arXiv 2606.22807, section on MEP); the published code calls it `chunk_size`.
+These are pure functions over arrays; they know nothing of tokenizers, models or storage. `ratio` is
+the paper's r (arXiv 2606.22807, section on MEP); the published code calls it `chunk_size`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class PassageStates:
     """One encoded passage.
 
     Attributes:
-        states: (m, d) group means, m = ceil(num_tokens / ratio); float32 from the encoder, the
-            store's dtype from a table.
-        num_tokens: tokens encoded, prefix included, after truncation; exact coarsening needs it.
-        truncated: whether the passage was longer than the encoder's max_length.
+        states: Group means, (m, d) with m = ceil(num_tokens / ratio). They are float32 from the
+            encoder, and of the store's dtype from a table.
+        num_tokens: Number of encoded tokens, with the prefix and after truncation; exact coarsening
+            needs it.
+        truncated: Whether the passage was longer than the encoder's max_length.
     """
 
     states: NDArray[np.floating]
@@ -41,25 +42,25 @@ def num_groups(num_tokens: int, ratio: int) -> int:
 def coarsen(
     pooled: NDArray[np.floating], num_tokens: int, stored: int, wanted: int
 ) -> NDArray[np.floating]:
-    """Turn group means at ratio `stored` into those at `wanted`, exactly.
+    """Turn group means at ratio `stored` into exact group means at ratio `wanted`.
 
     Each stored mean is weighted by its number of tokens: the last group of a passage may be short,
     and a plain mean of means would be wrong there.
 
     Args:
-        pooled: (ceil(num_tokens / stored), d).
-        num_tokens: tokens of the passage.
-        stored: ratio of `pooled`.
-        wanted: a multiple of `stored`.
+        pooled: Group means, (ceil(num_tokens / stored), d).
+        num_tokens: Number of tokens of the passage.
+        stored: Ratio of `pooled`.
+        wanted: A multiple of `stored`.
 
     Returns:
-        (ceil(num_tokens / wanted), d) float32; `pooled` itself where the ratios are equal.
+        (ceil(num_tokens / wanted), d) float32, or `pooled` itself if the ratios are equal.
 
     Raises:
-        InputError: `wanted` is no multiple of `stored`, or `pooled` does not fit `num_tokens`.
+        InputError: If `wanted` is no multiple of `stored`, or `pooled` does not fit `num_tokens`.
 
-    Example: means 1.5, 3.5, 5.0 of 5 tokens at ratio 2 become (2*1.5 + 2*3.5) / 4 = 2.5 and 5.0 at
-    ratio 4.
+    Example: The means 1.5, 3.5, 5.0 of 5 tokens at ratio 2 become (2*1.5 + 2*3.5) / 4 = 2.5 and 5.0
+    at ratio 4.
     """
     if wanted < stored or wanted % stored:
         raise InputError(f"ratio {wanted} is not a multiple of the stored ratio {stored}")

@@ -1,7 +1,7 @@
 """The exact strings KaLM-Reranker-V1 was trained on. One changed character changes every score.
 
-Source: the published `kalm_reranker.py` of KaLM-Embedding/KaLM-Reranker-V1-Nano. This file knows
-nothing of tokenizers or models.
+Their source is the published `kalm_reranker.py` of KaLM-Embedding/KaLM-Reranker-V1-Nano. This
+module knows nothing of tokenizers or models.
 """
 
 DOCUMENT_PREFIX = "<Document>: "
@@ -14,24 +14,24 @@ SYSTEM = (
 DEFAULT_INSTRUCTION = "Given a query, retrieve documents that answer the query."
 
 TEMPLATE = DOCUMENT_PREFIX + "{passage}"
-"""How a table records the passage template (a name for it, never formatted)."""
+"""The passage template as a table records it. It serves as a name and is never formatted."""
 
 
 def render_passage(text: str) -> str:
-    """Return the text the encoder reads. The empty passage is legal: its prefix is encoded."""
+    """Return the text that the encoder reads. An empty passage is legal: its prefix is encoded."""
     return DOCUMENT_PREFIX + text
 
 
 def render_query(query: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
-    """Return the decoder prompt, special tokens written out as text.
+    """Return the decoder prompt, with the special tokens written out as text.
 
     Args:
-        query: already cut to the query's token limit.
-        instruction: the task; the score of a pair depends on it.
+        query: Query that is already cut to its token limit.
+        instruction: Description of the task; the score of a pair depends on it.
     """
     return f"{before_query(instruction)} {query}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
 
 
 def before_query(instruction: str = DEFAULT_INSTRUCTION) -> str:
-    """Return what every prompt with this instruction begins with, up to the space."""
+    """Return the common beginning of all prompts with this instruction, up to the space."""
     return f"<bos><start_of_turn>user\n{SYSTEM}\n\n<Instruct>: {instruction}\n<Query>:"

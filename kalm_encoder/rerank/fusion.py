@@ -1,4 +1,4 @@
-"""Two rankings of the same candidates made one. Pure functions over plain numbers."""
+"""Fuses two rankings of the same candidates, as pure functions over plain numbers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from collections.abc import Mapping
 
 
 def fuse(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Add two scores of each candidate after standardising each over the candidates.
+    """Add the z-scores of two scores of each candidate.
 
-    A z-score is (score - mean) / standard deviation (of the population); scales as different as
-    BM25 and a reranker's margin then weigh the same.
+    A z-score is (score - mean) / standard deviation over the candidates (of the population). Scales
+    as different as BM25 and a reranker's margin then have the same weight.
 
     Args:
-        first: score by id; its ids are the candidates.
-        second: another score by id; a candidate it lacks gets its lowest, others are ignored.
+        first: Score by id; its ids are the candidates.
+        second: Another score by id. A candidate that it lacks gets its lowest score; ids that are
+            not candidates are ignored.
 
     Returns:
-        The sum by id, in the order of `first`. A list whose values are all equal adds 0.
+        The sum by id, in the order of `first`. Scores that are all equal add 0.
 
-    Example: first a 2, b 2, c 0, d 0 has z-scores 1, 1, -1, -1; second a 5, b 1, c 5 gives d the
-    lowest, 1, and has 1, -1, 1, -1; fused a 2, b 0, c 0, d -2.
+    Example: The first scores are a 2, b 2, c 0, d 0, with z-scores 1, 1, -1, -1. The second scores
+    are a 5, b 1, c 5; d gets the lowest, 1, and the z-scores are 1, -1, 1, -1. The fused scores are
+    a 2, b 0, c 0, d -2.
     """
     present = {i: second[i] for i in first if i in second}
     lowest = min(present.values(), default=0.0)

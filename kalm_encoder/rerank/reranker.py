@@ -1,4 +1,7 @@
-"""Ids in, ranking out: take stored states, score them, sort. Joins table and decoder."""
+"""Ranks passages by id: it takes their stored states from the table and scores them.
+
+This is the only place where table and decoder meet; neither knows of the other.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ from kalm_encoder.matryoshka import PassageStates, coarsen
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.pairs import Pair, Prompt
 from kalm_encoder.prompts import TEMPLATE
-from kalm_encoder.rerank.cascade import Stage, plan_stages
+from kalm_encoder.rerank.cascade import Stage, choose_stages
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.spec import FORMAT_VERSION
 
 CHUNK = 128
-"""Candidates read together, while the decoder works on those before."""
+"""Number of candidates that are read together while the decoder scores those before them."""
 TIMED_CHUNK = 16
-"""Candidates scored between two looks at the clock, where there is a time budget."""
+"""The same with a time budget, which is checked between two chunks: smaller chunks keep it more
+exactly, larger ones use the decoder better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +34,11 @@ class RerankResult:
     """One candidate.
 
     Attributes:
-        id: of the passage.
+        id: Id of the passage.
         score: P(yes) in [0, 1].
-        margin: logit of yes minus logit of no.
-        ratio: of the states it was scored from; coarser than asked for where a cascade dropped it
-            or the time ran out.
+        margin: Logit of `yes` minus logit of `no`.
+        ratio: Ratio of the states it was scored from. It is coarser than asked for if a cascade
+            dropped the candidate or the time ran out.
     """
 
     id: str
@@ -44,11 +48,11 @@ class RerankResult:
 
 
 class Scorer(Protocol):
-    """What a reranker needs of a decoder; see QueryDecoder."""
+    """What a reranker needs of a decoder; see QueryDecoder, which is one."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the checkpoint."""
+        """Fingerprint of the checkpoint."""
 
     @property
     def dim(self) -> int:
@@ -58,14 +62,23 @@ class Scorer(Protocol):
         """Return a query as the decoder reads it."""
 
     def recall(self, prompt: Prompt, key: Hashable) -> torch.Tensor | None:
-        """Return what is kept of a passage."""
+        """Return what is kept of a passage, or None."""
 
     def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
-        """Return score and margin of each pair."""
+        """Return the score and the margin of each pair."""
 
 
 class Reranker:
-    """A passage table and the decoder that belongs to it."""
+    """A passage table and the decoder that belongs to it.
+
+    Args:
+        table: The open table.
+        decoder: Decoder of the same checkpoint.
+        max_length: Passage length that the caller relies on; None takes what the table records.
+
+    Raises:
+        MismatchError: If table and decoder do not belong together.
+    """
 
     def __init__(
         self, table: PassageTable, decoder: Scorer, *, max_length: int | None = None
@@ -93,22 +106,22 @@ class Reranker:
         """Open a table and load the decoder for it; the encoder is never loaded.
 
         Args:
-            uri: of the table.
-            model: hub id or directory; None takes what the table records, and its revision.
-            revision: hub revision of `model`.
-            version: version number or tag of the table; None takes the tag `live`.
-            max_length: passage length the caller relies on; None takes what the table records.
-            storage_options: as Lance takes them.
-            device: None takes the first GPU, else the CPU.
-            dtype: None takes bfloat16 on GPU and float32 on CPU.
-            hot_bytes: memory, on the device, for passages that come back with the same
-                instruction: they are neither read again nor is the prompt's fixed part computed.
-            index_bytes: memory for where each row of the table lies; see PassageTable.load_index.
+            uri: Address of the table.
+            model: Hub id or directory of the model; None takes what the table records.
+            revision: Hub revision of the model; if both are None, what the table records.
+            version: Version number or tag of the table; None takes the tag `live`.
+            max_length: Passage length that the caller relies on; None takes what the table records.
+            storage_options: Storage options of Lance.
+            device: Device of the decoder; None takes the first GPU, or the CPU if there is none.
+            dtype: Dtype of the decoder; None takes bfloat16 on a GPU and float32 on a CPU.
+            hot_bytes: Memory on the device for passages that come back with the same instruction.
+                They are not read again, and the fixed part of their prompt is not computed again.
+            index_bytes: Memory for an index of the table's rows; see PassageTable.load_index.
 
         Raises:
-            TableError: no such table, or not complete.
-            CheckpointError: the model cannot be loaded.
-            MismatchError: table and model do not belong together; names the field.
+            TableError: If there is no such table, or it is not complete.
+            CheckpointError: If the model cannot be loaded.
+            MismatchError: If table and model do not belong together; it names the field.
         """
         table = PassageTable.open(
             uri, version=version, storage_options=storage_options, index_bytes=index_bytes
@@ -135,41 +148,42 @@ class Reranker:
         """Score stored passages against a query.
 
         Args:
-            query: raw text, or what the decoder's `prompt` made of it; then its instruction counts.
-            ids: candidates, in any order; a repeated one is scored once.
-            instruction: the task; None takes the model's default.
-            ratio: any multiple of a stored ratio; None takes the finest stored.
-            top_k: keep the best k; None keeps all.
-            cascade: stages (ratio, how many of the best go on), coarse first, instead of `ratio`:
-                [(32, 20), (4, None)] scores all at 32 and the best 20 again at 4.
-            max_ms: time budget. All are scored at the coarsest stage, however long it takes; later
-                stages score the best first and stop in time. Without a `cascade` that is a coarse
-                stage (see `cascade.coarse_stage`), then `ratio`.
-            passages: states at the finest stored ratio by id, just encoded: used instead of the
-                table's.
+            query: Raw text, or a prompt that the decoder made of it; `instruction` is ignored then.
+            ids: Candidates in any order. A repeated one is scored once.
+            instruction: Description of the task; None takes the model's default.
+            ratio: Any multiple of a stored ratio; None takes the finest stored.
+            top_k: Number of results to keep, the best first; None keeps all.
+            cascade: Stages (ratio, how many of the best go on), coarse first, instead of `ratio`:
+                [(32, 20), (4, None)] scores all at ratio 32 and the best 20 again at 4.
+            max_ms: Time budget in milliseconds. The first stage scores all candidates, however long
+                it takes; later stages score the best first and stop in time. Without a `cascade`
+                there are two stages: `cascade.coarse_ratio`, then `ratio`.
+            passages: Freshly encoded states at the finest stored ratio, by id; they are used
+                instead of those of the table.
 
         Returns:
-            Those of the last stage first, each stage best first, ties by id. Scores are P(yes),
-            never normalised over the candidates; scores of different ratios are not comparable.
+            The results of the last stage first, the best of each stage first, ties by id. Scores
+            are P(yes), never normalised over the candidates. Scores of different ratios are not
+            comparable.
 
         Raises:
-            MissingIdsError: names all ids the table does not hold.
-            InputError: an impossible ratio, top_k, cascade or max_ms.
+            MissingIdsError: If the table does not hold some ids; it names all of them.
+            InputError: If ratio, top_k, cascade or max_ms is impossible.
         """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k {top_k} must be at least 1")
         if max_ms is not None and max_ms <= 0:
             raise InputError(f"max_ms {max_ms} must be above 0")
         deadline = None if max_ms is None else time.monotonic() + max_ms / 1000
-        stages = plan_stages(self.table.spec, ratio, cascade, timed=deadline is not None)
+        stages = choose_stages(self.table.spec, ratio, cascade, timed=deadline is not None)
         prompt = self.decoder.prompt(query, instruction) if isinstance(query, str) else query
         left = list(dict.fromkeys(ids))
         ranked: list[RerankResult] = []
         for number, (stage_ratio, keep) in enumerate(stages):
-            until = deadline if number else None  # the first stage scores all, come what may
+            until = deadline if number else None  # the first stage scores all in any case
             scored = self._score(prompt, left, stage_ratio, until, passages or {})
             scored.sort(key=lambda r: (-r.score, -r.margin, r.id))
-            # What this stage did not reach keeps its place below, with the score it has.
+            # Candidates that this stage did not reach keep their scores and come after the others.
             reached = {result.id for result in scored}
             ranked = [*scored, *(r for r in ranked if r.id not in reached)]
             left = [result.id for result in scored][:keep]
@@ -183,7 +197,7 @@ class Reranker:
         deadline: float | None,
         given: Mapping[str, PassageStates],
     ) -> list[RerankResult]:
-        """Score candidates until the deadline; return those there was time for."""
+        """Score candidates until the deadline and return those that were scored."""
         size = CHUNK if deadline is None else TIMED_CHUNK
         chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
         results: list[RerankResult] = []
@@ -203,11 +217,11 @@ class Reranker:
         ratio: int,
         given: Mapping[str, PassageStates],
     ) -> Iterator[tuple[Sequence[str], list[Pair]]]:
-        """Yield each chunk with its pairs; the next one is read while the caller has this one."""
+        """Yield each chunk with its pairs; the next chunk is read while the caller scores one."""
         reads = (self._reader.submit(self._pairs, prompt, c, ratio, given) for c in chunks)
         ahead = next(reads, None)
         for chunk in chunks:
-            assert ahead is not None  # one read a chunk
+            assert ahead is not None  # there is one read per chunk
             pairs = ahead.result()
             ahead = next(reads, None)
             yield chunk, pairs
@@ -215,7 +229,7 @@ class Reranker:
     def _pairs(
         self, prompt: Prompt, ids: Sequence[str], ratio: int, given: Mapping[str, PassageStates]
     ) -> list[Pair]:
-        """Pair a prompt with passages: recalled, given, or read from the table."""
+        """Pair a prompt with passages that are recalled, given, or read from the table."""
         keys = {i: (self.table.uri, self.table.version, ratio, i) for i in ids if i not in given}
         pairs = {}
         for i, key in keys.items():
@@ -236,7 +250,7 @@ def check_match(table: PassageTable, decoder: Scorer, *, max_length: int | None 
     """Refuse a table that this decoder cannot score.
 
     Raises:
-        MismatchError: names the first differing field, both values and the remedy.
+        MismatchError: If they differ; it names the first field, both values and the remedy.
     """
     spec = table.spec
     again = "encode the corpus again"

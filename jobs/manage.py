@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.options import StorageOptions, location
+from jobs.options import StorageOptions, Table, location
 from kalm_encoder.errors import InputError
-
-Table = Annotated[str, typer.Argument(help="The table.")]
 
 
 def rejects(
     uri: Table,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line, for a script.")
+    ] = False,
     storage_option: StorageOptions = None,
 ) -> None:
-    """List the input rows that were rejected, with file, line and reason."""
-    from dataclasses import asdict
-
+    """List the input rows that were not encoded, with file, line and reason."""
     from pipeline.table.rejects import RejectStore
 
     table = location(uri, storage_option)
-    table.dataset()
+    table.dataset()  # an error if there is no table, which would have no rejects either
     found = RejectStore(table).read()
     for reject in found:
         if as_json:
@@ -40,11 +39,11 @@ def rejects(
 
 def delete(
     uri: Table,
-    ids_file: Annotated[Path, typer.Option(help="File with one id a line.")],
+    ids_file: Annotated[Path, typer.Option(help="Text file with one id per line.")],
     storage_option: StorageOptions = None,
 ) -> None:
     """Delete passages by id; readers switch when all are gone."""
-    from pipeline.table.finish import delete as delete_rows
+    from pipeline.upkeep.delete import delete as delete_rows
 
     try:
         ids = [line for line in ids_file.read_text(encoding="utf-8").split("\n") if line]
@@ -57,25 +56,30 @@ def delete(
 
 def publish(
     uri: Table,
-    version: Annotated[int | None, typer.Option(help="Default: the latest.")] = None,
+    version: Annotated[
+        int | None,
+        typer.Option(
+            help="Version number, to go back further than `kalm rollback`. Default: the latest."
+        ),
+    ] = None,
     storage_option: StorageOptions = None,
 ) -> None:
     """Let readers see a complete version: move the tag `live` to it."""
-    from pipeline.table.finish import publish as move
+    from pipeline.table.publish import publish as move
 
     print(f"version {move(location(uri, storage_option), version)} is live")
 
 
 def rollback(uri: Table, storage_option: StorageOptions = None) -> None:
-    """Let readers see again what was live before."""
-    from pipeline.table.finish import rollback as move
+    """Let readers see the version that was live before; run it again to undo."""
+    from pipeline.table.publish import rollback as move
 
     print(f"version {move(location(uri, storage_option))} is live again")
 
 
 def compact(uri: Table, storage_option: StorageOptions = None) -> None:
     """Merge small data files and bring the indexes up to date."""
-    from pipeline.table.finish import compact as merge
+    from pipeline.upkeep.delete import compact as merge
 
     merge(location(uri, storage_option))
     print(f"{uri} is compact")
@@ -83,18 +87,21 @@ def compact(uri: Table, storage_option: StorageOptions = None) -> None:
 
 def gc(
     uri: Table,
-    older_than: Annotated[float, typer.Option(help="Days a version or file must be old.")] = 7.0,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            help="Days that a version or file must be old. Lower it to free space sooner; a reader "
+            "that holds an older version open then fails."
+        ),
+    ] = 7.0,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be removed.")] = False,
     storage_option: StorageOptions = None,
 ) -> None:
     """Remove old versions that no tag names, and files of crashed attempts."""
     from pipeline.upkeep.garbage import collect_garbage
 
-    found = collect_garbage(
-        location(uri, storage_option),
-        older_than=timedelta(days=older_than),
-        dry_run=dry_run,
-    )
+    table, age = location(uri, storage_option), timedelta(days=older_than)
+    found = collect_garbage(table, older_than=age, dry_run=dry_run)
     print(
         f"{'would remove' if dry_run else 'removed'} {found.versions} versions, "
         f"{found.files} data files, {found.bytes:,} bytes"
@@ -102,10 +109,10 @@ def gc(
 
 
 def doctor(
-    uri: Annotated[str, typer.Argument(help="A table, or where one is to be.")],
+    uri: Annotated[str, typer.Argument(help="Path or URL of a table, or where one is to be.")],
     storage_option: StorageOptions = None,
 ) -> None:
-    """Try everything a job does on this store, and explain what is wrong. Exit code 1 if it is."""
+    """Try everything a job does on this store and explain what is wrong. Exit code 1 if it is."""
     from pipeline.table.preflight import examine
 
     checks = list(examine(location(uri, storage_option)))

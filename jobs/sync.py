@@ -1,4 +1,4 @@
-"""`kalm sync`: a complete table follows its corpus; only what changed is encoded."""
+"""`kalm sync`: bring a complete table up to date with its corpus; only what changed is encoded."""
 
 from __future__ import annotations
 
@@ -7,48 +7,48 @@ from typing import Annotated
 
 import typer
 
+from jobs import options
 from jobs.encode import print_summary
-from jobs.options import StorageOptions, executor, parse_storage_options
 
 
 def sync(
-    inputs: Annotated[list[str], typer.Argument(help="All files of the new corpus.")],
-    to: Annotated[str, typer.Option(help="The table to bring up to date.")],
-    model: Annotated[str | None, typer.Option(help="Default: the one the table records.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the hub id.")] = None,
+    inputs: Annotated[
+        list[str], typer.Argument(help="All files of the corpus: paths, URLs or globs.")
+    ],
+    to: Annotated[str, typer.Option(help="Path or URL of the table to bring up to date.")],
+    model: options.TableModel = None,
+    revision: options.Revision = None,
     delete_missing: Annotated[
-        bool, typer.Option(help="Remove passages that are no longer in the corpus.")
+        bool,
+        typer.Option(
+            help="Delete passages that are not in the corpus any more. Leave it out when the "
+            "inputs are only the new part of a corpus."
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Print the counts and change nothing.")] = False,
-    on_duplicate: Annotated[
-        str, typer.Option(help="Passages of one id: error, first or last counts.")
-    ] = "error",
-    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 encodes here.")] = None,
-    cpus_per_worker: Annotated[int | None, typer.Option(help="CPUs a worker.")] = None,
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(help="GPUs a worker, such as 0.5; 0 uses CPUs. Default 1 if any."),
-    ] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster.")] = None,
-    shard_size: Annotated[int, typer.Option(help="Rows a shard.")] = 1000,
-    id_field: Annotated[str | None, typer.Option(help="Field that holds the id.")] = None,
-    text_field: Annotated[str | None, typer.Option(help="Field that holds the text.")] = None,
-    title_field: Annotated[str | None, typer.Option(help="Field that holds the title.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
-    storage_option: StorageOptions = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the counts and change nothing, to see what would happen.")
+    ] = False,
+    on_duplicate: options.OnDuplicate = "error",
+    workers: options.Workers = None,
+    cpus_per_worker: options.CpusPerWorker = None,
+    gpus_per_worker: options.GpusPerWorker = None,
+    address: options.Address = None,
+    shard_size: options.ShardSize = 1000,
+    id_field: options.IdField = None,
+    text_field: options.TextField = None,
+    title_field: options.TitleField = None,
+    as_json: options.AsJson = False,
+    storage_option: options.StorageOptions = None,
 ) -> None:
     """Encode new and changed passages, by id and text; readers switch when all is done."""
-    execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
-
-    from kalm_encoder.table.location import Location
+    execute = options.executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
     from kalm_encoder.table.spec import TableSpec
     from pipeline.corpus.passages import FieldOptions
-    from pipeline.run.job import EncodeJob, plan_job
-    from pipeline.upkeep import sync as syncing
-    from pipeline.upkeep.compare import Comparison
+    from pipeline.run.job import EncodeJob
+    from pipeline.upkeep.sync import sync as bring_up_to_date
 
-    options = parse_storage_options(storage_option)
-    spec = TableSpec.from_metadata(Location(to, options).dataset().schema.metadata, to)
+    table = options.location(to, storage_option)
+    spec = TableSpec.from_metadata(table.dataset().schema.metadata, to)
     job = EncodeJob(
         inputs=tuple(inputs),
         uri=to,
@@ -60,26 +60,15 @@ def sync(
         keep_text=spec.keep_text,
         fields=FieldOptions(id_field, text_field, title_field),
         shard_size=shard_size,
-        storage_options=options,
+        storage_options=table.options,
     )
-    summary = None
-    if dry_run:
-        changes = Comparison(job, plan_job(job), on_duplicate).changes
-    else:
-        changes, summary = syncing.sync(
-            job, execute, delete_missing=delete_missing, on_duplicate=on_duplicate
-        )
-    counts = {
-        "unchanged": changes.unchanged,
-        "changed": changes.changed,
-        "new": changes.new,
-        "missing": len(changes.missing),
-        "rejected": len(changes.rejected),
-    }
+    changes, summary = bring_up_to_date(
+        job, execute, delete_missing=delete_missing, on_duplicate=on_duplicate, dry_run=dry_run
+    )
     if as_json:
-        print(json.dumps(counts))
+        print(json.dumps(changes.counts()))
         return
-    print(", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    print(", ".join(f"{count:,} {name}" for name, count in changes.counts().items()))
     if dry_run:
         print("dry run: nothing was written")
         return

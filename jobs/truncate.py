@@ -6,26 +6,30 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import Ratios, StorageOptions, parse_ratios, parse_storage_options
+from jobs import options
 
 
 def truncate(
-    uri: Annotated[str, typer.Argument(help="A complete table.")],
-    to: Annotated[str, typer.Option(help="The table to write.")],
-    ratios: Ratios = None,
+    uri: options.Table,
+    to: Annotated[str, typer.Option(help="Table to write: a path or URL that ends in .lance.")],
+    ratios: options.Ratios = None,
     store_dtype: Annotated[
-        str | None, typer.Option(help="float16, float32, int8 or int4; default: the same.")
+        str | None,
+        typer.Option(
+            help=f"Type of the stored numbers: {options.STORE_DTYPES}. int8 halves a float16 "
+            "table, int4 quarters it. Default: the same as before."
+        ),
     ] = None,
-    storage_option: StorageOptions = None,
+    storage_option: options.StorageOptions = None,
 ) -> None:
-    """Write a table at coarser ratios or in fewer bits. Run the same command again to resume."""
+    """Write a complete table again at coarser ratios or in fewer bits; run it again to resume."""
     from pipeline.upkeep.truncate import truncate as convert
 
     summary = convert(
         uri,
         to,
-        ratios=None if ratios is None else parse_ratios(ratios),
+        ratios=None if ratios is None else options.parse_ratios(ratios),
         store_dtype=store_dtype,
-        storage_options=parse_storage_options(storage_option),
+        storage_options=options.parse_storage_options(storage_option),
     )
     print(f"{to} is complete: {summary.num_rows:,} passages")

@@ -1,44 +1,51 @@
-"""`kalm verify`: every row of a table against its checksums."""
+"""`kalm verify`: compare every row of a table with its checksums."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from jobs.options import StorageOptions, parse_storage_options
+from jobs import options
 
 
 def verify(
-    uri: Annotated[str, typer.Argument(help="The table.")],
-    version: Annotated[
-        str | None, typer.Option(help="Version number or tag; default live.")
-    ] = None,
-    sample: Annotated[int, typer.Option(help="Encode so many rows again and compare.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="Model for the sample; default the table's.")
-    ] = None,
+    uri: options.Table,
+    version: options.Version = None,
+    sample: Annotated[
+        int,
+        typer.Option(
+            help="Rows to encode again and compare, to see whether the model here gives the states "
+            "that are stored. Needs the model."
+        ),
+    ] = 0,
+    model: options.TableModel = None,
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", help="Corpus file or glob that must be there; may be repeated."),
+        typer.Option(
+            "--input",
+            help="File or glob of the corpus, whose passages the table must hold with the same "
+            "texts and no others. May be repeated.",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    storage_option: StorageOptions = None,
+    as_json: options.AsJson = False,
+    storage_option: options.StorageOptions = None,
 ) -> None:
     """Check all rows: checksums, finite values, shapes, unique ids. Exit code 1 if any is bad."""
     from pipeline.upkeep.verify import verify as check
 
     report = check(
         uri,
-        version=int(version) if version and version.isdigit() else version,
-        storage_options=parse_storage_options(storage_option),
+        version=options.parse_version(version),
+        storage_options=options.parse_storage_options(storage_option),
         sample=sample,
         model=model,
-        inputs=tuple(inputs or ()),
+        inputs=inputs or (),
     )
     if as_json:
-        print(json.dumps(report.to_dict()))
+        print(json.dumps(asdict(report)))
     else:
         for problem in report.problems:
             where = f" row {problem.id!r}:" if problem.id is not None else ""

@@ -30,9 +30,10 @@ from pipeline.run.kept_plan import PlanCopy
 from pipeline.run.progress import Progress
 from pipeline.table.committer import Committer
 from pipeline.table.duplicates import ON_DUPLICATE, repeated_rows
-from pipeline.table.finish import SealedTable, publish
+from pipeline.table.finish import SealedTable
 from pipeline.table.ledger import REJECTED, Ledger
 from pipeline.table.preflight import check_writable
+from pipeline.table.publish import publish
 from pipeline.table.rejects import RejectStore
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ def _encode(
                 with logs.in_shard(outcome.shard.id):
                     logger.error("gave up shard %s: %s", outcome.shard.id, outcome.reason)
             elif outcome is not None:
-                rejects.write(outcome.shard, outcome.rejects)
+                rejects.write(outcome.shard.id, outcome.rejects)
                 committer.add(outcome)
                 rejected += len(outcome.rejects)
                 if rejected > allowed:

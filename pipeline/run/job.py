@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.corpus.inputs import expand_inputs
+from kalm_encoder.table.location import Location
+from pipeline.corpus.inputs import absolute, expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import Plan, plan_shards
 
@@ -58,6 +59,11 @@ class EncodeJob:
     on_duplicate: str = "error"
     new_generation: bool = False
     storage_options: dict[str, str] | None = field(default=None, repr=False)
+
+    @property
+    def table(self) -> Location:
+        """Address of the table, absolute because workers have another working directory."""
+        return Location(absolute(self.uri), self.storage_options)
 
 
 def plan_job(job: EncodeJob, files: Sequence[str] | None = None) -> Plan:

@@ -1,15 +1,16 @@
-"""One process's hold on a table: an epoch of its own and a chain of versions.
+"""The right of one process to write to a table: its name, its epoch and a chain of versions.
 
-Whoever wants to change a table first writes an epoch and its own name into the schema metadata.
-The commit that does so conflicts with every other operation made from an older version, so whoever
-held the table before is fenced off: its next commit is refused by Lance. For this to hold, each
-commit names the version this process last made as the one it read, and whoever re-reads the table
-looks first whose it is.
+A process that wants to change a table first commits a new epoch and its own name into the schema
+metadata. That commit conflicts with every operation that was prepared from an older version, so the
+process that held the table before is fenced off: Lance refuses its next commit. This only works if
+every commit names, as the version it read, the version that this process made last, and if a
+process that reads the table again first checks whether the table is still its own.
 
-Two operations of Lance can be that commit. A Merge that changes no data conflicts with everything,
-but names every fragment: 200 MB and 5 s more at 100,000. A Project names none; it conflicts with
-Append, Merge, Project and Overwrite in both directions but lets Delete, Update and Rewrite through.
-While shards are added none of these is committed, so there it is the Project, else the Merge.
+Two Lance operations can be that commit. A Merge that changes no data conflicts with everything, but
+it lists every fragment, which costs 200 MB and 5 s more at 100,000 fragments. A Project lists none.
+It conflicts with Append, Merge, Project and Overwrite in both directions but lets Delete, Update
+and Rewrite through. While shards are added, nobody commits any of those three, so the claim uses
+the Project in that state and the Merge in all others.
 """
 
 from __future__ import annotations
@@ -32,87 +33,77 @@ logger = logging.getLogger(__name__)
 
 EPOCH, OWNER, STATE = "kalm.epoch", "kalm.owner", "kalm.state"
 LOADING, SEALED, CHANGING, COMPLETE = "loading", "sealed", "changing", "complete"
-"""Life of a table: shards are added; all are there; a sync or delete is under way; finished."""
+"""States of a table: shards are added; all are there; a sync or delete is under way; finished."""
 ATTEMPTS = 10
+"""How often a commit, or a store that does not answer, is tried before the process gives up."""
 
 
 class TableClaim:
-    """The write side of one table.
+    """A process's claim to one table, through which it commits.
 
     Attributes:
         location: Address of the table.
-        dataset: at the version this process last made or read.
-        metadata: of its schema.
-        owner: this process's name, random.
+        dataset: The table at the version that this process made or read last.
+        metadata: Schema metadata of that version.
+        owner: Random name of this process.
     """
 
     def __init__(self, location: Location) -> None:
         self.location = location
         self.owner = uuid.uuid4().hex
-        self.refresh(self.open())
-
-    def open(self) -> lance.LanceDataset:
-        """Open the latest version."""
-        return open_to_write(self.location)
+        self.refresh(open_to_write(location))
 
     @property
     def state(self) -> str:
-        """One of LOADING, SEALED, CHANGING and COMPLETE."""
+        """LOADING, SEALED, CHANGING or COMPLETE."""
         return self.metadata[STATE]
 
     @property
     def epoch(self) -> int:
-        """How often the table was taken over, as last seen."""
+        """How often the table had been claimed when this process last looked."""
         return int(self.metadata[EPOCH])
 
     @property
     def is_mine(self) -> bool:
-        """Whether this process holds the table, as last seen."""
+        """Whether this process held the table when it last looked."""
         return self.metadata[OWNER] == self.owner
 
     def refresh(self, dataset: lance.LanceDataset) -> None:
-        """Go on from this version, whoever made it."""
+        """Continue from a version that any process may have made."""
         self.move_to(dataset)
 
     def move_to(self, dataset: lance.LanceDataset) -> None:
-        """Go on from a version of which only the metadata is new."""
+        """Continue from a version of which only the schema metadata need be read."""
         self.dataset = dataset
         metadata = dataset.schema.metadata or {}
         self.metadata: dict[str, str] = {k.decode(): v.decode() for k, v in metadata.items()}
 
     def take_over(self, metadata: dict[str, str] | None = None, *, unchanged: bool = False) -> None:
-        """Bump the epoch, which fences off whoever held the table; change other metadata with it.
+        """Claim the table, which fences off its holder, and change metadata in the same commit.
 
         Args:
-            metadata: to change.
-            unchanged: only if nobody changed the table since this process read it.
+            metadata: Other schema metadata to change.
+            unchanged: Give up if anybody has changed the table since this process read it.
 
         Raises:
-            FencedError: somebody did.
-            KalmError: others take it over all the time.
+            FencedError: If somebody changed the table and `unchanged` is set.
+            KalmError: If other processes kept changing the table at the same time.
+            OSError: If the store kept refusing; nothing changed.
         """
-        for attempt in range(ATTEMPTS):
-            claim = {EPOCH: str(self.epoch + 1), OWNER: self.owner}
-            try:
-                self._change_once({**(metadata or {}), **claim})
-            except (CommitConflictError, OSError) as error:
-                logger.warning("cannot take %s over: %s", self.location, first_line(error))
-                self.refresh(self._reopen(error))
-                if attempt == ATTEMPTS - 1 and isinstance(error, OSError):
-                    raise
-            if self.is_mine and self.metadata.items() >= (metadata or {}).items():
-                return  # where the reply was lost, the table still says whose it is
-            if unchanged:
-                raise self._fenced()
-            _back_off(attempt)
-        raise KalmError(f"{self.location} is being written by {ATTEMPTS} other drivers: stop them")
+        wanted, seen = metadata or {}, self.dataset.version
+
+        def step() -> None:
+            if not (self.is_mine and self.metadata.items() >= wanted.items()):
+                self._change_once({**wanted, EPOCH: str(self.epoch + 1), OWNER: self.owner})
+
+        self._attempt(step, lambda: not unchanged or self.is_mine or self.dataset.version == seen)
 
     def change(self, metadata: dict[str, str]) -> None:
-        """Change schema metadata in a commit that conflicts with every other one.
+        """Change schema metadata in a commit that conflicts with all others.
 
         Raises:
-            FencedError: another process took over.
-            OSError: the store refused for good; nothing changed.
+            FencedError: If another process claimed the table.
+            OSError: If the store kept refusing; nothing changed.
         """
 
         def step() -> None:
@@ -132,9 +123,9 @@ class TableClaim:
         self.move_to(self.commit_operation(operation))
 
     def commit_operation(self, operation: LanceOperation.BaseOperation) -> lance.LanceDataset:
-        """Commit an operation against the version this process last saw; return the new one."""
+        """Commit an operation against the version last seen and return the new version."""
         return lance.LanceDataset.commit(
-            self.dataset,  # by address Lance would read the version again, and be half as fast
+            self.dataset,  # given the address, Lance would read the version again: half as fast
             operation,
             read_version=self.dataset.version,
             storage_options=self.location.options,
@@ -142,35 +133,40 @@ class TableClaim:
         )
 
     def retry(self, step: Callable[[], None]) -> None:
-        """Run a step that commits; where its outcome is unknown, read the table and run it again.
+        """Run a step that commits; while its outcome is unknown, read the table and run it again.
 
         Args:
-            step: reads `self.dataset`, commits, and does nothing where its work is done already.
+            step: Reads `self.dataset` and commits. It must do nothing if its work is done already.
 
         Raises:
-            FencedError: another process took over.
-            OSError: the store keeps refusing; the step has not been committed.
+            FencedError: If another process claimed the table.
+            KalmError, OSError: As in `take_over`; the step has not been committed.
         """
+        if not self.is_mine:
+            raise self._fenced()
+        self._attempt(step, lambda: self.is_mine)
+
+    def _attempt(self, step: Callable[[], None], may_go_on: Callable[[], bool]) -> None:
+        """Run a step until it succeeds; after each failure, `may_go_on` looks at the table."""
         for attempt in range(ATTEMPTS):
-            if not self.is_mine:
-                raise self._fenced()
             try:
                 return step()
             except (CommitConflictError, OSError) as error:
-                # A conflict, a lost reply or a time-out: the table decides.
-                logger.warning("commit failed, reading the table: %s", first_line(error))
+                # A conflict, a lost reply and a time-out look alike: only the table can tell.
+                logger.warning("a commit failed, reading the table: %s", first_line(error))
                 self.refresh(self._reopen(error))
-                if not self.is_mine:
+                if not may_go_on():
                     raise self._fenced() from error
-                if attempt == ATTEMPTS - 1:
+                if attempt == ATTEMPTS - 1 and isinstance(error, OSError):
                     raise
             _back_off(attempt)
+        raise KalmError(f"other commands keep changing {self.location}: stop them")
 
     def _reopen(self, cause: Exception) -> lance.LanceDataset:
-        """Open the latest version, waiting for a store that does not answer."""
+        """Open the latest version; wait for a store that does not answer, then raise `cause`."""
         for attempt in range(ATTEMPTS):
             try:
-                return self.open()
+                return open_to_write(self.location)
             except TableError:
                 _back_off(attempt)
         raise cause

@@ -1,9 +1,10 @@
-"""Ids that are in a table more than once, found in bounded memory and one scan.
+"""Ids that occur in a table more than once, found in bounded memory.
 
-Only hashes of the ids are kept, and where there are more than ROWS_AT_ONCE they go to temporary
-files, 24 bytes a row, each of which holds all rows whose hash falls in its part: so that at most
-about ROWS_AT_ONCE rows of 64 bytes are in memory, whatever the table's size. Two ids count as the
-same if their 128-bit hashes are.
+Only hashes of the ids are kept. If there are more than ROWS_AT_ONCE rows, the hashes go to
+temporary files, 24 bytes per row. All rows whose ids have the same hash are in the same file, and
+one file is examined at a time, so that about ROWS_AT_ONCE rows of 64 bytes are in memory, however
+large the table is.
+Two ids count as the same if their 128-bit hashes are equal.
 """
 
 from __future__ import annotations
@@ -12,28 +13,27 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lance
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Scan = Callable[[], Iterator[tuple[Sequence[str], NDArray[np.int64]]]]
-
+Scan = Callable[[], Iterator[tuple[Sequence[str], NDArray[np.int64]]]]
+"""Yields the ids of all rows in order, in batches, each with the numbers of its rows."""
 ON_DUPLICATE = ("error", "first", "last")
 ROWS_AT_ONCE = 2_000_000
-MOST_PARTS = 512
-"""Open files; beyond a billion rows the parts grow instead."""
+"""Rows of which the hashes are in memory at the same time."""
+MOST_FILES = 512
+"""Most temporary files that are open at once. Beyond a billion rows each file grows instead."""
 
 
 def repeated_rows(dataset: lance.LanceDataset, keep: str) -> Iterator[NDArray[np.int64]]:
-    """Yield the stable row ids of all rows of a repeated id but the one to keep.
+    """Yield the stable row ids of all rows with a repeated id, except the one row to keep.
 
     Args:
-        dataset: scanned in its order, which before compaction is that of the corpus.
+        dataset: Scanned in its own order, which before compaction is that of the corpus.
         keep: "first" or "last".
     """
 
@@ -47,50 +47,50 @@ def repeated_rows(dataset: lance.LanceDataset, keep: str) -> Iterator[NDArray[np
 def repeated(
     scan: Scan, total: int, keep: str, rows_at_once: int = ROWS_AT_ONCE
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the numbers of all rows of a repeated id but the first or last.
+    """Yield the numbers of all rows with a repeated id, except the first or last of each id.
 
     Args:
-        scan: yields (ids, numbers of their rows) of the whole corpus.
-        total: about how many rows there are.
+        scan: Reads all rows; see `Scan`.
+        total: About how many rows there are.
         keep: "first" or "last".
-        rows_at_once: bounds the memory, 64 bytes a row.
+        rows_at_once: Rows to hold in memory at the same time, 64 bytes per row.
 
     Raises:
-        OSError: the temporary folder (TMPDIR) has no room for 24 bytes a row.
+        OSError: If the temporary folder (TMPDIR) has no room for 24 bytes per row.
     """
-    parts = min(MOST_PARTS, max(1, -(-total // rows_at_once)))
-    for rows in _parted(scan, parts):
+    num_files = min(MOST_FILES, max(1, -(-total // rows_at_once)))
+    for rows in _by_hash(scan, num_files):
         high, low, numbers = rows[np.lexsort((rows[:, 1], rows[:, 0]))].T  # a stable sort
         same = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
         again = np.zeros(len(low), bool)
-        # Equal hashes stand side by side in scan order: all but the first, or but the last.
+        # Equal hashes are neighbours in scan order: mark all but the first, or all but the last.
         (again[1:] if keep == "first" else again[:-1])[same] = True
         if again.any():
             yield numbers[again].astype(np.int64)
 
 
-def _parted(scan: Scan, parts: int) -> Iterator[NDArray[np.uint64]]:
-    """Yield the rows of each part, in scan order: both halves of the id's hash and the number."""
-    if parts == 1:
+def _by_hash(scan: Scan, num_files: int) -> Iterator[NDArray[np.uint64]]:
+    """Yield rows (n, 3) in scan order such that all rows of one id are in the same array."""
+    if num_files == 1:
         yield np.concatenate([np.empty((0, 3), np.uint64), *_hashed(scan)])
         return
     with tempfile.TemporaryDirectory(prefix="kalm-ids-") as folder:
-        names = [Path(folder, str(part)) for part in range(parts)]
+        paths = [Path(folder, str(number)) for number in range(num_files)]
         with ExitStack() as stack:
-            files: list[Any] = [stack.enter_context(name.open("wb")) for name in names]
+            files: list[Any] = [stack.enter_context(path.open("wb")) for path in paths]
             for rows in _hashed(scan):
-                part = rows[:, 0] % np.uint64(parts)
-                order = np.argsort(part, kind="stable")
-                starts = np.searchsorted(part[order], np.arange(parts + 1))
+                chosen = rows[:, 0] % np.uint64(num_files)
+                order = np.argsort(chosen, kind="stable")
+                starts = np.searchsorted(chosen[order], np.arange(num_files + 1))
                 for i in np.flatnonzero(np.diff(starts)):
                     files[i].write(rows[order[starts[i] : starts[i + 1]]].tobytes())
-        for name in names:
-            yield np.fromfile(name, np.uint64).reshape(-1, 3)
-            name.unlink()
+        for path in paths:
+            yield np.fromfile(path, np.uint64).reshape(-1, 3)
+            path.unlink()
 
 
 def _hashed(scan: Scan) -> Iterator[NDArray[np.uint64]]:
-    """Yield the batches of a scan as (n, 3) numbers: both halves of the id's hash, the row."""
+    """Yield the batches of a scan as (n, 3): both halves of the id's hash, and the row's number."""
     for ids, numbers in scan():
         digests = b"".join(xxhash.xxh3_128_digest(i.encode()) for i in ids)
         hashes = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)

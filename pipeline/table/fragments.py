@@ -1,4 +1,4 @@
-"""Rows to one uncommitted Lance fragment. Writing is not committing: see ledger.py."""
+"""Turns rows into one Lance data file that no version names yet. ledger.py commits such files."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from kalm_encoder.errors import KalmError, first_line
 from kalm_encoder.table.location import Location
 
 CHECKED_AT_ONCE = 32
-CACHE_BYTES = 1 << 20
+"""Data files opened at the same time: on an object store each takes tens of milliseconds."""
+METADATA_CACHE_BYTES = 1 << 20
+"""Most metadata that Lance keeps in memory for a process that writes."""
 
 
 def open_to_write(location: Location) -> lance.LanceDataset:
     """Open the latest version of a table in a session that keeps next to no metadata.
 
-    Lance's own would keep the manifest of every version this process sees (measured: 600 MB in the
-    driver of 100,000 fragments) and the footer of every file it reads (500 MB when 20,000 are
-    compacted).
+    With its own limits Lance would keep the manifest of every version that this process sees
+    (measured: 600 MB in the driver of 100,000 fragments) and the footer of every file it reads
+    (500 MB when 20,000 fragments are compacted).
 
     Raises:
-        TableError: nothing there, or the store refused.
+        TableError: If there is no table, or the store refuses.
     """
-    return location.dataset(metadata_cache_bytes=CACHE_BYTES)
+    return location.dataset(metadata_cache_bytes=METADATA_CACHE_BYTES)
 
 
 def write_fragment(rows: pa.Table, dataset: lance.LanceDataset) -> str:
-    """Write rows as one data file of `dataset`; return the fragment's metadata as JSON.
+    """Write rows as one data file of `dataset` and return the fragment's metadata as JSON.
 
-    Until a commit names it the file is invisible to every reader, so a crash leaves only an orphan.
+    No reader sees the file until a commit names it, so a crash leaves only an unused file.
 
     Args:
-        rows: at least one; a materialised table, so that a retry inside Lance re-reads all of it.
-        dataset: any version of the table.
+        rows: At least one row, in memory: if Lance retries, it can read all of them again.
+        dataset: Any version of the table.
 
     Raises:
-        KalmError: Lance cut the rows into several fragments.
+        KalmError: If Lance cut the rows into several fragments.
     """
     fragments = write_fragments(rows, dataset, mode="append", max_rows_per_file=2**31 - 1)
     if len(fragments) != 1 or fragments[0].physical_rows != rows.num_rows:
@@ -51,35 +53,33 @@ def write_fragment(rows: pa.Table, dataset: lance.LanceDataset) -> str:
 
 
 def with_id(fragment: str, id: int) -> FragmentMetadata:
-    """Return fragment metadata from its JSON under a fragment id chosen in advance."""
+    """Return the metadata that `fragment` holds as JSON, with the given fragment id."""
     metadata = FragmentMetadata.from_json(fragment)
     metadata.id = id
     return metadata
 
 
-def check_written(fragments: Sequence[str], location: Location) -> None:
-    """Check that the data files workers reported are there and hold what they reported.
+def check_written(fragments: Sequence[str], table: Location) -> None:
+    """Check that the data files which workers reported exist and hold what was reported.
 
-    Lance commits a fragment whose file is gone or has other rows without a word. Many are opened
-    at once: on an object store each takes tens of milliseconds.
+    Lance itself commits a fragment without complaint if its file is missing or has other rows.
 
     Raises:
-        KalmError: one is not.
+        KalmError: If a file is missing or holds another number of rows.
     """
 
     def check(fragment: str) -> None:
         metadata = FragmentMetadata.from_json(fragment)
-        path = location / f"data/{metadata.files[0].path}"
+        file = table / f"data/{metadata.files[0].path}"
         try:
-            reader = LanceFileReader(path.uri, storage_options=path.options)
+            reader = LanceFileReader(file.uri, storage_options=file.options)
             rows = reader.metadata().num_rows
         except (OSError, ValueError) as error:
             raise KalmError(
-                f"{path}, which a worker wrote, cannot be read: {first_line(error)}. Run again"
+                f"{file}, which a worker wrote, cannot be read: {first_line(error)}. Run again"
             ) from error
         if rows != metadata.physical_rows:
-            raise KalmError(f"{path} holds {rows} rows, its worker wrote {metadata.physical_rows}")
+            raise KalmError(f"{file} holds {rows} rows, its worker wrote {metadata.physical_rows}")
 
     with ThreadPoolExecutor(CHECKED_AT_ONCE, "check") as pool:
-        for _ in pool.map(check, fragments):
-            pass
+        list(pool.map(check, fragments))

@@ -1,9 +1,10 @@
 """Which shards are in the table: the table itself says so.
 
-The "done" mark of a shard is the Lance commit that carries its rows. Shard k becomes the fragment
-with id k + 1, and Lance refuses a commit with a fragment id that is there already, so a shard
-cannot be committed twice. While shards are being added nothing is deleted, compacted or indexed: a
-re-used fragment id under an index gives wrong answers. What follows the seal is in maintenance.py.
+A shard is done when the Lance commit that carries its rows is done; there is no other mark. Shard k
+becomes the fragment with id k + 1, and Lance refuses a commit with a fragment id that exists, so no
+shard can be committed twice. While shards are added, nothing is deleted, compacted or indexed: a
+fragment id that is used again under an index gives wrong answers. finish.py does all that after the
+seal.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import lance
 import pyarrow as pa
@@ -22,25 +22,25 @@ from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.shards import Plan
+from pipeline.messages import ShardResult
 from pipeline.table.claim import EPOCH, LOADING, OWNER, SEALED, STATE, TableClaim
 from pipeline.table.fragments import check_written, with_id
-
-if TYPE_CHECKING:
-    from pipeline.messages import ShardResult
 
 logger = logging.getLogger(__name__)
 
 PLAN, NUM_SHARDS, NUM_ROWS = "kalm.plan", "kalm.num_shards", "kalm.num_rows"
 EMPTY_SHARDS, GENERATION = "kalm.empty_shards", "kalm.generation"
 ON_DUPLICATE, REJECTED = "kalm.on_duplicate", "kalm.rejected"
+FIXED_SETTINGS = ("fingerprint", "ratios", "store_dtype", "max_length", "keep_text", "template")
+"""Fields of the spec in which all shards of a table agree. The model's name may differ."""
 
 
 class Ledger(TableClaim):
-    """The write side of one table while shards are added.
+    """The claim to a table while shards are added.
 
     Attributes:
-        done: numbers of the committed shards.
-        num_rows: committed rows.
+        done: Numbers of the committed shards.
+        num_rows: Number of committed rows.
     """
 
     def __init__(self, location: Location, plan: Plan) -> None:
@@ -49,70 +49,64 @@ class Ledger(TableClaim):
 
     @classmethod
     def begin(
-        cls,
-        location: Location,
-        spec: TableSpec,
-        plan: Plan,
-        *,
-        new_generation: bool = False,
+        cls, location: Location, spec: TableSpec, plan: Plan, *, new_generation: bool = False
     ) -> Ledger:
-        """Create the table, or take over the one that is there.
+        """Create the table, or claim the one that exists.
 
         Args:
             location: Address of the table.
-            spec: what it is to record.
-            plan: the shards it is to hold.
-            new_generation: where the table was made from other input or with other settings, begin
-                anew. Readers keep what is live until the new rows are published. A table in which
-                no shard is done is begun anew in any case.
+            spec: What the table is to record.
+            plan: The shards it is to hold.
+            new_generation: Begin the table anew if it was made from other input or with other
+                settings. Readers keep the live version until the new rows are published. A table
+                in which no shard is done is begun anew in any case.
 
         Raises:
-            MismatchError: the table was made with other settings or from other input.
-            TableError: a Lance table that is none of ours.
-            InputError: the place cannot be written.
+            MismatchError: If the table was made with other settings or from other input.
+            TableError: If a Lance table exists there that is not a passage table.
+            InputError: If no table can be created there.
         """
         if not location.uri.rstrip("/").endswith(".lance"):
             raise InputError(f"the table address {location} must end in .lance (LanceDB needs it)")
         try:
             ledger = cls(location, plan)
-        except TableError:  # nothing there; a store that refuses says so again below
-            create_table(location, _schema(spec, plan, 1, 0, ""))
+        except TableError:  # No table. A store that refuses will say so again when it is created.
+            create_table(location, _schema(spec, plan, generation=1, epoch=0, owner=""))
             ledger = cls(location, plan)
         try:
             ledger._check_same(spec)
         except MismatchError:
-            if not new_generation and (ledger.done or ledger.state != LOADING):
+            if not new_generation and (ledger.done or ledger.sealed):
                 raise
-            ledger._replace(spec)
-        if ledger.state == LOADING and not ledger.is_mine:
+            ledger._begin_anew(spec)
+        if not ledger.sealed and not ledger.is_mine:
             ledger.take_over()
         return ledger
 
     @property
     def sealed(self) -> bool:
-        """Whether all shards are there and no more can be added."""
+        """Whether all shards are in the table and no more can be added."""
         return self.state != LOADING
 
     @property
     def generation(self) -> int:
-        """How many times the table was begun anew, from 1."""
+        """How often the table was begun, counted from 1."""
         return int(self.metadata[GENERATION])
 
     def is_live(self) -> bool:
-        """Whether readers follow a version of this generation already."""
-        tags = self.dataset.tags.list()
-        if LIVE_TAG not in tags:
+        """Return whether the live version is one of this generation."""
+        if LIVE_TAG not in self.dataset.tags.list():
             return False
-        live = self.dataset.checkout_version(LIVE_TAG).schema.metadata or {}
+        live = self.dataset.checkout_version(LIVE_TAG).schema.metadata
         return bool(live[GENERATION.encode()].decode() == self.metadata[GENERATION])
 
     def commit(self, results: Sequence[ShardResult]) -> None:
         """Add written shards to the table in one atomic step.
 
         Raises:
-            FencedError: another driver took over; nothing of these results was added by this one.
-            KalmError: a data file is not what its worker wrote.
-            OSError: the store refused, and the shards are not in the table.
+            FencedError: If another driver claimed the table; this one added none of the results.
+            KalmError: If a data file is not what its worker wrote.
+            OSError: If the store refused; the shards are not in the table.
         """
         written = {r.shard.number: r.fragment for r in results if r.fragment is not None}
         check_written(list(written.values()), self.location)
@@ -124,14 +118,15 @@ class Ledger(TableClaim):
             self.done |= empty
 
     def seal(self, on_duplicate: str = "error") -> None:
-        """Check that every shard is there once, and let no more in.
+        """Check that every planned shard is there once, and let no more in.
 
         Args:
-            on_duplicate: recorded for maintenance, which acts on it.
+            on_duplicate: What `SealedTable.finish` does about repeated ids. It is recorded here, so
+                that a run that continues after a crash does the same.
 
         Raises:
-            KalmError: the table does not hold exactly the planned shards.
-            FencedError: another driver took over.
+            KalmError: If the table does not hold exactly the planned shards.
+            FencedError: If another driver claimed the table.
         """
         if self.sealed:
             return
@@ -146,18 +141,17 @@ class Ledger(TableClaim):
         self.change({STATE: SEALED, ON_DUPLICATE: on_duplicate, REJECTED: str(rejected)})
 
     def refresh(self, dataset: lance.LanceDataset) -> None:
-        """Go on from this version; read from it which shards are done."""
+        """Continue from a version that any process may have made; read which shards are done."""
         self.move_to(dataset)
         self.num_rows = dataset.count_rows()
-        # After sealing, compaction renumbers fragments: then every planned shard is there.
-        self.done = (
-            set(range(int(self.metadata[NUM_SHARDS])))
-            if self.metadata.get(STATE, LOADING) != LOADING
-            else {f.fragment_id - 1 for f in dataset.get_fragments()} | self._empty_shards()
-        )
+        if self.metadata.get(STATE, LOADING) == LOADING:
+            ids = {fragment.fragment_id - 1 for fragment in dataset.get_fragments()}
+            self.done = ids | self._empty_shards()
+        else:  # Compaction gives fragments other ids, but after the seal every shard is there.
+            self.done = set(range(int(self.metadata[NUM_SHARDS])))
 
     def _append(self, written: dict[int, str]) -> None:
-        """Add the shards that are not there. Success tells what is there: it is not read again."""
+        """Add those shards that are missing. Success says what is there, so nothing is re-read."""
         left = {number: f for number, f in written.items() if number not in self.done}
         if not left:
             return
@@ -167,14 +161,14 @@ class Ledger(TableClaim):
         self.num_rows += sum(f.num_rows for f in fragments)
 
     def _empty_shards(self) -> set[int]:
-        """Shards of which every row was rejected: they have no fragment to mark them."""
+        """Return the shards whose rows were all rejected: no fragment stands for them."""
         return {int(n) for n in self.metadata.get(EMPTY_SHARDS, "").split(",") if n}
 
-    def _replace(self, spec: TableSpec) -> None:
-        """Begin a new generation: no rows, fragment ids from 1 again, no index over them."""
+    def _begin_anew(self, spec: TableSpec) -> None:
+        """Begin a new generation: no rows, no index, and fragment ids from 1 again."""
         self.take_over()
-        number = self.generation + (self.state != LOADING)
-        schema = _schema(spec, self._plan, number, self.epoch, self.owner)
+        number = self.generation + self.sealed
+        schema = _schema(spec, self._plan, generation=number, epoch=self.epoch, owner=self.owner)
 
         def step() -> None:
             if self.dataset.schema.metadata != schema.metadata:
@@ -184,23 +178,16 @@ class Ledger(TableClaim):
         logger.info("%s: generation %d begins", self.location, number)
 
     def _check_same(self, spec: TableSpec) -> None:
-        """Refuse to continue a table with other settings; the model's name alone may differ."""
+        """Refuse to continue a table that was made with other settings or from other input."""
         stored = TableSpec.from_metadata(self.dataset.schema.metadata, self.location.uri)
         old, new = asdict(stored), asdict(spec)
         remedy = "give the same one, another table, or --new-generation to begin this one anew"
-        for field in (
-            "fingerprint",
-            "ratios",
-            "store_dtype",
-            "max_length",
-            "keep_text",
-            "template",
-        ):
-            if old[field] != new[field]:
+        for name in FIXED_SETTINGS:
+            if old[name] != new[name]:
                 raise MismatchError(
-                    field,
-                    f"{self.location} was begun with {field} {old[field]!r}, this job has "
-                    f"{new[field]!r}: {remedy}",
+                    name,
+                    f"{self.location} was begun with {name} {old[name]!r}, this job has "
+                    f"{new[name]!r}: {remedy}",
                 )
         if self.metadata[PLAN] != self._plan.hash:
             raise MismatchError(
@@ -212,7 +199,11 @@ class Ledger(TableClaim):
 
 
 def create_table(location: Location, schema: pa.Schema) -> None:
-    """Create an empty table, unless one is there."""
+    """Create an empty table unless one exists.
+
+    Raises:
+        InputError: If the store refuses.
+    """
     try:
         lance.write_dataset(
             schema.empty_table(),
@@ -231,8 +222,8 @@ def create_table(location: Location, schema: pa.Schema) -> None:
             ) from error
 
 
-def _schema(spec: TableSpec, plan: Plan, generation: int, epoch: int, owner: str) -> pa.Schema:
-    """Return the schema of a table that is to hold a plan, with the ledger's facts."""
+def _schema(spec: TableSpec, plan: Plan, *, generation: int, epoch: int, owner: str) -> pa.Schema:
+    """Return the schema of a table that is to hold a plan, with what the ledger records."""
     schema = spec.schema()
     facts = {
         EPOCH: str(epoch),

@@ -1,9 +1,9 @@
-"""Whether this Lance and this store can be trusted with commits; and what is wrong if not.
+"""Whether this store and this Lance can be trusted with commits, and what is wrong if not.
 
-The commit protocol stands on refusals: Lance must refuse a fragment id that is there already and
-whatever is older than the commit by which a driver took the table over, and the store must refuse
-to create an object that is there already. A store that ignores the last loses commits without a
-word, so it is refused before anything is written.
+The commit protocol stands on refusals. The store must refuse to create an object that exists: one
+that does not loses commits without a word, so every job tries it before anything is written. Lance
+must refuse a fragment id that exists, and whatever was prepared before another driver claimed the
+table. pylance is pinned and a test tries that; `kalm doctor` tries both.
 """
 
 from __future__ import annotations
@@ -32,126 +32,142 @@ EXPLANATIONS = (
     (("invalidaccesskeyid", "signaturedoesnotmatch", r"\b403\b", "forbidden", "accessdenied",
       "access denied", "expiredtoken", "nocredentials", "unable to locate credentials",
       "invalidtoken", "permissionerror"),
-     "the store refuses the credentials, or they may not do this: check key, secret, session "
-     "token (expired?) and the bucket's policy"),
+     "the store refuses the credentials, or they do not allow this: check the key, the secret, the "
+     "session token (has it expired?) and the bucket's policy"),
     (("nosuchbucket", "bucket does not exist"), "the bucket does not exist: create it first"),
     (("connection refused", "could not connect", "endpointconnection", "dns error", "timed out",
       "name or service"),
-     "nothing answers there: check aws_endpoint, and aws_allow_http=true for an http:// address"),
+     "nothing answers there: check aws_endpoint, and set aws_allow_http=true for an http:// "
+     "address"),
     (("no space left", "quota"), "the disk is full"),
     (("permission denied", "read-only file system"), "this user may not write there"),
     (("not a directory", "file exists"), "something that is no folder stands in the way"),
 )  # fmt: skip
+"""Patterns in the text of a store's error, and what the error means."""
+NO_CONDITIONAL_WRITES = (
+    "the store overwrites it: it has no conditional writes (If-None-Match), so two writers would "
+    "lose each other's commits. Use a store that has them"
+)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing `kalm doctor` tried; `problem` is None where it went well."""
+    """One thing that was tried; `problem` is None if it went well."""
 
     name: str
     problem: str | None
 
 
-def check_writable(location: Location) -> None:
-    """Refuse a Lance or a store on which commits could be lost or doubled.
+def check_writable(table: Location) -> None:
+    """Refuse a store on which commits could be lost or doubled.
 
     Raises:
-        InputError: says which, and the remedy.
+        InputError: If the store fails; the message says in what, and the remedy.
     """
-    for check in (*_what_lance_refuses(), *_through_fsspec(location)):
+    for check in _check_store(table):
         if check.problem:
-            raise InputError(f"cannot write safely to {location}: {check.name}: {check.problem}")
+            raise InputError(f"cannot write safely to {table}: {check.name}: {check.problem}")
 
 
-def examine(location: Location) -> Iterator[Check]:
-    """Try everything a job does on the store of a location, beside the table, and clean up."""
-    yield from _what_lance_refuses()
-    yield from _through_fsspec(location)
-    probe = (location / f"{PROBES}/{uuid.uuid4().hex}.lance").uri
-    rows = pa.table({"n": [1, 2, 3]})
-    at = {"storage_options": location.options}
-    yield _check("lance: create a table", lambda: lance.write_dataset(rows, probe, **at))
-    yield _check("lance: append", lambda: lance.write_dataset(rows, probe, mode="append", **at))
-    yield _check("lance: read it back", lambda: _expect_rows(lance.dataset(probe, **at), 6))
-    yield _check("lance: refuse a second create", lambda: _expect_refusal(rows, probe, at))
-    yield _check("lance: remove it", lambda: lance.LanceDataset.drop(probe, **at))
+def examine(table: Location) -> Iterator[Check]:
+    """Try everything that a job does on the store of a table, beside the table, and clean up."""
+    yield from _check_lance()
+    yield from _check_store(table)
+    probe = table / f"{PROBES}/{uuid.uuid4().hex}.lance"
+
+    def write(mode: str) -> None:
+        rows = pa.table({"n": [1, 2, 3]})
+        lance.write_dataset(rows, probe.uri, mode=mode, storage_options=probe.options)
+
+    def read() -> None:
+        if (found := probe.dataset().count_rows()) != 6:
+            raise InputError(f"{found} rows instead of 6")
+
+    def remove() -> None:
+        lance.LanceDataset.drop(probe.uri, storage_options=probe.options)
+
+    yield _check("lance: create a table", lambda: write("create"))
+    yield _check("lance: append", lambda: write("append"))
+    yield _check("lance: read it back", read)
+    overwrites = "a second table was created over the first"
+    yield _refused("lance: refuse a second create", lambda: write("create"), overwrites)
+    yield _check("lance: remove it", remove)
 
 
 def explain(error: BaseException) -> str:
-    """Return the first line of a store's error with the likely cause and remedy."""
+    """Return the first line of a store's error, with the likely cause and the remedy."""
     text = f"{type(error).__name__} {error} {error.__cause__ or ''}".lower()
-    for words, meaning in EXPLANATIONS:
-        if any(re.search(word, text) for word in words):
+    for patterns, meaning in EXPLANATIONS:
+        if any(re.search(pattern, text) for pattern in patterns):
             return f"{meaning} ({first_line(error)})"
     return first_line(error)
 
 
-def _what_lance_refuses() -> Iterator[Check]:
-    """Commit what must be refused, to a table in memory of this Lance's own."""
+def _check_lance() -> Iterator[Check]:
+    """Try to commit what Lance must refuse, to a table in memory."""
     rows = pa.table({"n": [1]})
     empty = lance.write_dataset(rows.slice(0, 0), f"memory://{uuid.uuid4().hex}")
     schema = LanceSchema.from_pyarrow(rows.schema.with_metadata({"owner": "another"}))
-    hand_over = LanceOperation.Project(schema)
+
+    def commit(operation: LanceOperation.BaseOperation, read: lance.LanceDataset) -> Any:
+        return lance.LanceDataset.commit(read, operation, read_version=read.version)
 
     def append(number: int, dataset: lance.LanceDataset) -> lance.LanceDataset:
         fragment = with_id(write_fragment(rows, dataset), number)
-        return _commit(LanceOperation.Append([fragment]), dataset)
+        return commit(LanceOperation.Append([fragment]), dataset)
+
+    def claim(dataset: lance.LanceDataset) -> None:
+        commit(LanceOperation.Project(schema), dataset)
+
+    def refused(what: str, action: Callable[[], Any]) -> Check:
+        accepted = (
+            f"pylance {lance.__version__} accepts it and shards could be doubled: "
+            "pip install 'pylance>=13'"
+        )
+        return _refused(f"lance: refuse {what}", action, accepted, "fragment|conflict")
 
     first = append(1, empty)
-    yield _refused("a fragment id twice", lambda: append(1, first))
-    _commit(hand_over, first)
-    yield _refused("shards of a driver that was replaced", lambda: append(2, first))
-    yield _refused("two drivers at once", lambda: _commit(hand_over, first))
+    yield refused("a fragment id twice", lambda: append(1, first))
+    claim(first)
+    yield refused("shards of a driver that was replaced", lambda: append(2, first))
+    yield refused("two drivers at once", lambda: claim(first))
 
 
-def _commit(operation: LanceOperation.BaseOperation, read: lance.LanceDataset) -> Any:
-    return lance.LanceDataset.commit(read, operation, read_version=read.version)
-
-
-def _refused(what: str, commit: Callable[[], Any]) -> Check:
-    name = f"lance: refuse {what}"
-    try:
-        commit()
-    except (CommitConflictError, OSError) as error:
-        if re.search("fragment|conflict", str(error)):
-            return Check(name, None)
-        return Check(name, first_line(error))
-    return Check(
-        name,
-        f"pylance {lance.__version__} accepts it and shards could be doubled: "
-        "pip install 'pylance>=13'",
-    )
-
-
-def _through_fsspec(location: Location) -> Iterator[Check]:
+def _check_store(table: Location) -> Iterator[Check]:
     """Write, conditionally overwrite, read and delete one object."""
-    uri = location.uri
+    uri = table.uri
     local = "://" not in uri or uri.startswith("file://")
     if not local and not uri.startswith(("s3://", "s3a://")):
-        return  # other clouds: Lance's own conditional writes are all there is
+        return  # On other clouds, Lance's own conditional writes are all there is.
     try:
-        options = fsspec_options(uri, location.options)
+        options = fsspec_options(uri, table.options)
         fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
     except ImportError as error:
         problem = f"{error}: pip install 'kalm-preencode[batch,s3]'"
         yield Check("fsspec: open the store", problem)
         return
     name = uuid.uuid4().hex
-    # On a disk beside the table: no folder is left behind, none is removed under another's feet.
+    # On a disk the object lies beside the table: then no folder is left behind, and none is removed
+    # while another process uses it.
     path = str(Path(root).parent / f".kalm-probe-{name}") if local else f"{root}/{PROBES}/{name}"
 
-    def write() -> None:
+    def write(content: bytes) -> None:
         if local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-        fs.pipe_file(path, b"first", mode="create")
+        fs.pipe_file(path, content, mode="create")
 
-    written = _check("fsspec: write an object", write)
+    def read() -> None:
+        if (found := fs.cat_file(path)) != b"first":
+            raise InputError(f"it holds {found!r} instead of b'first'")
+
+    written = _check("fsspec: write an object", lambda: write(b"first"))
     yield written
     if written.problem:
         return
     try:
-        yield _check("fsspec: refuse to create it again", lambda: _expect_exclusive(fs, path))
-        yield _check("fsspec: read it back", lambda: _expect_bytes(fs.cat_file(path)))
+        again = "fsspec: refuse to create it again"
+        yield _refused(again, lambda: write(b"second"), NO_CONDITIONAL_WRITES)
+        yield _check("fsspec: read it back", read)
     finally:
         removed = _check("fsspec: delete it", lambda: fs.rm_file(path))
     yield removed
@@ -160,35 +176,28 @@ def _through_fsspec(location: Location) -> Iterator[Check]:
 def _check(name: str, action: Callable[[], Any]) -> Check:
     try:
         action()
-    except Exception as error:  # s3fs lets botocore's errors through, which share no base
+    except Exception as error:  # s3fs lets through botocore's errors, which share no base class
         return Check(name, explain(error))
     return Check(name, None)
 
 
-def _expect_exclusive(fs: Any, path: str) -> None:
-    try:
-        fs.pipe_file(path, b"second", mode="create")
-    except OSError:
-        return
-    raise InputError(
-        "the store overwrites it: it has no conditional writes (If-None-Match), so two writers "
-        "would lose each other's commits. Use a store that has them"
-    )
+def _refused(name: str, action: Callable[[], Any], accepted: str, pattern: str = "") -> Check:
+    """Check that an action fails.
 
+    Args:
+        name: Name of the check.
+        action: What the store or Lance must refuse.
+        accepted: The problem if it does not.
+        pattern: What the error must say. Any other error is a problem of its own.
+    """
 
-def _expect_bytes(found: bytes) -> None:
-    if found != b"first":
-        raise InputError(f"it holds {found!r} instead of b'first'")
+    def attempt() -> None:
+        try:
+            action()
+        except (CommitConflictError, OSError) as error:
+            if not re.search(pattern, str(error)):
+                raise
+        else:
+            raise InputError(accepted)
 
-
-def _expect_rows(dataset: lance.LanceDataset, rows: int) -> None:
-    if dataset.count_rows() != rows:
-        raise InputError(f"{dataset.count_rows()} rows instead of {rows}")
-
-
-def _expect_refusal(rows: pa.Table, probe: str, at: dict[str, Any]) -> None:
-    try:
-        lance.write_dataset(rows, probe, mode="create", **at)
-    except OSError:
-        return
-    raise InputError("a second table was created over the first")
+    return _check(name, attempt)

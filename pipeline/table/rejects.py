@@ -1,7 +1,7 @@
-"""Rejected rows, as JSON lines inside the table's folder: `<table>/_kalm/rejects/<shard>.jsonl`.
+"""The rejects of a table, as JSON lines in its folder: one file per shard that has any.
 
-Written before the shard's commit and named after it, so that encoding a shard again replaces its
-file by the same one.
+A shard's file is written before the shard is committed, under the shard's id, so that encoding the
+shard again replaces the file by the same one.
 """
 
 from __future__ import annotations
@@ -13,46 +13,40 @@ from pathlib import Path
 
 from kalm_encoder.table.location import Location
 from pipeline.corpus.passages import Reject
-from pipeline.corpus.shards import Shard
 from pipeline.table.side_files import REJECTS, read_text, write_text
 
 
 class RejectStore:
-    """The rejects of one table, on whatever store the table is."""
+    """The rejects of one table.
+
+    Attributes:
+        location: Address of the folder that holds them.
+    """
 
     def __init__(self, table: Location) -> None:
         self.location = table / REJECTS
         self._session = table.file_session()
 
-    def write(self, shard: Shard, rejects: Sequence[Reject]) -> None:
-        """Keep the rejects of one shard; none makes no file."""
-        self.write_named(shard.id, rejects)
+    def write(self, name: str, rejects: Sequence[Reject]) -> None:
+        """Store rejects under a name, in place of those that are there; none makes no file."""
+        if rejects:
+            lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects]
+            write_text(self._session, f"{REJECTS}/{name}.jsonl", "".join(lines))
 
-    def write_named(self, name: str, rejects: Sequence[Reject]) -> None:
-        """Keep rejects under a name, in place of what is there; none makes no file."""
-        if not rejects:
-            return
-        lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects]
-        write_text(self._session, f"{REJECTS}/{name}.jsonl", "".join(lines))
-
-    def read(self) -> list[Reject]:
-        """Return all rejects, in the order of their shards."""
-        return [reject for path in self._paths() for reject in self._read(path)]
-
-    def read_named(self, name: str) -> list[Reject]:
-        """Return the rejects kept under a name."""
-        paths = [p for p in self._paths() if p.endswith(f"/{name}.jsonl")]
+    def read(self, name: str | None = None) -> list[Reject]:
+        """Return the rejects stored under a name, or all of them in the order of their shards."""
+        paths = [path for path in self._paths() if name in (None, Path(path).stem)]
         return [reject for path in paths for reject in self._read(path)]
 
     def keep_only(self, ids: set[str | None]) -> None:
-        """Drop the rejects that have an id and are not among `ids`: they are in the table now."""
+        """Drop the rejects that have an id which is not among `ids`: they are in the table now."""
         for path in self._paths():
             rejects = self._read(path)
             left = [r for r in rejects if r.id is None or r.id in ids]
             if not left:
                 self._session.delete_file(path)
             elif left != rejects:
-                self.write_named(Path(path).stem, left)
+                self.write(Path(path).stem, left)
 
     def clear(self) -> None:
         """Drop all rejects."""

@@ -1,21 +1,27 @@
-"""How a corpus differs from a complete table, by id and text hash; writes nothing."""
+"""How a corpus differs from a complete table, by id and text hash. It writes nothing.
+
+The corpus is read shard by shard. Row ids and positions are remembered, texts are not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
+import lance
 import numpy as np
 import xxhash
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.checksums import text_hash
-from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import ids_in
 from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Plan, ShardReader
-from pipeline.run.job import EncodeJob
 from pipeline.table.duplicates import repeated
+
+Corpus = Callable[[], Iterator[tuple[list[Passage], list[Reject]]]]
+"""Reads a corpus from its start and yields the passages and rejects of each shard."""
 
 
 @dataclass
@@ -23,12 +29,12 @@ class Changes:
     """How a corpus differs from a table.
 
     Attributes:
-        unchanged: passages whose text is what the table holds.
-        changed: passages whose text differs.
-        new: passages the table does not hold.
-        missing: stable row ids of rows whose passage is no longer in the corpus.
-        rejected: rows of the corpus that cannot be used.
-        digest: of what is new or changed.
+        unchanged: Number of passages whose text is the one that the table holds.
+        changed: Number of passages whose text differs from it.
+        new: Number of passages that the table does not hold.
+        missing: Stable row ids of the rows whose passage is not in the corpus.
+        rejected: Rows of the corpus that cannot be used.
+        digest: Hash over the passages that are changed or new.
     """
 
     unchanged: int = 0
@@ -38,91 +44,108 @@ class Changes:
     rejected: list[Reject] = field(default_factory=list)
     digest: str = ""
 
+    def counts(self) -> dict[str, int]:
+        """Return the number of passages or rows of each kind."""
+        return {
+            "unchanged": self.unchanged,
+            "changed": self.changed,
+            "new": self.new,
+            "missing": len(self.missing),
+            "rejected": len(self.rejected),
+        }
 
-class Comparison:
-    """A corpus held against a table, shard by shard; remembers row ids and positions, not texts.
 
-    Attributes:
-        changes: what was found.
+def corpus_of(plan: Plan, options: dict[str, str] | None, on_duplicate: str = "error") -> Corpus:
+    """Return what reads the shards of a plan, with one passage per id.
+
+    Args:
+        plan: Shards of the corpus.
+        options: Storage options of its files.
+        on_duplicate: Which passage of a repeated id counts: "first", "last", or "error".
 
     Raises:
-        InputError: an id is repeated in the corpus and `on_duplicate` is "error".
+        InputError: If an id is repeated and `on_duplicate` is "error".
     """
 
-    def __init__(self, job: EncodeJob, plan: Plan, on_duplicate: str = "error") -> None:
-        self._plan = plan
-        self._storage_options = job.storage_options
-        self._dataset = Location(job.uri, job.storage_options).dataset()
-        self._losers = self._repeated(on_duplicate)
-        self.changes = Changes()
-        digest = xxhash.xxh3_128()
-        seen: list[np.ndarray] = [np.empty(0, np.int64)]
-        for passages, rejects in self._shards():
-            kinds, rows = self._classify(passages)
-            seen.append(rows)
-            self.changes.rejected += rejects
-            for passage, kind in zip(passages, kinds, strict=True):
-                setattr(self.changes, kind, getattr(self.changes, kind) + 1)
-                if kind != "unchanged":
-                    digest.update(passage.id.encode() + b"\0" + text_hash(passage.text))
-        stored = self._dataset.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
-        self.changes.missing = np.setdiff1d(stored, np.concatenate(seen)).tolist()
-        self.changes.digest = digest.hexdigest()
+    def read() -> Iterator[tuple[list[Passage], list[Reject]]]:
+        reader = ShardReader(options)
+        yield from map(reader.read, plan.shards)
 
-    def delta(self) -> Iterator[Passage]:
-        """Yield the passages that are new or changed, reading the corpus again."""
-        for passages, _ in self._shards():
-            kinds, _ = self._classify(passages)
-            yield from (p for p, k in zip(passages, kinds, strict=True) if k != "unchanged")
+    dropped = _repeated(read, plan.num_rows, on_duplicate)
 
-    def _classify(self, passages: list[Passage]) -> tuple[list[str], np.ndarray]:
-        """Return the kind of each passage, and the row ids of those the table holds."""
-        wanted = ids_in([p.id for p in passages])
-        rows = self._dataset.scanner(
-            columns=["id", "text_hash"], filter=wanted, with_row_id=True
-        ).to_table()
-        stored = dict(zip(rows["id"].to_pylist(), rows["text_hash"].to_pylist(), strict=True))
-        kinds = []
-        for passage in passages:
-            old = stored.get(passage.id)
-            same = old is not None and old == text_hash(passage.text)
-            kinds.append("new" if old is None else "unchanged" if same else "changed")
-        return kinds, rows["_rowid"].to_numpy().astype(np.int64)
+    def read_once_per_id() -> Iterator[tuple[list[Passage], list[Reject]]]:
+        start = 0
+        for passages, rejects in read():
+            kept = ~np.isin(np.arange(start, start + len(passages)), dropped)
+            start += len(passages)
+            yield [p for p, keep in zip(passages, kept, strict=True) if keep], rejects
 
-    def _shards(self) -> Iterator[tuple[list[Passage], list[Reject]]]:
-        """Yield the passages of each shard that count, and its rejects."""
-        reader = ShardReader(self._storage_options)
-        at = 0
-        for shard in self._plan.shards:
-            passages, rejects = reader.read(shard)
-            numbers = np.arange(at, at + len(passages))
-            at += len(passages)
-            if len(self._losers):
-                kept = ~np.isin(numbers, self._losers)
-                passages = [p for p, keep in zip(passages, kept, strict=True) if keep]
-            yield passages, rejects
+    return read_once_per_id if len(dropped) else read
 
-    def _repeated(self, on_duplicate: str) -> np.ndarray:
-        """Return the positions of passages whose id another passage has, and which do not count."""
-        self._losers = np.empty(0, np.int64)
-        first: list[str] = []
 
-        def scan() -> Iterator[tuple[list[str], np.ndarray]]:
-            at = 0
-            for passages, _ in self._shards():
-                yield [p.id for p in passages], np.arange(at, at + len(passages))
-                at += len(passages)
+def compare(dataset: lance.LanceDataset, corpus: Corpus) -> Changes:
+    """Count how a corpus differs from a table and find the rows that it lacks."""
+    changes, digest = Changes(), xxhash.xxh3_128()
+    found = [np.empty(0, np.int64)]
+    for passages, rejects in corpus():
+        stored, row_ids = _stored(dataset, passages)
+        differing = _differing(passages, stored)
+        new = sum(passage.id not in stored for passage in passages)
+        changes.new += new
+        changes.changed += len(differing) - new
+        changes.unchanged += len(passages) - len(differing)
+        changes.rejected += rejects
+        found.append(row_ids)
+        for passage in differing:
+            digest.update(passage_key(passage))
+    all_rows = dataset.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
+    changes.missing = np.setdiff1d(all_rows, np.concatenate(found)).tolist()
+    changes.digest = digest.hexdigest()
+    return changes
 
-        keep = "first" if on_duplicate == "error" else on_duplicate
-        losers = np.sort(np.concatenate([self._losers, *repeated(scan, self._plan.num_rows, keep)]))
-        if len(losers) and on_duplicate == "error":
-            for ids, numbers in scan():
-                first += [ids[n - numbers[0]] for n in losers if numbers[0] <= n <= numbers[-1]]
-                if len(first) >= 10:
-                    break
-            raise InputError(
-                f"{len(losers)} passages repeat an id of another: "
-                f"{', '.join(map(repr, first[:10]))}. Mend the corpus, or choose one with "
-                "--on-duplicate first or last"
-            )
-        return losers
+
+def differing_passages(dataset: lance.LanceDataset, corpus: Corpus) -> Iterator[Passage]:
+    """Yield the passages of a corpus that a table does not hold, or holds with another text."""
+    for passages, _ in corpus():
+        yield from _differing(passages, _stored(dataset, passages)[0])
+
+
+def passage_key(passage: Passage) -> bytes:
+    """Return bytes that name a passage and its text, for a digest."""
+    return passage.id.encode() + b"\0" + text_hash(passage.text)
+
+
+def _stored(
+    dataset: lance.LanceDataset, passages: list[Passage]
+) -> tuple[dict[str, bytes], np.ndarray]:
+    """Return the text hash by id, and the row ids, of those passages that a table holds."""
+    rows = dataset.scanner(
+        columns=["id", "text_hash"], filter=ids_in([p.id for p in passages]), with_row_id=True
+    ).to_table()
+    hashes = dict(zip(rows["id"].to_pylist(), rows["text_hash"].to_pylist(), strict=True))
+    return hashes, rows["_rowid"].to_numpy().astype(np.int64)
+
+
+def _differing(passages: list[Passage], stored: dict[str, bytes]) -> list[Passage]:
+    return [p for p in passages if stored.get(p.id) != text_hash(p.text)]
+
+
+def _repeated(read: Corpus, total: int, on_duplicate: str) -> np.ndarray:
+    """Return the positions of the passages with a repeated id that do not count."""
+
+    def scan() -> Iterator[tuple[list[str], np.ndarray]]:
+        start = 0
+        for passages, _ in read():
+            yield [p.id for p in passages], np.arange(start, start + len(passages))
+            start += len(passages)
+
+    keep = "first" if on_duplicate == "error" else on_duplicate
+    dropped = np.concatenate([np.empty(0, np.int64), *repeated(scan, total, keep)])
+    if len(dropped) and on_duplicate == "error":
+        ids = (ids[i] for ids, at in scan() for i in np.flatnonzero(np.isin(at, dropped)))
+        raise InputError(
+            f"{len(dropped)} passages repeat an id of another: "
+            f"{', '.join(map(repr, islice(ids, 10)))}. Mend the corpus, or choose one with "
+            "--on-duplicate first or last"
+        )
+    return dropped

@@ -13,8 +13,9 @@ from pipeline.table.claim import COMPLETE, TableClaim
 from pipeline.table.side_files import SYNCS
 
 SAFE_AGE = timedelta(days=7)
+"""Age of a data file that no running command can be about to commit."""
 LEAST_AGE = timedelta(hours=1)
-"""A file younger than this may be a commit that is being made."""
+"""Age below which a file is never removed: it may be a commit that is being made."""
 PLACES = ("data/", f"{SYNCS}/")
 
 
@@ -28,31 +29,28 @@ class Garbage:
 
 
 def collect_garbage(
-    location: Location,
-    *,
-    older_than: timedelta = SAFE_AGE,
-    dry_run: bool = False,
+    table: Location, *, older_than: timedelta = SAFE_AGE, dry_run: bool = False
 ) -> Garbage:
-    """Remove versions that are old and have no tag, and old files that no version names.
+    """Remove versions that are old and have no tag, and old data files that no version names.
 
     A file that no version names may be one that a running command is about to commit. It is kept
     until it is LEAST_AGE old and, while the table is not complete, until it is SAFE_AGE old.
 
     Raises:
-        InputError: a negative age.
+        InputError: If the age is negative.
     """
     if older_than < timedelta(0):
         raise InputError(f"an age of {older_than} is negative")
-    writer = TableClaim(location)
-    safe = LEAST_AGE if writer.state == COMPLETE else SAFE_AGE
-    options = {"older_than": older_than, "error_if_tagged_old_versions": False}
+    claim = TableClaim(table)
+    clean = claim.dataset.cleanup_old_versions
     if dry_run:
-        stats = writer.dataset.explain_cleanup_old_versions(**options).stats
-    else:
-        stats = writer.dataset.cleanup_old_versions(**options)
+        clean = claim.dataset.explain_cleanup_old_versions
+    stats = clean(older_than=older_than, error_if_tagged_old_versions=False)
+    stats = stats.stats if dry_run else stats
     found = Garbage(stats.old_versions, stats.data_files_removed, stats.bytes_removed)
-    session = location.file_session()
-    for path, size in _orphans(location, max(older_than, safe)):
+    session = table.file_session()
+    safe = LEAST_AGE if claim.state == COMPLETE else SAFE_AGE
+    for path, size in _unnamed_files(table, max(older_than, safe)):
         found.files += 1
         found.bytes += size
         if not dry_run:
@@ -60,17 +58,16 @@ def collect_garbage(
     return found
 
 
-def _orphans(location: Location, age: timedelta) -> list[tuple[str, int]]:
-    """Return (path, bytes) of data files that are older than `age` and in no version."""
+def _unnamed_files(table: Location, age: timedelta) -> list[tuple[str, int]]:
+    """Return (path, bytes) of the data files that are older than `age` and in no version."""
     before = datetime.now(UTC) - age
     # All files first: one that is committed meanwhile is then found among the tracked ones.
-    every: pa.Table = location.dataset().all_files().read_all()
-    tracked = location.dataset().tracked_files().read_all()["path"].to_pylist()
-    known = set(tracked)
+    files: pa.Table = table.dataset().all_files().read_all()
+    tracked = set(table.dataset().tracked_files().read_all()["path"].to_pylist())
     return [
-        (row["path"], row["size_bytes"])
-        for row in every.to_pylist()
-        if row["path"].startswith(PLACES)
-        and row["path"] not in known
-        and row["last_modified"] < before
+        (file["path"], file["size_bytes"])
+        for file in files.to_pylist()
+        if file["path"].startswith(PLACES)
+        and file["path"] not in tracked
+        and file["last_modified"] < before
     ]

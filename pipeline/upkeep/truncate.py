@@ -1,7 +1,7 @@
-"""A smaller table from a bigger one: coarser ratios, fewer bits; no model, no GPU.
+"""A smaller table from a bigger one: coarser ratios or fewer bits, without a model or a GPU.
 
-The rows are those of the version that is live when it starts. It is a job like encoding: shards,
-commits and resuming are the same.
+The rows are those of the version that is live when it starts. Shards, commits and resuming are the
+same as when a corpus is encoded.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def truncate(
     shard_size: int = 10_000,
     storage_options: dict[str, str] | None = None,
 ) -> Summary:
-    """Write the live rows of a table into another at coarser ratios or another dtype.
+    """Write the live rows of a table into another at coarser ratios or in another dtype.
 
     Args:
-        source: a complete table.
-        to: the new one.
-        ratios: to store, each a multiple of one stored in `source`; None keeps them.
-        store_dtype: "float16", "float32", "int8" or "int4"; None keeps it.
-        shard_size: rows a shard.
-        storage_options: for both.
+        source: Address of a complete table.
+        to: Address of the new table.
+        ratios: Ratios to store, each a multiple of one that `source` stores. None keeps them.
+        store_dtype: "float16", "float32", "int8" or "int4". None keeps it.
+        shard_size: Rows per shard.
+        storage_options: Options of the store of both tables.
 
     Raises:
-        InputError: a ratio that cannot be made, or nothing to do.
-        TableError: no complete table at `source`.
-        CorruptRowError: a row of `source` is not what was written.
+        InputError: If a ratio cannot be made, or there is nothing to do.
+        TableError: If there is no complete table at `source`.
+        CorruptRowError: If a row of `source` is not what was written.
     """
     table = PassageTable.open(source, storage_options=storage_options)
     old = table.spec
@@ -56,6 +56,19 @@ def truncate(
         raise InputError(f"{source} has these ratios and this dtype: copy it instead")
     if absolute(source) == absolute(to):
         raise InputError("a table cannot be truncated into itself: give --to another place")
+    plan = _plan(table, source, shard_size)
+    job = EncodeJob(inputs=(source,), uri=to, model=spec.model, storage_options=storage_options)
+
+    def execute(config: WorkerConfig, pending: Sequence[Shard]) -> Generator[Outcome]:
+        target = job.table.dataset()
+        for shard in pending:
+            yield _convert(table, shard, config, target)
+
+    return load(job, plan, spec, execute)
+
+
+def _plan(table: PassageTable, source: str, shard_size: int) -> Plan:
+    """Cut the rows of a table into shards. Address and version stand for their content."""
     content = f"{absolute(source)} version {table.version}"
     total = len(table)
     shards: list[Shard] = []
@@ -65,20 +78,13 @@ def truncate(
         shards.append(Shard(len(shards), source, Fields("id", "text"), part))
     if not shards:
         raise InputError(f"{source} has no rows")
-    job = EncodeJob(inputs=(source,), uri=to, model=spec.model, storage_options=storage_options)
-
-    def execute(config: WorkerConfig, pending: Sequence[Shard]) -> Generator[Outcome]:
-        target = lance.dataset(config.uri, storage_options=storage_options)
-        for shard in pending:
-            yield _convert(table, shard, config, target)
-
-    return load(job, Plan(tuple(shards)), spec, execute)
+    return Plan(tuple(shards))
 
 
 def _convert(
     table: PassageTable, shard: Shard, config: WorkerConfig, target: lance.LanceDataset
 ) -> ShardResult:
-    """Read one shard of the source, verifying it, and write it with the target's spec."""
+    """Read one shard of the source, verify it, and write it as the target's spec says."""
     old, new = table.spec, config.spec
     finest = new.ratios[0]
     stored = old.source_ratio(finest)

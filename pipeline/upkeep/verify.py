@@ -1,39 +1,53 @@
-"""Checks every row of a table: what `kalm verify` does. Finds all it can, stops at nothing."""
+"""Checks every row of a table: what `kalm verify` does. It reports all problems and raises none."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from kalm_encoder.errors import InputError, KalmError, first_line
-from kalm_encoder.matryoshka import num_groups
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
-from kalm_encoder.table.checksums import row_checksum, states_checksum, text_hash
+from kalm_encoder.table.checksums import row_checksum, text_hash
 from kalm_encoder.table.reader import PassageTable
-from kalm_encoder.table.rows import states_arrays
+from kalm_encoder.table.rows import verified_rows
 from kalm_encoder.table.spec import TableSpec
-from pipeline.run.job import EncodeJob, plan_job
+from pipeline.corpus.inputs import expand_inputs
+from pipeline.corpus.shards import plan_shards
 from pipeline.table.claim import COMPLETE, STATE
 from pipeline.table.duplicates import repeated_rows
 from pipeline.table.finish import ROWS
 from pipeline.table.ledger import NUM_ROWS
-from pipeline.upkeep.compare import Comparison
+from pipeline.upkeep.compare import compare, corpus_of
 
 BATCH_ROWS = 1024
+"""Rows that are in memory at the same time."""
 SHOWN = 100
+"""Most problems that a report lists, and rows that are looked up by id."""
 STATES_TOLERANCE = 1e-2
+"""Largest relative L2 distance of stored states from newly encoded ones. Batches differ in shape,
+so the last bits differ even with the same model; another dtype of the encoder differs more."""
 SCORE_TOLERANCE = 2e-2
+"""Largest difference of P(yes) between stored and newly encoded states."""
+QUERY_WORDS = 8
+"""Words from the start of a passage that serve as its query when scores are compared."""
+ENGINE_ERRORS = (KalmError, OSError, ValueError, RuntimeError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be; `id` is None where it concerns more than a row."""
+    """Something that is not as it should be.
+
+    Attributes:
+        check: Name of the check that found it.
+        detail: What is wrong.
+        id: Id of the row; None if the problem concerns more than one row.
+    """
 
     check: str
     detail: str
@@ -45,13 +59,14 @@ class Report:
     """What was checked and found.
 
     Attributes:
-        uri: of the table.
-        version: that was checked.
-        rows: that could be read.
-        num_problems: all of them.
-        problems: the first SHOWN.
-        largest_state_error: relative L2 distance of stored to live states, where sampled.
-        largest_score_error: difference of P(yes) between stored and live states, where sampled.
+        uri: Address of the table.
+        version: Version that was checked.
+        rows: Number of rows that could be read.
+        num_problems: Number of all problems.
+        problems: The first SHOWN of them.
+        largest_state_error: Largest relative L2 distance of stored states from newly encoded ones;
+            None without a sample.
+        largest_score_error: Largest difference of P(yes) between the two; None without a sample.
     """
 
     uri: str
@@ -63,14 +78,10 @@ class Report:
     largest_score_error: float | None = None
 
     def add(self, check: str, detail: str, id: str | None = None) -> None:
-        """Note a problem."""
+        """Count a problem, and list it if there is room."""
         self.num_problems += 1
         if len(self.problems) < SHOWN:
             self.problems.append(Problem(check, detail, id))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON."""
-        return asdict(self)
 
 
 def verify(
@@ -85,16 +96,16 @@ def verify(
     """Check checksums, finite values, shapes, unique ids, the id index and the number of rows.
 
     Args:
-        uri: of the table.
-        version: None takes the tag `live`.
-        storage_options: as Lance takes them.
-        sample: encode so many rows again and compare states and P(yes).
-        model: for the sample; None takes what the table records.
-        inputs: corpus files; every passage of them must be there with its text, and no other.
+        uri: Address of the table.
+        version: Version number or tag; None takes the tag `live`.
+        storage_options: Options of the store, as Lance names them.
+        sample: Number of rows to encode again and compare, in states and in P(yes).
+        model: Model that encodes the sample; None takes the one that the table records.
+        inputs: Corpus files. The table must hold their passages with the same texts and no others.
 
     Raises:
-        TableError: no such table or version.
-        InputError: a sample was asked for of a table that keeps no text.
+        TableError: If there is no such table or version.
+        InputError: If a sample was asked for and the table stores no text, or an input is bad.
     """
     table = PassageTable.open(uri, version=version, storage_options=storage_options)
     if sample and not table.spec.keep_text:
@@ -102,15 +113,8 @@ def verify(
             f"{uri} stores no text, so no row can be encoded again: leave out --sample"
         )
     report = Report(uri, table.version)
-    for fragment in table.dataset.get_fragments():
-        _check_fragment(fragment, table.spec, report)
-    try:
-        for rows in repeated_rows(table.dataset, "first"):
-            repeated = table.dataset._take_rows(rows[:SHOWN].tolist(), columns=["id"])
-            for id in repeated["id"].to_pylist():
-                report.add("unique ids", "the id is there more than once", id)
-    except _ENGINE_ERRORS as error:
-        report.add("unique ids", f"ids cannot be read: {first_line(error)}")
+    _check_rows(table, report)
+    _check_unique(table, report)
     _check_count(table, report)
     _check_index(table, report)
     if inputs:
@@ -120,63 +124,74 @@ def verify(
     return report
 
 
-_ENGINE_ERRORS = (OSError, ValueError, RuntimeError, pa.ArrowException, pa.lib.ArrowException)
-
-
-def _check_fragment(fragment: Any, spec: TableSpec, report: Report) -> None:
+@contextmanager
+def _engine_errors_are_problems(report: Report, check: str, what: str) -> Iterator[None]:
+    """Report an error of the engine in the `with` block as a problem."""
     try:
-        for batch in fragment.to_batches(batch_size=BATCH_ROWS):
-            report.rows += batch.num_rows
-            for id, problem in bad_rows(pa.Table.from_batches([batch]), spec):
-                report.add("rows", problem, id)
-    except _ENGINE_ERRORS as error:
-        report.add("files", f"fragment {fragment.fragment_id} cannot be read: {first_line(error)}")
-    except BaseException as error:  # Lance panics on some damaged pages
-        if type(error).__name__ != "PanicException":
+        yield
+    except BaseException as error:
+        # Lance panics on some damaged pages. The panic is no Exception and cannot be imported.
+        if not isinstance(error, ENGINE_ERRORS) and type(error).__name__ != "PanicException":
             raise
-        report.add("files", f"fragment {fragment.fragment_id} cannot be decoded: {error}")
+        report.add(check, f"{what}: {first_line(error)}")
 
 
-def bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:
-    """Yield (id, problem) of every row whose values are not those that were written."""
-    rows = rows.combine_chunks()
-    columns = {
-        name: rows[name].to_pylist()
-        for name in rows.schema.names
-        if not name.startswith("states_r")
-    }
-    states = {r: states_arrays(spec, rows[f"states_r{r}"]) for r in spec.ratios}
-    for i, id in enumerate(columns["id"]):
-        tokens, cut = columns["num_tokens"][i], columns["truncated"][i]
-        if columns["checksum"][i] != row_checksum(
-            id, columns["text_hash"][i], columns["shard_id"][i]
-        ):
+def _check_rows(table: PassageTable, report: Report) -> None:
+    """Read all rows, fragment by fragment, so that a damaged file hides no other."""
+    for fragment in table.dataset.get_fragments():
+        what = f"fragment {fragment.fragment_id} cannot be read"
+        with _engine_errors_are_problems(report, "files", what):
+            for batch in fragment.to_batches(batch_size=BATCH_ROWS):
+                report.rows += batch.num_rows
+                for id, problem in _bad_rows(pa.Table.from_batches([batch]), table.spec):
+                    report.add("rows", problem, id)
+
+
+def _bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:
+    """Yield the id and the problem of every row whose values are not those that were written."""
+    ids, hashes, shards, checksums = (
+        rows[name].to_pylist() for name in ("id", "text_hash", "shard_id", "checksum")
+    )
+    for id, hash, shard, checksum in zip(ids, hashes, shards, checksums, strict=True):
+        if checksum != row_checksum(id, hash, shard):
             yield id, "id, text_hash or shard_id does not match its checksum"
-        if spec.keep_text and columns["text_hash"][i] != text_hash(columns["text"][i]):
-            yield id, "text does not match its hash"
-        for ratio in spec.ratios:
-            array = states[ratio][i]
-            if columns[f"checksum_r{ratio}"][i] != states_checksum(id, tokens, cut, array):
+    if spec.keep_text:
+        for id, hash, text in zip(ids, hashes, rows["text"].to_pylist(), strict=True):
+            if hash != text_hash(text):
+                yield id, "text does not match its hash"
+    for ratio in spec.ratios:
+        for id, passage in verified_rows(spec, rows, stored=ratio, wanted=ratio):
+            if passage is None:
                 yield id, f"states_r{ratio}, num_tokens or truncated does not match its checksum"
-            elif len(array) != num_groups(tokens, ratio):
-                yield id, f"{len(array)} states at ratio {ratio} for {tokens} tokens"
-            elif not np.isfinite(spec.codec.decode(array, spec.dim)).all():
+            elif not np.isfinite(passage.states).all():
                 yield id, f"states_r{ratio} is not finite"
 
 
+def _check_unique(table: PassageTable, report: Report) -> None:
+    with _engine_errors_are_problems(report, "unique ids", "ids cannot be read"):
+        for rows in repeated_rows(table.dataset, "first"):
+            repeated = table.dataset._take_rows(rows[:SHOWN].tolist(), columns=["id"])
+            for id in repeated["id"].to_pylist():
+                report.add("unique ids", "the id is there more than once", id)
+
+
 def _check_count(table: PassageTable, report: Report) -> None:
-    """Compare the number of rows with what was recorded when the table was finished."""
+    """Compare the number of rows with the one that was recorded when the table was finished."""
     metadata = {k.decode(): v.decode() for k, v in table.dataset.schema.metadata.items()}
     if metadata.get(STATE) != COMPLETE:
         report.add("complete", f"version {table.version} is {metadata.get(STATE)}")
-        return
-    recorded = int(metadata[ROWS])
-    if report.rows != recorded:
+    elif report.rows != int(metadata[ROWS]):
         report.add(
             "complete",
-            f"{report.rows} rows could be read, {recorded} were recorded "
+            f"{report.rows} rows could be read, {metadata[ROWS]} were recorded "
             f"({metadata[NUM_ROWS]} planned before rejects and repeated ids)",
         )
+
+
+def _check_index(table: PassageTable, report: Report) -> None:
+    """Look some ids up through the id index, as a query does."""
+    with _engine_errors_are_problems(report, "look-up", "rows cannot be looked up by id"):
+        table.take(_some_rows(table, SHOWN, ["id"])["id"].to_pylist())
 
 
 def _check_corpus(
@@ -185,14 +200,10 @@ def _check_corpus(
     inputs: Sequence[str],
     storage_options: dict[str, str] | None,
 ) -> None:
-    """Compare ids and text hashes with the corpus; of a repeated id the first passage counts."""
-    job = EncodeJob(
-        inputs=tuple(inputs),
-        uri=table.uri,
-        model=table.spec.model,
-        storage_options=storage_options,
-    )
-    changes = Comparison(job, plan_job(job), "first").changes
+    """Compare ids and text hashes with a corpus. The first passage of a repeated id counts."""
+    files = expand_inputs(inputs, storage_options)
+    plan = plan_shards(files, shard_size=BATCH_ROWS, storage_options=storage_options)
+    changes = compare(table.dataset, corpus_of(plan, storage_options, "first"))
     if changes.new:
         report.add("corpus", f"{changes.new} passages of the corpus are not in the table")
     if changes.changed:
@@ -201,41 +212,29 @@ def _check_corpus(
         report.add("corpus", f"{len(changes.missing)} rows are of no passage of the corpus")
 
 
-def _check_index(table: PassageTable, report: Report) -> None:
-    """Look some ids up by the id index, as a query does."""
-    rng = random.Random(0)
-    total = table.dataset.count_rows()
-    offsets = sorted(rng.sample(range(total), min(SHOWN, total)))
-    try:
-        ids = table.dataset.take(offsets, columns=["id"])["id"].to_pylist()
-        table.take(ids)
-    except (KalmError, *_ENGINE_ERRORS) as error:
-        report.add("look-up", first_line(error))
-
-
 def _check_sample(table: PassageTable, report: Report, sample: int, model: str) -> None:
-    """Encode some rows again; compare states and P(yes)."""
+    """Encode some rows again and compare states and P(yes)."""
     spec = table.spec
-    total = table.dataset.count_rows()
-    offsets = sorted(random.Random(sample).sample(range(total), min(sample, total)))
-    rows = table.dataset.take(offsets, columns=["id", "text"])
-    ids, texts = rows["id"].to_pylist(), rows["text"].to_pylist()
-    encoder = PassageEncoder.load(model, revision=spec.revision, max_length=spec.max_length)
     decoder = QueryDecoder.load(model, revision=spec.revision)
     if decoder.fingerprint != spec.fingerprint:
         report.add("fingerprint", f"{model} is not the model that made this table")
         return
-    live = encoder.encode(texts, ratio=spec.ratios[0])
+    encoder = PassageEncoder.load(model, revision=spec.revision, max_length=spec.max_length)
+    rows = _some_rows(table, sample, ["id", "text"])
+    ids, texts = rows["id"].to_pylist(), rows["text"].to_pylist()
+    passages = zip(encoder.encode(texts, ratio=spec.ratios[0]), table.take(ids), strict=True)
     state_errors, score_errors = [0.0], [0.0]
-    for id, text, fresh, stored in zip(ids, texts, live, table.take(ids), strict=True):
+    for id, text, (fresh, stored) in zip(ids, texts, passages, strict=True):
         if fresh.states.shape != stored.states.shape:
-            report.add("sample", f"shape {stored.states.shape}, live {fresh.states.shape}", id)
+            detail = f"shape {stored.states.shape}, encoded again {fresh.states.shape}"
+            report.add("sample", detail, id)
             continue
-        difference = float(np.linalg.norm(stored.states.astype(np.float32) - fresh.states))
-        state_errors.append(difference / max(1e-12, float(np.linalg.norm(fresh.states))))
-        query = " ".join(text.split()[:8])
-        old, new = _scores(decoder, query, [stored.states, fresh.states])
-        score_errors.append(abs(old - new))
+        old = stored.states.astype(np.float32)
+        norm = float(np.linalg.norm(fresh.states))
+        state_errors.append(float(np.linalg.norm(old - fresh.states)) / max(1e-12, norm))
+        query = " ".join(text.split()[:QUERY_WORDS])
+        (score, _), (expected, _) = decoder.score(query, [old, fresh.states])
+        score_errors.append(abs(score - expected))
         if state_errors[-1] > STATES_TOLERANCE or score_errors[-1] > SCORE_TOLERANCE:
             detail = f"states differ by {state_errors[-1]:.2g}, P(yes) by {score_errors[-1]:.2g}"
             report.add("sample", detail, id)
@@ -243,7 +242,8 @@ def _check_sample(table: PassageTable, report: Report, sample: int, model: str) 
     report.largest_score_error = max(score_errors)
 
 
-def _scores(decoder: QueryDecoder, query: str, states: Sequence[Any]) -> tuple[float, float]:
-    """Return P(yes) of a query against stored and live states."""
-    (old, _), (new, _) = decoder.score(query, [np.asarray(s, np.float32) for s in states])
-    return old, new
+def _some_rows(table: PassageTable, count: int, columns: list[str]) -> pa.Table:
+    """Return rows at random, the same ones each time, in the order of the table."""
+    total = len(table)
+    offsets = random.Random(count).sample(range(total), min(count, total))
+    return table.dataset.take(sorted(offsets), columns=columns)

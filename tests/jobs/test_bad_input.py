@@ -24,8 +24,8 @@ from kalm_encoder.errors import IncompleteError
 from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.table import finish as maintenance
 from pipeline.table.rejects import RejectStore
+from pipeline.upkeep.delete import delete
 from pipeline.upkeep.verify import verify
 from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
@@ -183,7 +183,7 @@ def test_odd_ids_round_trip(encode, model_dir, tmp_path, monkeypatch):
     file.write_bytes(jsonl({"id": i, "text": f"new {n}"} for n, i in enumerate(ODD_IDS)))
     code, out = kalm(monkeypatch, "sync", file, "--to", uri, "--workers", 0)
     assert (code, f"{len(ODD_IDS)} changed, 0 new" in out) == (0, True), out
-    assert maintenance.delete(Location(uri), ODD_IDS[:3]) == 3
+    assert delete(Location(uri), ODD_IDS[:3]) == 3
     assert len(PassageTable.open(uri).take(ODD_IDS[3:])) == len(ODD_IDS) - 3
     assert verify(uri).num_problems == 0
 

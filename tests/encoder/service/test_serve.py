@@ -13,7 +13,7 @@ from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.row_index import RowIndex
 from pipeline.run.job import EncodeJob
-from pipeline.table import finish as maintenance
+from pipeline.table.publish import publish, rollback
 from pipeline.upkeep.sync import sync
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
@@ -348,7 +348,7 @@ def test_the_live_tag_is_followed(model_dir, tmp_path):
         wait_until(lambda: client.get("/info").json()["table_version"] != before)
         assert client.post("/rerank", json=ask).status_code == 200
         assert f"kalm_index_bytes {RowIndex.size(21, (4,)):.1f}" in client.get("/metrics").text
-        maintenance.rollback(Location(str(table)))
+        rollback(Location(str(table)))
         wait_until(lambda: client.post("/rerank", json=ask).status_code == 422)
         stop.set()
         thread.join()
@@ -365,7 +365,7 @@ def test_another_model_is_taken_over_and_a_broken_one_is_not(model_dir, tmp_path
         ask = {"query": "q", "document_ids": ["p0"]}
         first = client.post("/rerank", json=ask).json()["results"][0]["relevance_score"]
         encode_table(other, corpus, table, new_generation=True)
-        maintenance.publish(Location(str(table)))
+        publish(Location(str(table)))
         want = Reranker.open(str(table), model=str(other)).rerank("q", ["p0"])[0].score
         wait_until(
             lambda: (
@@ -377,7 +377,7 @@ def test_another_model_is_taken_over_and_a_broken_one_is_not(model_dir, tmp_path
         third = make_checkpoint(tmp_path / "third", TEXTS, seed=8)
         encode_table(third, corpus, table, new_generation=True)
         shutil.rmtree(third)
-        maintenance.publish(Location(str(table)))
+        publish(Location(str(table)))
         wait_until(lambda: "kalm_failed_swaps 0.0" not in client.get("/metrics").text)
         got = client.post("/rerank", json=ask).json()["results"][0]["relevance_score"]
         assert abs(got - want) <= 1e-5

@@ -13,7 +13,7 @@ from kalm_encoder.table.row_index import RowIndex
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.run.job import EncodeJob
-from pipeline.table import finish as maintenance
+from pipeline.upkeep.delete import compact, delete
 from pipeline.upkeep.sync import sync
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
@@ -96,7 +96,7 @@ def test_a_version_is_indexed_after_deletes_compaction_and_sync(model_dir, tmp_p
     asked = [f"p{i}" for i in range(70)]
     first, _ = both(uri)
     before = outcome(first, IDS)
-    maintenance.delete(Location(str(uri)), ["p0", "p13", "p59"])
+    delete(Location(str(uri)), ["p0", "p13", "p59"])
     changed = assert_same(uri, asked)
     with pytest.raises(MissingIdsError) as caught:
         changed.take(IDS)
@@ -106,7 +106,7 @@ def test_a_version_is_indexed_after_deletes_compaction_and_sync(model_dir, tmp_p
     sync(EncodeJob(inputs=(str(corpus),), uri=str(uri), model=str(model_dir)), encode_inline)
     assert_same(uri, asked)
     assert_same(uri, asked[:65])
-    maintenance.compact(Location(str(uri)))
+    compact(Location(str(uri)))
     assert_same(uri, asked[:65])
     assert outcome(first, IDS) == before, "an open handle stays on its version"
 

@@ -14,10 +14,13 @@ from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.shards import Plan, plan_shards
 from pipeline.messages import ShardResult
-from pipeline.table import finish as maintenance
-from pipeline.table.finish import SealedTable, publish
+from pipeline.table import finish
+from pipeline.table.finish import SealedTable
 from pipeline.table.fragments import write_fragment
 from pipeline.table.ledger import Ledger
+from pipeline.table.preflight import examine
+from pipeline.table.publish import publish
+from pipeline.upkeep.delete import compact
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
 
@@ -168,9 +171,9 @@ def test_a_sealed_table_takes_no_more(plan, uri):
     assert again.done == set(range(5))
 
 
-@pytest.mark.parametrize(("large", "left"), [(1, 5), (maintenance.LARGE_FRAGMENT_BYTES, 1)])
+@pytest.mark.parametrize(("large", "left"), [(1, 5), (finish.LARGE_FRAGMENT_BYTES, 1)])
 def test_only_small_fragments_are_merged(plan, uri, monkeypatch, large, left):
-    monkeypatch.setattr(maintenance, "LARGE_FRAGMENT_BYTES", large)
+    monkeypatch.setattr(finish, "LARGE_FRAGMENT_BYTES", large)
     ledger = Ledger.begin(Location(uri), SPEC, plan)
     for n in range(5):
         ledger.commit([encode(plan, uri, n)])
@@ -179,12 +182,12 @@ def test_only_small_fragments_are_merged(plan, uri, monkeypatch, large, left):
     publish(Location(uri))
     assert len(lance.dataset(uri).get_fragments()) == left
     assert len(PassageTable.open(uri).take([f"r{i}" for i in range(15)])) == 15
-    maintenance.compact(Location(uri))  # who asks for it gets it
+    compact(Location(uri))  # who asks for it gets it
     assert len(lance.dataset(uri).get_fragments()) == 1
 
 
 def test_many_fragments_are_merged_some_at_a_time_in_order(plan, uri, monkeypatch):
-    monkeypatch.setattr(maintenance, "COMPACT_AT_ONCE", 3)
+    monkeypatch.setattr(finish, "COMPACT_AT_ONCE", 3)
     ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, n) for n in range(5)])
     ledger.seal()
@@ -241,3 +244,10 @@ def test_a_table_without_rows_is_begun_anew(plan, uri):
 def test_addresses_lancedb_could_not_open_are_refused(plan, tmp_path):
     with pytest.raises(InputError, match=r"must end in \.lance"):
         Ledger.begin(Location(str(tmp_path / "table")), SPEC, plan)
+
+
+def test_lance_refuses_what_the_protocol_stands_on(uri):
+    """A run does not try this: pylance is pinned, and another version must pass here first."""
+    checks = [c for c in examine(Location(uri)) if c.name.startswith("lance: refuse")]
+    assert len(checks) == 4
+    assert [c for c in checks if c.problem] == []

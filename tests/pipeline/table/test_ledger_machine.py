@@ -22,11 +22,12 @@ from pipeline.corpus.inputs import RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import ShardResult
-from pipeline.table import finish as maintenance
 from pipeline.table.claim import COMPLETE, LOADING
-from pipeline.table.finish import SealedTable, publish
+from pipeline.table.finish import SealedTable
 from pipeline.table.fragments import write_fragment
 from pipeline.table.ledger import Ledger
+from pipeline.table.publish import publish
+from pipeline.upkeep.delete import compact
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
 SHARDS, ROWS = 4, 2
@@ -141,7 +142,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state() == COMPLETE)
     @rule()
     def compact(self):
-        maintenance.compact(Location(self.uri))
+        compact(Location(self.uri))
         self.corpus = dict(self.coming)
 
     @precondition(lambda self: self.state() != LOADING and self.state() != "sealed")

@@ -12,9 +12,10 @@ from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.run.kept_plan import PlanCopy
-from pipeline.table import finish as maintenance
 from pipeline.table.preflight import check_writable, examine
+from pipeline.table.publish import rollback
 from pipeline.table.rejects import RejectStore
+from pipeline.upkeep.delete import compact, delete
 from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.verify import verify
@@ -57,11 +58,11 @@ def test_a_table_lives_on_s3_from_encode_to_gc(s3, model_dir):
     put_corpus(s3, "c.jsonl", ["changed", *texts[1:], "new"])
     changes, _ = sync(job, encode_inline)
     assert (changes.unchanged, changes.changed, changes.new, changes.missing) == (39, 1, 1, [])
-    assert maintenance.delete(Location(TABLE, s3.options), ["p3"]) == 1
-    maintenance.compact(Location(TABLE, s3.options))
+    assert delete(Location(TABLE, s3.options), ["p3"]) == 1
+    compact(Location(TABLE, s3.options))
     assert verify(TABLE, storage_options=s3.options).num_problems == 0
     assert len(PassageTable.open(TABLE, storage_options=s3.options)) == 40
-    maintenance.rollback(Location(TABLE, s3.options))
+    rollback(Location(TABLE, s3.options))
     assert len(PassageTable.open(TABLE, storage_options=s3.options)) == 40
     stats = collect_garbage(Location(TABLE, s3.options), dry_run=True)
     assert stats.versions == 0  # all are younger than a week

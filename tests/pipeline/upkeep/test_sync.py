@@ -16,9 +16,11 @@ from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
 from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
-from pipeline.table import finish as maintenance
+from pipeline.table.finish import SealedTable
+from pipeline.table.publish import publish, rollback
 from pipeline.table.rejects import RejectStore
-from pipeline.upkeep.compare import Comparison
+from pipeline.upkeep.compare import compare, corpus_of
+from pipeline.upkeep.delete import compact, delete
 from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.sync import retry_rejects, sync
 from pipeline.upkeep.verify import verify
@@ -86,7 +88,7 @@ def test_only_what_changed_is_encoded(job, tmp_path, monkeypatch):
     del passages["p40"]
     rewrite(job, passages)
     plan = plan_job(job)
-    changes = Comparison(job, plan).changes
+    changes = compare(lance.dataset(job.uri), corpus_of(plan, None))
     assert (changes.unchanged, changes.changed, changes.new, len(changes.missing)) == (48, 1, 1, 1)
     before = lance.dataset(job.uri).version
     encoded = count_encoded(monkeypatch)
@@ -130,7 +132,7 @@ def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeyp
         raise KillError
 
     with monkeypatch.context() as broken:
-        broken.setattr(maintenance.SealedTable, step, kill)
+        broken.setattr(SealedTable, step, kill)
         with pytest.raises(KillError):
             sync(job, encode_inline, delete_missing=True)
     ids = lance.dataset(job.uri, version="live").to_table(columns=["id"])["id"].to_pylist()
@@ -227,13 +229,13 @@ def test_a_new_generation_is_switched_and_rolled_back(job):
     assert (summary.num_rows, summary.live) == (50, False)
     assert PassageTable.open(job.uri).spec.ratios == (4,)
     assert run(other, encode_inline).shards_encoded == 0
-    maintenance.publish(Location(job.uri))
+    publish(Location(job.uri))
     assert PassageTable.open(job.uri).spec.ratios == (2, 8)
     assert verify(job.uri).num_problems == 0
-    maintenance.rollback(Location(job.uri))
+    rollback(Location(job.uri))
     assert PassageTable.open(job.uri).spec.ratios == (4,)
     assert len(PassageTable.open(job.uri).take(["p1", "p49"])) == 2
-    maintenance.rollback(Location(job.uri))
+    rollback(Location(job.uri))
     assert PassageTable.open(job.uri).spec.ratios == (2, 8)
 
 
@@ -260,12 +262,12 @@ def test_an_interrupted_generation_is_resumed(job):
 
 def test_delete_compact_and_gc(job):
     with pytest.raises(MissingIdsError):
-        maintenance.delete(Location(job.uri), ["p1", "nobody"])
+        delete(Location(job.uri), ["p1", "nobody"])
     assert len(PassageTable.open(job.uri)) == 50
-    assert maintenance.delete(Location(job.uri), ["p1", "p2", "p1"]) == 2
+    assert delete(Location(job.uri), ["p1", "p2", "p1"]) == 2
     with pytest.raises(MissingIdsError):
         PassageTable.open(job.uri).take(["p1"])
-    maintenance.compact(Location(job.uri))
+    compact(Location(job.uri))
     table = PassageTable.open(job.uri)
     assert len(table.dataset.get_fragments()) == 1
     assert verify(job.uri).num_problems == 0
@@ -285,14 +287,14 @@ def test_delete_compact_and_gc(job):
     assert found.versions > 3
     assert young.exists() and not old.exists() and not staged.exists()
     np.testing.assert_array_equal(PassageTable.open(job.uri).take(["p3"])[0].states, held.states)
-    maintenance.rollback(Location(job.uri))  # a tagged version is never removed
+    rollback(Location(job.uri))  # a tagged version is never removed
     assert verify(job.uri).num_problems == 0
 
 
 def test_only_complete_versions_can_be_published(job):
     with pytest.raises(InputError, match=r"version 1 of .* is loading"):
-        maintenance.publish(Location(job.uri), 1)
+        publish(Location(job.uri), 1)
     with pytest.raises(InputError, match="has no version 999"):
-        maintenance.publish(Location(job.uri), 999)
+        publish(Location(job.uri), 999)
     with pytest.raises(InputError, match="no earlier published version"):
-        maintenance.rollback(Location(job.uri))
+        rollback(Location(job.uri))

@@ -1,0 +1,70 @@
+"""Which version readers see: the one that the tag `live` names. It moves last, in one step."""
+
+from __future__ import annotations
+
+import lance
+
+from kalm_encoder.errors import InputError, first_line
+from kalm_encoder.table.location import Location
+from kalm_encoder.table.reader import LIVE_TAG
+from pipeline.table.claim import COMPLETE, STATE
+
+PREVIOUS_TAG = "previous"
+"""The tag that names the version which was live before."""
+
+
+def publish(table: Location, version: int | None = None) -> int:
+    """Point `live` at a complete version, and `previous` at the version that was live.
+
+    Args:
+        table: Address of the table.
+        version: Version to publish; None takes the latest.
+
+    Returns:
+        The version that is live now.
+
+    Raises:
+        InputError: If there is no such version, or it is not complete.
+    """
+    dataset = table.dataset()
+    try:
+        chosen = dataset if version is None else dataset.checkout_version(version)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{table} has no version {version}: {first_line(error)}") from error
+    state = (chosen.schema.metadata or {}).get(STATE.encode(), b"?").decode()
+    if state != COMPLETE:
+        raise InputError(
+            f"version {chosen.version} of {table} is {state}, and only a complete version can be "
+            "live: run the command that makes it again"
+        )
+    live = tagged_version(dataset, LIVE_TAG)
+    if live != chosen.version:
+        if live is not None:
+            _tag(dataset, PREVIOUS_TAG, live)
+        _tag(dataset, LIVE_TAG, chosen.version)
+    return int(chosen.version)
+
+
+def rollback(table: Location) -> int:
+    """Swap `live` and `previous`, and return the version that is live now.
+
+    Raises:
+        InputError: If only one version was ever published.
+    """
+    previous = tagged_version(table.dataset(), PREVIOUS_TAG)
+    if previous is None:
+        raise InputError(f"{table} has no earlier published version to go back to")
+    return publish(table, previous)
+
+
+def tagged_version(dataset: lance.LanceDataset, tag: str) -> int | None:
+    """Return the version that a tag names, or None if there is no such tag."""
+    tags = dataset.tags.list()
+    return int(tags[tag]["version"]) if tag in tags else None
+
+
+def _tag(dataset: lance.LanceDataset, tag: str, version: int) -> None:
+    if tag in dataset.tags.list():
+        dataset.tags.update(tag, version)
+    else:
+        dataset.tags.create(tag, version)

@@ -1,0 +1,46 @@
+"""Changes to a complete table that need no model: delete passages, merge small fragments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kalm_encoder.errors import MissingIdsError
+from kalm_encoder.table.location import Location
+from kalm_encoder.table.reader import ids_in
+from pipeline.table.claim import COMPLETE
+from pipeline.table.finish import SealedTable
+from pipeline.table.publish import publish
+
+IDS_AT_ONCE = 10_000
+"""Most ids that one query looks up."""
+
+
+def delete(table: Location, ids: Sequence[str]) -> int:
+    """Delete passages by id, publish the table without them and return how many were deleted.
+
+    Raises:
+        MissingIdsError: If some ids are not in the table; then nothing is deleted.
+    """
+    claim = SealedTable(table)
+    unique = list(dict.fromkeys(ids))
+    found: dict[str, int] = {}
+    for start in range(0, len(unique), IDS_AT_ONCE):
+        wanted = ids_in(unique[start : start + IDS_AT_ONCE])
+        rows = claim.dataset.scanner(columns=["id"], filter=wanted, with_row_id=True).to_table()
+        found |= zip(rows["id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True)
+    missing = [i for i in unique if i not in found]
+    if missing and claim.state == COMPLETE:  # A delete that was interrupted has done some already.
+        raise MissingIdsError(missing, table.uri)
+    claim.begin_change()
+    claim.retry(lambda: claim.delete(list(found.values())))
+    claim.finish(compact=False)
+    publish(table)
+    return len(found)
+
+
+def compact(table: Location) -> None:
+    """Merge small fragments, bring the indexes up to date, and publish."""
+    claim = SealedTable(table)
+    claim.begin_change(rows=False)
+    claim.finish()
+    publish(table)

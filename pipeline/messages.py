@@ -1,4 +1,4 @@
-"""What a worker is given and what comes back: the words in which driver and executors speak."""
+"""What a worker is given and what comes back: the values that driver and executors exchange."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.corpus.shards import Shard
 from pipeline.logs import LogOptions
 
 IN_FLIGHT = 3
-"""Shards a worker has at once: one is read or tokenised, one on the device, one written."""
+"""Shards per worker at once: one is read or tokenised, one is on the device, one is written."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,16 @@ class WorkerConfig:
     """What every worker needs to encode any shard of a job.
 
     Attributes:
-        uri: of the table.
-        spec: of the table; its fingerprint must be that of the model this worker finds.
-        token_budget: tokens a forward; None chooses by device and free memory.
-        threads: CPU threads of the model; None leaves torch's own choice.
-        compile: run the encoder through torch.compile.
-        gpu_share: of a GPU's memory that is this worker's.
-        storage_options: for table and inputs; passed in memory, never written.
-        logs: how a worker logs, and the id of the run.
+        uri: Path or URL of the table.
+        spec: Spec of the table. Its fingerprint must be that of the model this worker finds.
+        token_budget: Number of tokens per forward pass. None chooses it from the device and its
+            free memory.
+        threads: Number of CPU threads of the model. None leaves torch's own choice.
+        compile: Whether the encoder runs through torch.compile.
+        gpu_share: Share of a GPU's memory that this worker may use.
+        storage_options: Options of the object store, for table and inputs. They are passed in
+            memory and never written.
+        logs: How a worker logs, and the id of the run.
     """
 
     uri: str
@@ -41,19 +43,20 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A written, uncommitted shard.
+    """A shard that was written but not committed.
 
     Attributes:
-        shard: which.
-        fragment: Lance fragment metadata as JSON; None where every row was rejected.
-        num_rows: rows written.
-        rejects: rows that were not.
-        num_tokens: real tokens encoded.
-        padded_tokens: tokens the encoder computed, padding included.
-        num_truncated: passages cut to max_length.
-        seconds: by stage: read, tokenise, queued (for the device, which was busy), forward, pool
-            and write add up to the shard's time; idle is the device's, waiting for this shard.
-        worker: host and process that encoded it; "" where nobody did.
+        shard: The shard.
+        fragment: Lance fragment metadata as JSON; None if every row was rejected.
+        num_rows: Number of rows written.
+        rejects: Rows that were not written.
+        num_tokens: Number of real tokens encoded.
+        padded_tokens: Number of tokens the encoder computed, padding included.
+        num_truncated: Number of passages cut to max_length.
+        seconds: Seconds by stage. read, tokenise, queued (the wait for a busy device), forward,
+            pool and write add up to the time of the shard; idle is the time for which the device
+            waited for this shard.
+        worker: Host and process that encoded it; "" if nobody did.
     """
 
     shard: Shard
@@ -69,7 +72,7 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class ShardFailure:
-    """A shard that was given up, after how many attempts, and the last reason."""
+    """A shard that was given up after some attempts, with the last reason."""
 
     shard: Shard
     attempts: int
@@ -77,6 +80,7 @@ class ShardFailure:
 
 
 Outcome = ShardResult | ShardFailure | None
-"""What an executor yields; None is a tick while nothing is ready."""
+"""What an executor yields; None says that nothing was ready for a while."""
 
 Executor = Callable[[WorkerConfig, Sequence[Shard]], Generator[Outcome]]
+"""Encodes shards and yields their outcomes in any order."""

@@ -1,4 +1,4 @@
-"""The executor without Ray: shards are encoded in this process."""
+"""The executor without Ray: it encodes shards in this process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.workers.shard_encoder import ShardEncoder
 
 
 def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
-    """Encode shards in this process, in order, overlapped as in a worker.
+    """Encode shards in this process and yield them in order; they overlap as in a Ray worker.
 
     Raises:
-        KalmError: the encoder cannot be loaded.
+        KalmError: If the encoder cannot be loaded.
     """
     encoder = ShardEncoder(config)
 
@@ -25,7 +25,7 @@ def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Ou
         try:
             with logs.in_shard(shard.id):
                 return encoder.encode(shard)
-        except Exception as error:  # whatever it is, it is that shard's, and is told with its name
+        except Exception as error:  # any error belongs to its shard; the others go on
             return ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
 
     waiting = iter(shards)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,24 +26,31 @@ from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Shard, ShardReader
 from pipeline.messages import ShardResult, WorkerConfig
 from pipeline.table.fragments import open_to_write, write_fragment
-from pipeline.workers.device_threads import DeviceThreads
+from pipeline.workers.device_threads import DeviceThreads, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-AHEAD = 2
-"""Batches a GPU is given before the first of them must be done: it never waits for the host."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+BATCHES_AHEAD = 2
+"""Batches a GPU has before the first of them must be done. With two it never waits for the host;
+more would only hold memory."""
 
 
 class ShardEncoder:
     """A loaded encoder and an open table: what a worker process holds.
 
-    `encode` may run in several threads: reading, tokenising and writing overlap. The model is
-    loaded and run in lanes of its own.
+    Up to IN_FLIGHT threads may call `encode`, so that reading, tokenising and writing overlap. The
+    model is loaded and run in device threads of its own.
+
+    Args:
+        config: What any shard of the job needs.
+        device: Device of the encoder. None takes the first GPU, else the CPU.
+
+    Raises:
+        MismatchError: If the model on this machine is not that of the table.
     """
 
     def __init__(self, config: WorkerConfig, device: str | None = None) -> None:
-        spec = config.spec
+        self.spec = spec = config.spec
         files = checkpoint.resolve(spec.model, spec.revision)
         if files.fingerprint != spec.fingerprint:
             raise MismatchError(
@@ -55,9 +63,8 @@ class ShardEncoder:
             torch.cuda.set_per_process_memory_fraction(config.gpu_share)
         if place.type == "cpu":
             keep_freed_memory()
-        self._lanes = DeviceThreads(place, config.threads)
-        self._ahead: deque[BatchInFlight] = deque()
-        self.encoder = self._lanes.submit(
+        self._threads = DeviceThreads(place, config.threads)
+        self.encoder = self._threads.submit(
             lambda: PassageEncoder(
                 files.load_text_encoder(place, checkpoint.choose_dtype(None, place)),
                 files.tokenizer(),
@@ -66,67 +73,56 @@ class ShardEncoder:
                 compile=config.compile,
             )
         ).result()
-        self.spec = spec
+        self._on_gpu: deque[BatchInFlight] = deque()
         self._dataset = open_to_write(Location(config.uri, config.storage_options))
         self._storage_options = config.storage_options
-        self._readers = threading.local()
-        logger.info(
-            "loaded %s on %s, %d tokens a forward", spec.model, place, self.encoder.token_budget
-        )
+        self._per_thread = threading.local()
         self._stopped = threading.Event()
+        budget = self.encoder.token_budget
+        logger.info("loaded %s on %s, %d tokens per forward pass", spec.model, place, budget)
 
     def encode(self, shard: Shard) -> ShardResult:
         """Encode one shard into one uncommitted fragment.
 
-        Up to IN_FLIGHT threads may call it: while one shard is on the device the next is read and
-        tokenised and the one before is written.
-
         Raises:
-            InputError: its input changed since it was planned.
-            OSError: the store refused the write.
+            InputError: If its input changed since it was planned.
+            KalmError: If `stop` was called.
+            RuntimeError: If the encoder fails on every passage.
+            OSError: If the store refused the write.
         """
-        clock = _Clock()
+        times = [time.monotonic()]
         passages, rejects = self._reader().read(shard)
-        clock.lap("read")
+        times.append(time.monotonic())
         tokens = self.encoder.tokenise([p.text for p in passages])
-        clock.lap("tokenise")
+        times.append(time.monotonic())
         started = self._start(tokens)
-        states = _collect(started)
-        clock.lap("device")
-        kept, failed = self._split_storable(shard, passages, states)
-        fragment = None
-        if kept:
-            rows = build_rows(
-                self.spec,
-                [p.id for p, _ in kept],
-                [p.text for p, _ in kept],
-                [s for _, s in kept],
-                shard.id,
-            )
-            fragment = write_fragment(rows, self._dataset)
-        clock.lap("write")
+        encoded = [e for s in started for e in ([s] if isinstance(s, str) else s.result())]
+        times.append(time.monotonic())
+        kept, unstorable = self._split_storable(shard, passages, encoded)
+        fragment = self._write(shard, kept) if kept else None
+        times.append(time.monotonic())
         num_tokens = sum(len(t.ids) for t in tokens)
-        spent = sum(clock.seconds.values())
-        logger.debug("%d rows, %d tokens in %.2f s", len(kept), num_tokens, spent)
+        logger.debug("%d rows, %d tokens in %.2f s", len(kept), num_tokens, times[-1] - times[0])
+        batches = [s for s in started if isinstance(s, BatchInFlight)]
         return ShardResult(
             shard,
             fragment,
             num_rows=len(kept),
-            rejects=(*rejects, *failed),
+            rejects=(*rejects, *unstorable),
             num_tokens=num_tokens,
-            padded_tokens=sum(s.computed for s in started if isinstance(s, BatchInFlight)),
+            padded_tokens=sum(batch.computed for batch in batches),
             num_truncated=sum(t.truncated for t in tokens),
-            seconds=_stages(clock.seconds, started, self._lanes.count),
+            seconds=_stages(times, batches, self._threads.count),
             worker=f"{socket.gethostname()}:{os.getpid()}",
         )
 
     def stop(self) -> None:
         """Let the shards under way fail at their next batch; no more can be encoded."""
         self._stopped.set()
-        self._lanes.stop()
+        self._threads.stop()
 
     def device_is_lost(self) -> bool:
-        """Whether a GPU fails whatever it is given, as after an error that spoiled its context."""
+        """Return whether a GPU fails whatever it is given, as after an error in its context."""
         if self.encoder.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.encoder.device)
@@ -134,117 +130,115 @@ class ShardEncoder:
                 return True
         return False
 
+    def _reader(self) -> ShardReader:
+        """Return this thread's reader: threads cannot share a position in a file."""
+        if not hasattr(self._per_thread, "reader"):
+            self._per_thread.reader = ShardReader(self._storage_options)
+        reader: ShardReader = self._per_thread.reader
+        return reader
+
     def _start(self, tokens: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
-        """Send a shard to the device; a passage that fails is its reason.
+        """Send a shard to the device; a passage that fails is replaced by the reason.
 
         Raises:
-            KalmError: `stop` was called.
-            RuntimeError: whatever the encoder raised, where it fails for every passage: then the
-                device is at fault, not the passages.
+            KalmError: If `stop` was called.
+            RuntimeError: What the encoder raised, if it fails on every passage: then the device is
+                at fault, not the passages.
         """
         batches = self.encoder.batches([len(t.ids) for t in tokens])
-        parts = self._lanes.map(self._run, ([tokens[i] for i in batch] for batch in batches))
+        parts = self._threads.map(self._run, ([tokens[i] for i in batch] for batch in batches))
         started = [one for part in parts for one in part]
         if any(isinstance(s, str) for s in started) and len(tokens) > 1:
             good = next((s.tokens[0] for s in started if isinstance(s, BatchInFlight)), tokens[0])
-            # Raises again where the device itself is broken, by now or from the start.
-            again = self._lanes.submit(self.encoder.encode_batch, [good], ratio=self.spec.ratios[0])
-            again.result()
+            # This raises again if the device itself is broken, by now or from the start.
+            retry = self._threads.submit(
+                self.encoder.encode_batch, [good], ratio=self.spec.ratios[0]
+            )
+            retry.result()
         return started
 
     def _run(self, batch: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
-        """Start a batch, in a lane; a GPU must be done with the one AHEAD of it."""
+        """Start a batch in a device thread; on a GPU, first wait for the batch BATCHES_AHEAD."""
         if self._stopped.is_set():
             raise KalmError("the encoder was stopped")
-        started = self._isolate(batch)
+        started = start_isolated(partial(self.encoder.start, ratio=self.spec.ratios[0]), batch)
         if self.encoder.device.type == "cuda":
-            self._ahead.extend(s for s in started if isinstance(s, BatchInFlight))
-            while len(self._ahead) > AHEAD:
-                self._ahead.popleft().result()
+            self._on_gpu.extend(s for s in started if isinstance(s, BatchInFlight))
+            while len(self._on_gpu) > BATCHES_AHEAD:
+                self._on_gpu.popleft().result()
         return started
 
-    def _isolate(self, batch: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
-        """Start a batch; where that fails its halves, down to the passages that are at fault."""
-        try:
-            return list(self.encoder.start(batch, ratio=self.spec.ratios[0]))
-        except (RuntimeError, MemoryError, ValueError, IndexError) as error:
-            if len(batch) == 1:
-                return [f"the encoder failed: {type(error).__name__}: {first_line(error)}"]
-            logger.warning("%d passages failed, trying halves: %s", len(batch), first_line(error))
-            half = len(batch) // 2
-            return self._isolate(batch[:half]) + self._isolate(batch[half:])
-
-    def _reader(self) -> ShardReader:
-        """Return this thread's reader: file positions are not shared."""
-        if not hasattr(self._readers, "reader"):
-            self._readers.reader = ShardReader(self._storage_options)
-        reader: ShardReader = self._readers.reader
-        return reader
-
     def _split_storable(
-        self, shard: Shard, passages: Sequence[Passage], states: Sequence[PassageStates | str]
+        self, shard: Shard, passages: Sequence[Passage], encoded: Sequence[PassageStates | str]
     ) -> tuple[list[tuple[Passage, PassageStates]], list[Reject]]:
         """Separate passages that the encoder or the store's dtype cannot take."""
-        top = self.spec.codec.limit
         kept, rejects = [], []
-        for passage, encoded in zip(passages, states, strict=True):
-            if isinstance(encoded, str):
-                reason = encoded
-            elif np.abs(encoded.states).max() <= top:  # False for NaN as well
-                kept.append((passage, encoded))
+        for passage, states in zip(passages, encoded, strict=True):
+            if isinstance(states, str):
+                reason = states
+            elif np.abs(states.states).max() <= self.spec.codec.limit:  # False for NaN as well
+                kept.append((passage, states))
                 continue
             else:
                 reason = f"states are not finite in {self.spec.store_dtype}; try float32"
             rejects.append(Reject(shard.path, passage.line, reason, passage.id))
         return kept, rejects
 
+    def _write(self, shard: Shard, kept: Sequence[tuple[Passage, PassageStates]]) -> str:
+        passages, states = zip(*kept, strict=True)
+        ids, texts = [p.id for p in passages], [p.text for p in passages]
+        return write_fragment(build_rows(self.spec, ids, texts, states, shard.id), self._dataset)
 
-def keep_freed_memory() -> None:
-    """Let malloc keep what a forward frees, for the next one.
 
-    By default glibc gives large blocks back to the system at once, and each activation of each
-    layer is paged in and zeroed anew: up to a fifth of a CPU worker's time. See mallopt(3).
+def start_isolated(
+    start: Callable[[Sequence[PassageTokens]], list[BatchInFlight]],
+    batch: Sequence[PassageTokens],
+) -> list[BatchInFlight | str]:
+    """Start a batch; if that fails start its halves, down to the passages that are at fault.
+
+    Args:
+        start: Sends passages to the device.
+        batch: At least one passage.
+
+    Returns:
+        What was started, in order; the reason in place of each passage that fails alone.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
-    if mallopt and not (mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 1 << 30)):
-        logger.warning("malloc keeps its defaults: encoding on this CPU will be slower")
-
-
-def _collect(started: Sequence[BatchInFlight | str]) -> list[PassageStates | str]:
-    """Wait for the device; return the states of every passage, or the reason it has none."""
-    return [
-        outcome
-        for batch in started
-        for outcome in ([batch] if isinstance(batch, str) else batch.result())
-    ]
+    try:
+        return list(start(batch))
+    except (RuntimeError, MemoryError, ValueError, IndexError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    # Out of the handler: there the traceback would keep the tensors of the failed forward alive.
+    if len(batch) == 1:
+        return [f"the encoder failed: {reason}"]
+    logger.warning("%d passages failed, trying halves: %s", len(batch), reason)
+    half = len(batch) // 2
+    return start_isolated(start, batch[:half]) + start_isolated(start, batch[half:])
 
 
 def _stages(
-    host: dict[str, float], started: Sequence[BatchInFlight | str], lanes: int
+    times: Sequence[float], batches: Sequence[BatchInFlight], num_threads: int
 ) -> dict[str, float]:
-    """Return the seconds of a shard by stage, from the host's laps and the device's clock.
+    """Return the seconds of a shard by stage, from the host's clock and the device's.
 
-    DeviceThreads work side by side: a second of one of n is the nth part of one of the device.
+    Device threads work side by side: a second of one of n threads is the nth part of a second of
+    the device.
+
+    Args:
+        times: When the shard was begun, read, tokenised, encoded and written.
+        batches: Batches of the shard, done.
+        num_threads: Number of device threads.
     """
-    seconds = {"read": host["read"], "tokenise": host["tokenise"]}
-    device = dict.fromkeys(("idle", "forward", "pool"), 0.0)
-    for batch in started:
-        if isinstance(batch, BatchInFlight):
-            for stage, spent in batch.seconds.items():
-                device[stage] += spent / lanes
-    busy = device["forward"] + device["pool"]
-    seconds["queued"] = max(0.0, host["device"] - busy)
-    return {**seconds, **device, "write": host["write"]}
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = now - self._last
-        self._last = now
+    read, tokenise, device, write = (end - begin for begin, end in pairwise(times))
+    idle, forward, pool = (
+        sum(batch.seconds[stage] for batch in batches) / num_threads
+        for stage in ("idle", "forward", "pool")
+    )
+    return {
+        "read": read,
+        "tokenise": tokenise,
+        "queued": max(0.0, device - forward - pool),
+        "idle": idle,
+        "forward": forward,
+        "pool": pool,
+        "write": write,
+    }

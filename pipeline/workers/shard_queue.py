@@ -1,8 +1,8 @@
 """Shards that wait for a worker: in which order, after how many failures, and whose fault it was.
 
-Knows no Ray. A shard that raises is tried again, at the end. A shard whose worker died is a
-suspect: suspects are tried last and one at a time, so that none is blamed for its neighbour. A
-shard whose node went away is no suspect: that is not its fault, and not counted.
+Knows no Ray. A shard that raises is tried again at the end. A shard whose worker died is a suspect:
+suspects are tried last and one at a time, so that no shard is blamed for its neighbour. A shard
+whose node went away is no suspect: that is not its fault, and does not count as an attempt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import statistics
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
 
 from pipeline.corpus.inputs import COMPRESSIONS, is_columnar
 from pipeline.corpus.shards import Shard
@@ -24,51 +23,36 @@ MAX_ATTEMPTS = 3
 
 
 def short_last(shards: Sequence[Shard], count: int) -> tuple[list[Shard], list[Shard]]:
-    """Return (shards in plan order, the `count` shortest from long to short).
+    """Return (shards in plan order, the `count` shortest shards from long to short).
 
     The second part goes last, so that workers finish together. Shards of compressed files all
-    stay in the first: to enter one at its end is to decompress all of it.
+    stay in the first part: to enter a compressed file at its end is to decompress all of it.
 
     Args:
-        shards: in plan order.
-        count: about as many as the workers have at once.
+        shards: Shards in plan order.
+        count: Number to move, about as many as the workers have at once.
     """
     movable = [s for s in shards if not s.path.endswith(COMPRESSIONS)]
-    sizes = _sizes(movable)
-    shortest = sorted(movable, key=lambda s: (sizes[s.number], -s.number))[:count]
-    moved = {shard.number for shard in shortest}
-    first = [shard for shard in shards if shard.number not in moved]
-    return first, shortest[::-1]
-
-
-def _sizes(shards: Iterable[Shard]) -> dict[int, float]:
-    """Return by number the length over the median in the same unit: bytes of text, or rows."""
-    units: dict[bool, list[Shard]] = {}
-    for shard in shards:
-        units.setdefault(is_columnar(shard.path), []).append(shard)
-    sizes: dict[int, float] = {}
-    for group in units.values():
-        median = statistics.median(shard.rows.length for shard in group)
-        sizes.update((shard.number, shard.rows.length / median) for shard in group)
-    return sizes
-
-
-@dataclass(frozen=True)
-class _Suspect:
-    shard: Shard
-    node: str
+    lengths: dict[bool, list[int]] = {}
+    for shard in movable:
+        lengths.setdefault(is_columnar(shard.path), []).append(shard.rows.length)
+    # Lengths in bytes and in rows can be compared once each is divided by its median.
+    median = {unit: statistics.median(found) for unit, found in lengths.items()}
+    movable.sort(key=lambda s: (s.rows.length / median[is_columnar(s.path)], -s.number))
+    moved = {shard.number for shard in movable[:count]}
+    return [shard for shard in shards if shard.number not in moved], movable[:count][::-1]
 
 
 class ShardQueue:
-    """Shards not under way; `len` is how many may be taken now, suspects apart.
+    """Shards not under way; `len` is how many may be taken now, without the suspects.
 
-    A worker gets shard after shard of one file while it has any, then a file that nobody reads,
-    then a part of the one with most left: a compressed file is decompressed and a Parquet row
-    group decoded by as few workers as can be, and nobody waits for it.
+    A worker gets shard after shard of one file while there are any, then a file that nobody reads,
+    then part of the file with most left. So as few workers as possible decompress a file or decode
+    a Parquet row group, and no worker waits for one.
 
     Args:
-        shards: in plan order.
-        last: after all those, in this order.
+        shards: Shards in plan order.
+        last: Shards that go after all those, in this order.
     """
 
     def __init__(self, shards: Iterable[Shard], last: Iterable[Shard] = ()) -> None:
@@ -77,7 +61,7 @@ class ShardQueue:
             self._files.setdefault(shard.path, deque()).append(shard)
         self._unread = deque(self._files)
         self._last = deque(last)
-        self._suspects: deque[_Suspect] = deque()
+        self._suspects: deque[tuple[Shard, str]] = deque()  # with the node of the dead worker
         self._attempts: dict[int, int] = {}
         self._length = sum(map(len, self._files.values())) + len(self._last)
 
@@ -86,14 +70,14 @@ class ShardQueue:
 
     @property
     def num_suspects(self) -> int:
-        """Shards that wait to be tried alone."""
+        """Number of shards that wait to be tried alone."""
         return len(self._suspects)
 
     def take(self, path: str) -> Shard:
-        """Return the next shard for a worker whose last one was of the file `path`.
+        """Return the next shard for a worker whose last one came from the file `path`.
 
         Raises:
-            IndexError: none waits.
+            IndexError: If no shard waits.
         """
         if path not in self._files:
             if self._unread:
@@ -109,7 +93,7 @@ class ShardQueue:
 
     def take_suspect(self) -> Shard:
         """Return the next suspect, to be tried alone."""
-        return self._suspects.popleft().shard
+        return self._suspects.popleft()[0]
 
     def put_back(self, shard: Shard) -> None:
         """Take back a shard that was lost through no fault of its own."""
@@ -117,7 +101,7 @@ class ShardQueue:
         self._length += 1
 
     def failed(self, shard: Shard, reason: str) -> list[ShardFailure]:
-        """Take back a shard that raised; or give it up."""
+        """Take back a shard that raised, or give it up after the last attempt."""
         failures = self._count_attempt(shard, reason)
         if not failures:
             self._last.append(shard)
@@ -125,25 +109,25 @@ class ShardQueue:
         return failures
 
     def suspect(self, shard: Shard, node: str, reason: str) -> list[ShardFailure]:
-        """Take back a shard whose worker died on a node that lives; or give it up."""
+        """Take back a shard whose worker died on a living node, or give it up."""
         failures = self._count_attempt(shard, f"its worker died: {reason}")
         if not failures:
-            self._suspects.append(_Suspect(shard, node))
+            self._suspects.append((shard, node))
         return failures
 
     def clear_suspects(self, nodes: Container[str]) -> None:
-        """Clear suspects whose worker died a moment before its node did.
+        """Clear the suspects whose worker died a moment before its node did.
 
         Args:
-            nodes: that are alive.
+            nodes: Nodes that are alive.
         """
         suspects, self._suspects = self._suspects, deque()
-        for suspect in suspects:
-            if suspect.node in nodes:
-                self._suspects.append(suspect)
+        for shard, node in suspects:
+            if node in nodes:
+                self._suspects.append((shard, node))
             else:
-                self._attempts[suspect.shard.number] -= 1
-                self.put_back(suspect.shard)
+                self._attempts[shard.number] -= 1
+                self.put_back(shard)
 
     def _count_attempt(self, shard: Shard, reason: str) -> list[ShardFailure]:
         attempts = self._attempts.get(shard.number, 0) + 1

@@ -1,7 +1,7 @@
 """Other ways to encode a corpus, one a process: `python -m tests.bench.peers PEER MODEL CORPUS`.
 
 ceiling                the bare encoder: tokenised beforehand, all passages sorted by length, full
-                       token budgets, in lanes; forward and pooling, nothing else
+                       token budgets, in device threads; forward and pooling, nothing else
 reference              mteb's KaLMRerankerWrapper, encoder part only: 32 pairs of query and
                        passage, sorted by characters, padded
 ray_data               Ray Data map_batches: 32 rows in corpus order, one actor with all CPUs
@@ -32,8 +32,7 @@ from kalm_encoder.model import checkpoint
 from kalm_encoder.model.in_flight import PassageTokens
 from kalm_encoder.model.pooling import mean_pool
 from kalm_encoder.prompts import render_passage
-from pipeline.workers.device_threads import DeviceThreads
-from pipeline.workers.shard_encoder import keep_freed_memory
+from pipeline.workers.device_threads import DeviceThreads, keep_freed_memory
 
 ROWS = 32
 RATIO = 4
@@ -124,9 +123,9 @@ def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
     tokens = sorted(encoder.tokenise(texts), key=lambda t: -len(t.ids))
     lengths = [len(t.ids) for t in tokens]
     batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
-    lanes = DeviceThreads(encoder.device)
+    threads = DeviceThreads(encoder.device)
     began = time.perf_counter()
-    lanes.map(partial(encoder.encode_batch, ratio=RATIO), batches)
+    threads.map(partial(encoder.encode_batch, ratio=RATIO), batches)
     seconds = time.perf_counter() - began
     return {"tokens": sum(lengths), "computed": sum(lengths), "seconds": seconds}
 

@@ -1,7 +1,4 @@
-"""The Ray side: worker actors, and the executor that runs shards on them.
-
-With ray_cluster, ray_pool, ray_crew and ray_metrics the only module that knows Ray.
-"""
+"""The worker as a Ray actor, and the executor that encodes shards on such actors."""
 
 from __future__ import annotations
 
@@ -22,36 +19,37 @@ from pipeline import logs
 from pipeline.corpus.shards import Shard
 from pipeline.messages import Executor, Outcome, ShardResult, WorkerConfig
 from pipeline.workers.on_ray.cluster import RayOptions, connect
-from pipeline.workers.on_ray.pool import Pool
+from pipeline.workers.on_ray.dispatcher import Dispatcher
 from pipeline.workers.shard_encoder import ShardEncoder
 
 LAST_LINES_S = 0.5
-"""What Ray needs to bring the last log lines of workers to the driver; it does not say when."""
+"""Time for Ray to bring the last log lines of workers to the driver; Ray does not say when."""
 
 
 class Worker:
-    """Actor: a ShardEncoder that is loaded by a call, so that a failure has its own message."""
+    """Actor around a ShardEncoder, which a call loads so that a failure has its own message."""
 
     def __init__(self) -> None:
         self._encoder: ShardEncoder | None = None
 
     def node(self) -> str:
-        """Return the id of the node Ray has put this worker on."""
+        """Return the id of the node on which Ray has put this worker."""
         return str(ray.get_runtime_context().get_node_id())
 
     def load(self, config: WorkerConfig) -> None:
-        """Load model and table; on a GPU if Ray gave this actor one."""
+        """Load the model and open the table; the model goes on a GPU if Ray gave this actor one."""
         logs.configure_worker(config.logs)
         assigned = ray.get_runtime_context().get_assigned_resources()
         cpus = int(assigned["CPU"])
-        # Pools of their own beside the model's: left alone, each takes all cores of the node.
+        # Rayon, Lance and Arrow have thread pools of their own. Without a limit each of them
+        # takes all cores of the node, for every worker on it.
         os.environ["RAYON_NUM_THREADS"] = os.environ["LANCE_CPU_THREADS"] = str(cpus)
         pa.set_cpu_count(cpus)
         config = replace(config, gpu_share=min(1.0, assigned.get("GPU", 1.0)))
         self._encoder = ShardEncoder(config, device="cuda" if ray.get_gpu_ids() else "cpu")
 
     def encode(self, shard: Shard) -> ShardResult:
-        """Encode one shard; up to IN_FLIGHT calls run at once."""
+        """Encode one shard. Up to IN_FLIGHT calls run at once."""
         if self._encoder is None:
             raise KalmError("the worker was asked to encode before it was loaded")
         with logs.in_shard(shard.id):
@@ -59,7 +57,7 @@ class Worker:
                 return self._encoder.encode(shard)
             except RuntimeError:
                 if self._encoder.device_is_lost():
-                    os._exit(1)  # it would fail every other shard too: another process takes over
+                    os._exit(1)  # every other shard would fail too: another process takes over
                 raise
 
 
@@ -76,9 +74,9 @@ def _encode_on_ray(
     try:
         with tempfile.TemporaryDirectory() as folder:
             connect(options, Path(folder))
-        with closing(Pool(Worker, options, config, shards)) as pool:
-            while pool.busy():
-                yield from pool.step() or [None]
+        with closing(Dispatcher(Worker, options, config, shards)) as dispatcher:
+            while dispatcher.num_unfinished():
+                yield from dispatcher.step() or [None]
     finally:
         time.sleep(LAST_LINES_S)
         ray.shutdown()

@@ -24,9 +24,10 @@ from kalm_encoder.errors import InputError
 from pipeline import logs
 
 CONNECT_TIMEOUT_S = 10.0
+"""How long a cluster may take to accept a connection before it counts as absent."""
 MOST_CPUS = 4
-"""A worker asks for no more unless told to: beyond it more workers do better than more threads.
-Beside a GPU they read, tokenise and write; one CPU alone would leave the GPU waiting."""
+"""A worker asks for no more CPUs unless it is told to: more workers do better than more threads.
+Beside a GPU these CPUs read, tokenise and write; a single one would leave the GPU waiting."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class RayOptions:
     """Where and on what to run.
 
     Attributes:
-        address: of a cluster; None takes RAY_ADDRESS, else starts a cluster on this machine.
-        num_workers: None takes as many as there is room for, at any time: nodes may join and leave.
-        cpus_per_worker: threads of a CPU worker; None takes up to 4. Beside a GPU, those that read,
-            tokenise and write; None takes a GPU's share of its node's, up to 4.
-        gpus_per_worker: may be a fraction; None takes 1 where there is any GPU, 0 uses CPUs alone.
-        shard_timeout_s: a worker that takes longer for one shard is replaced.
-        start_timeout_s: how long no worker at all may become ready.
+        address: Address of a cluster. None takes RAY_ADDRESS, else starts one on this machine.
+        num_workers: Number of workers. None takes as many as there is room for at any time: nodes
+            may join and leave.
+        cpus_per_worker: Threads of a CPU worker, or those that read, tokenise and write beside a
+            GPU. None takes up to 4, on a GPU node at most the GPU's share of its CPUs.
+        gpus_per_worker: GPUs per worker, from 0 (CPUs alone) to 1. None takes 1 if there is any.
+        shard_timeout_s: Time after which a worker that has not finished a shard is replaced.
+        start_timeout_s: Time after which the run ends if no worker at all has become ready.
     """
 
     address: str | None = None
@@ -62,7 +64,7 @@ def connect(
     a working_dir already and cannot have a second one.
 
     Raises:
-        InputError: no cluster there.
+        InputError: If no cluster answers there.
     """
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -71,7 +73,7 @@ def connect(
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "/" not in host:
-        # Ray itself tries for over five minutes before it says that nothing is there.
+        # Ray itself would try for over five minutes before it says that nothing is there.
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
@@ -80,14 +82,14 @@ def connect(
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings(), _own_handlers():
-            # Ray forks and at once executes its daemons: Lance's threads are not used in between.
+            # Ray forks and executes its daemons at once: Lance's threads are not used in between.
             warnings.filterwarnings("ignore", message="lance is not fork-safe")
             ray.init(
                 address=address,
                 runtime_env=_runtime_env(folder, packages),
                 include_dashboard=False if address == "local" else None,
                 logging_level=logging.WARNING,
-                # Until a worker is loaded. With it Ray puts no prefix before the lines of workers.
+                # For workers until they are loaded. With it Ray puts no prefix before their lines.
                 logging_config=ray.LoggingConfig(logs.current().format.upper(), "ERROR"),
                 **extra,
             )
@@ -95,13 +97,13 @@ def connect(
         raise InputError(f"cannot join Ray at {address!r}: {error}") from error
     finally:
         if on_sigterm is not None and threading.current_thread() is threading.main_thread():
-            # Ray puts a handler of its own in its place, with which SIGTERM aborts the process.
+            # Ray puts its own handler in its place, with which SIGTERM aborts the process.
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @contextlib.contextmanager
 def _own_handlers() -> Iterator[None]:
-    """Undo what Ray does to the logging of this process: lines would come twice."""
+    """Undo what Ray does to the logging of this process; each line would appear twice."""
     root, ours = logging.getLogger(), logging.getLogger("ray")
     handlers, level, ray_level = root.handlers[:], root.level, ours.level
     try:
@@ -115,72 +117,73 @@ def _own_handlers() -> Iterator[None]:
 
 
 Nodes = dict[str, dict[str, float]]
-"""Resources of each node that is alive, by its id."""
+"""Resources of each living node, by its id."""
 
 
 @dataclass(frozen=True)
-class WorkerShape:
+class WorkerResources:
     """What one worker asks of its node."""
 
     cpus: int
     gpus: float
 
     def room(self, nodes: Nodes) -> int:
-        """Return how many workers these nodes hold, were nothing else on them."""
+        """Return how many workers these nodes hold if nothing else is on them."""
         return sum(self._room_on(resources) for resources in nodes.values())
 
     def _room_on(self, resources: dict[str, float]) -> int:
         by_cpu = int(resources.get("CPU", 0) // self.cpus)
-        return min(by_cpu, gpu_places(resources, self.gpus)) if self.gpus else by_cpu
+        return min(by_cpu, _gpu_places(resources, self.gpus)) if self.gpus else by_cpu
 
 
-def gpu_places(resources: dict[str, float], gpus: float) -> int:
-    """Return how many workers of `gpus` GPUs a node holds; a share is of one GPU, never of two."""
-    present = int(resources.get("GPU", 0))
-    return present * int(1 / gpus + 1e-6) if gpus < 1 else int(present // gpus)
+def _gpu_places(resources: dict[str, float], gpus: float) -> int:
+    """Return how many workers find their GPU on a node; none of them lies across two GPUs."""
+    return int(resources.get("GPU", 0)) * int(1 / gpus + 1e-6)
 
 
 def alive_nodes() -> Nodes:
-    """Ask the cluster which nodes it has; under a millisecond for a few nodes."""
+    """Ask the cluster for its living nodes; this takes under a millisecond for a few nodes."""
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def worker_shape(options: RayOptions, nodes: Nodes) -> WorkerShape:
+def worker_resources(options: RayOptions, nodes: Nodes) -> WorkerResources:
     """Choose what a worker asks for.
 
     Raises:
-        InputError: no node of the cluster can hold one worker, or no worker can be asked for so.
+        InputError: If an option makes no sense, or no node of the cluster can hold one worker.
     """
     if options.num_workers is not None and options.num_workers < 1:
         raise InputError(f"--workers {options.num_workers} must be at least 1 on Ray")
-    num_gpus = int(sum(node.get("GPU", 0) for node in nodes.values()))
     gpus = options.gpus_per_worker
-    gpus = min(1.0, num_gpus) if gpus is None else gpus
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise InputError(f"--gpus-per-worker {gpus:g}: give a share of one GPU or a whole number")
+    if gpus is None:
+        gpus = float(any(node.get("GPU", 0) >= 1 for node in nodes.values()))
+    if not 0 <= gpus <= 1:
+        raise InputError(
+            f"--gpus-per-worker {gpus:g} must be between 0 and 1: a worker runs on one GPU, and "
+            "more workers use more GPUs"
+        )
     cpus = options.cpus_per_worker
     cpus = _default_cpus(nodes, gpus) if cpus is None else cpus
     if cpus < 1:
         raise InputError(f"--cpus-per-worker {cpus} must be at least 1")
-    shape = WorkerShape(cpus, gpus)
-    if not shape.room(nodes):
+    resources = WorkerResources(cpus, gpus)
+    if not resources.room(nodes):
         kinds = Counter((n.get("CPU", 0), n.get("GPU", 0)) for n in nodes.values())
         has = ", ".join(f"{count} of {c:g} CPUs and {g:g} GPUs" for (c, g), count in kinds.items())
         raise InputError(
             f"no node can hold a worker of {cpus} CPUs and {gpus:g} GPUs; the nodes are {has}. "
             "Lower --cpus-per-worker or --gpus-per-worker"
         )
-    return shape
+    return resources
 
 
 def _default_cpus(nodes: Nodes, gpus: float) -> int:
-    """Return the CPUs of the smallest fair share of a node, or of the largest node without GPUs."""
-    cpus = [node.get("CPU", 0) for node in nodes.values()]
+    """Return the smallest fair share of a GPU node's CPUs, or those of the largest node."""
     if gpus:
-        places = [gpu_places(node, gpus) for node in nodes.values()]
-        share = min((c // n for c, n in zip(cpus, places, strict=True) if n), default=0)
+        places = [(node.get("CPU", 0), _gpu_places(node, gpus)) for node in nodes.values()]
+        share = min((cpus // workers for cpus, workers in places if workers), default=0)
     else:
-        share = max(cpus, default=0)
+        share = max((node.get("CPU", 0) for node in nodes.values()), default=0)
     return int(max(1, min(MOST_CPUS, share)))
 
 

@@ -1,153 +1,217 @@
-"""The loop that hands shards to Ray workers.
+"""Which workers exist: Ray actors that come and go with the nodes of the cluster.
 
-Ray retries nothing here. The loop counts attempts itself (ShardQueue), so that it can name the
-shard that fails. Only shards and fragment metadata travel. A worker that goes costs at most the
-shards it had.
-
-What a shard costs here grows neither with the number of shards nor of workers: answers arrive in a
-queue, and ready workers are kept by how much they have to do.
+Does not know shards: the dispatcher decides which worker gets which.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.corpus.shards import Shard
-from pipeline.messages import IN_FLIGHT, Outcome, ShardResult, WorkerConfig
-from pipeline.workers.on_ray.cluster import RayOptions
-from pipeline.workers.on_ray.members import Answers, WorkerHandle, WorkerPool, call, reason_of
-from pipeline.workers.shard_queue import ShardQueue, short_last
+from kalm_encoder.errors import KalmError
+from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.workers.on_ray.cluster import RayOptions, alive_nodes, worker_resources
+from pipeline.workers.on_ray.metrics import RunMetrics
 
-TICK_S = 1.0
+logger = logging.getLogger(__name__)
 
+LOOK_EVERY_S = 2.0
+"""Time between two looks at the nodes of the cluster; a new node waits at most that long."""
 
-@dataclass(frozen=True)
-class _Task:
-    member: WorkerHandle
-    shard: Shard
-    deadline: float
+Answers = queue.SimpleQueue[Future[Any]]
+"""Calls of actors that have come back, in that order."""
 
 
-class Pool:
-    """Workers, shards that wait and shards under way.
+def call(answers: Answers, method: Any, *arguments: Any) -> Future[Any]:
+    """Call a method of an actor; its future arrives in `answers`, where nobody searches for it."""
+    future: Future[Any] = method.remote(*arguments).future()
+    future.add_done_callback(answers.put)
+    return future
+
+
+@dataclass(eq=False)
+class WorkerHandle:
+    """A worker as the driver sees it: Ray places it on a node, it loads, then it is ready.
+
+    Attributes:
+        actor: Ray handle of the actor.
+        node: Id of its node; "" until it is placed.
+        path: File of the shard that it was given last.
+        tasks: Calls of `encode` under way.
+    """
+
+    actor: Any
+    node: str = ""
+    path: str = ""
+    tasks: set[Future[ShardResult]] = field(default_factory=set)
+
+
+class WorkerPool:
+    """All workers of a run.
+
+    If no number of workers was asked for there are as many as the nodes hold: more when a node
+    joins, fewer when one leaves. Otherwise that many are requested, and start as soon as there is
+    room.
 
     Args:
-        worker: class of the actors.
-        options: what they ask for, and how many.
-        config: what each loads.
-        shards: to encode, in plan order.
+        worker: Class of the actors.
+        options: What the workers ask for, and how many there are.
+        config: What each worker loads.
+        answers: Where the answers to calls arrive.
+
+    Attributes:
+        nodes: Nodes that were alive at the last look.
+        workers: All workers, ready or not.
 
     Raises:
-        InputError: no node can hold one worker.
+        InputError: If no node can hold one worker.
     """
 
     def __init__(
-        self, worker: type, options: RayOptions, config: WorkerConfig, shards: Sequence[Shard]
+        self, worker: type, options: RayOptions, config: WorkerConfig, answers: Answers
     ) -> None:
-        self._shard_timeout_s = options.shard_timeout_s
-        self._answers: Answers = queue.SimpleQueue()
-        self._crew = WorkerPool(worker, options, config, self._answers)
-        self._queue = ShardQueue(*short_last(shards, 2 * self._crew.size))
-        self._tasks: dict[Future[ShardResult], _Task] = {}  # the oldest first
+        self._options, self._answers = options, answers
+        self.nodes = alive_nodes()
+        self._resources = worker_resources(options, self.nodes)
+        self._room = self._resources.room(self.nodes)
+        on_gpu, cpus = self._resources.gpus > 0, self._resources.cpus
+        self._config = config if on_gpu else replace(config, threads=cpus)
+        self._actor = ray.remote(worker).options(
+            num_cpus=cpus,
+            num_gpus=self._resources.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=IN_FLIGHT,
+        )
+        self.workers: set[WorkerHandle] = set()
+        self._starting: dict[Future[Any], WorkerHandle] = {}
+        self._ready: set[WorkerHandle] = set()
+        self._deaths: list[str] = []  # nodes of the dead, since a worker was last seen to work
+        self._ready_at = self._looked_at = time.monotonic()
+        self._metrics = RunMetrics(config.uri)
 
-    def busy(self) -> bool:
-        """Whether any shard is not dealt with yet."""
-        return self._num_unfinished() > 0
+    @property
+    def size(self) -> int:
+        """Number of workers that are wanted if there are shards for all."""
+        return self._options.num_workers or self._room
 
-    def step(self) -> list[Outcome]:
-        """Hand out shards, wait a moment, and return what has come back.
+    @property
+    def num_ready(self) -> int:
+        """Number of workers that are loaded."""
+        return len(self._ready)
 
-        Workers have their next shards before the caller spends time on the outcomes.
+    def adjust(self, num_shards: int) -> None:
+        """Start workers that are wanted, and give up those without a node that no longer are.
+
+        Args:
+            num_shards: Number of unfinished shards; more workers are not needed.
 
         Raises:
-            KalmError: workers cannot start, keep dying, or none became ready in time.
+            KalmError: If no worker has been ready for too long.
         """
-        self._crew.follow(self._num_unfinished())
-        self._dispatch()
-        outcomes: list[Outcome] = []
-        for future in self._arrived():
-            if future in self._tasks:
-                outcomes += self._finished(future)
-            else:
-                self._crew.started(future)
-        outcomes += self._replace_overdue()
-        self._queue.clear_suspects(self._crew.nodes)
-        self._dispatch()
-        return outcomes
+        now = time.monotonic()
+        if self._ready:
+            self._ready_at = now
+        elif now - self._ready_at > self._options.start_timeout_s:
+            raise KalmError(
+                f"no worker became ready within {self._options.start_timeout_s:.0f} s: see "
+                "`ray status` for what the cluster lacks"
+            )
+        if now - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = now
+            self._look()
+        surplus = len(self.workers) - min(self.size, num_shards)
+        for _ in range(-surplus):
+            worker = WorkerHandle(self._actor.remote())
+            self.workers.add(worker)
+            self._starting[call(self._answers, worker.actor.node)] = worker
+        if surplus > 0:
+            waiting = [(f, worker) for f, worker in self._starting.items() if not worker.node]
+            for future, worker in waiting[:surplus]:
+                del self._starting[future]
+                self._drop(worker)
 
-    def close(self) -> None:
-        """Note that the run is over; Ray ends the workers with the driver's connection."""
-        self._crew.close()
+    def started(self, future: Future[Any]) -> WorkerHandle | None:
+        """Take the next step of a worker that starts, after a call of its came back.
 
-    def _num_unfinished(self) -> int:
-        return len(self._queue) + self._queue.num_suspects + len(self._tasks)
+        Returns:
+            The worker once it is ready. None before that, and if the worker is gone.
 
-    def _dispatch(self) -> None:
-        """Fill workers up, the idlest first; a suspect goes alone when all else is done."""
-        for load in range(IN_FLIGHT):
-            # The last shard ahead only while there is plenty, so that all end together.
-            spare = self._crew.num_ready if load == IN_FLIGHT - 1 else 0
-            for member in self._crew.ready(load) if len(self._queue) > spare else ():
-                if len(self._queue) > spare:
-                    self._submit(member, self._queue.take(member.path))
-        if not self._queue and not self._tasks and self._queue.num_suspects:
-            for member in self._crew.ready(0)[:1]:
-                self._submit(member, self._queue.take_suspect())
-
-    def _submit(self, member: WorkerHandle, shard: Shard) -> None:
-        future = call(self._answers, member.actor.encode, shard)
-        self._tasks[future] = _Task(member, shard, time.monotonic() + self._shard_timeout_s)
-        member.path = shard.path
-        self._crew.begin(member, future)
-
-    def _arrived(self) -> list[Future[Any]]:
-        """Wait for an answer, at most a tick, and return all that are there."""
-        try:
-            arrived = [self._answers.get(timeout=TICK_S)]
-        except queue.Empty:
-            return []
-        while not self._answers.empty():
-            arrived.append(self._answers.get())
-        return arrived
-
-    def _finished(self, future: Future[ShardResult]) -> Sequence[Outcome]:
-        task = self._tasks.pop(future)
-        self._crew.end(task.member, future)
+        Raises:
+            KalmError: If it cannot start, or if workers keep dying.
+        """
+        worker = self._starting.pop(future, None)
+        if worker is None:
+            return None
         error = future.exception()
         if isinstance(error, RayTaskError):
-            return self._queue.failed(task.shard, reason_of(error))
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, KalmError):
+                raise cause from None
+            raise KalmError(f"a worker cannot start: {reason_of(error)}") from error
         if isinstance(error, RayError):
-            return self._remove_worker(task.member, [task.shard], reason_of(error))
-        result = future.result()
-        self._crew.succeeded(result)
-        return [result]
+            self.remove(worker, f"died while it started: {reason_of(error)}")
+            return None
+        answer = future.result()  # raises an error that is not Ray's
+        if not worker.node:
+            worker.node = answer
+            self._starting[call(self._answers, worker.actor.load, self._config)] = worker
+            return None
+        self._ready.add(worker)
+        self._metrics.set_workers(self.num_ready)
+        return worker
 
-    def _remove_worker(
-        self, member: WorkerHandle, lost: list[Shard], reason: str
-    ) -> Sequence[Outcome]:
-        """Take back the shards of a dead worker: suspects, unless it was its node that died."""
-        for future in member.tasks:
-            if not future.done() or future.exception():  # what it finished arrives in a moment
-                lost.append(self._tasks.pop(future).shard)
-        self._crew.remove(member, reason)
-        if member.node in self._crew.nodes:
-            return [f for shard in lost for f in self._queue.suspect(shard, member.node, reason)]
-        for shard in lost:
-            self._queue.put_back(shard)
-        return []
+    def worked(self, result: ShardResult) -> None:
+        """Note that a worker has finished a shard, so that workers can work."""
+        self._deaths.clear()
+        self._metrics.add(result)
 
-    def _replace_overdue(self) -> Sequence[Outcome]:
-        """Replace the worker of the oldest call if that has taken too long."""
-        future, task = next(iter(self._tasks.items()), (None, None))
-        if not future or not task or future.done() or task.deadline > time.monotonic():
-            return []
-        return self._remove_worker(
-            task.member, [], f"no result after {self._shard_timeout_s:.0f} s"
-        )
+    def remove(self, worker: WorkerHandle, reason: str) -> None:
+        """Forget a dead worker, and find out whether its node is gone too.
+
+        Raises:
+            KalmError: If too many died in a row on living nodes.
+        """
+        self._drop(worker)
+        if worker.node in self.nodes:
+            self._look()
+        if worker.node and worker.node not in self.nodes:
+            logger.info("a worker went with its node %s", worker.node)
+            return
+        logger.warning("a worker died: %s", reason)
+        self._deaths.append(worker.node)
+        deaths = sum(not node or node in self.nodes for node in self._deaths)
+        if deaths > 2 * len(self.workers) + 5:
+            raise KalmError(f"workers keep dying, the last because: {reason}")
+
+    def close(self) -> None:
+        """Take the workers off the metrics page; Ray ends them with the driver's connection."""
+        self._metrics.set_workers(0)
+
+    def _drop(self, worker: WorkerHandle) -> None:
+        ray.kill(worker.actor)
+        self.workers.remove(worker)
+        self._ready.discard(worker)
+        self._metrics.set_workers(self.num_ready)
+
+    def _look(self) -> None:
+        nodes = alive_nodes()
+        if nodes.keys() != self.nodes.keys():
+            self.nodes, self._room = nodes, self._resources.room(nodes)
+            logger.info("%d nodes, with room for %d workers", len(nodes), self._room)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the one line of a Ray error that says what happened."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {cause}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if isinstance(error, RayTaskError) else " ".join(lines[:2])

@@ -56,7 +56,7 @@ def test_the_records_add_up_to_the_table(made):
     assert 0 < found.seconds <= summary.elapsed_s + 1
 
 
-def test_lanes_make_the_same_rows_and_share_one_clock(model_dir, corpus, tmp_path):
+def test_device_threads_make_the_same_rows_and_share_one_clock(model_dir, corpus, tmp_path):
     rows = []
     for threads in (1, 3):
         uri = str(tmp_path / f"{threads}.lance")

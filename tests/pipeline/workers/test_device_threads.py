@@ -21,21 +21,21 @@ CPU = torch.device("cpu")
         ("cuda", 3, 1, 3),
     ],
 )
-def test_lanes_share_the_threads_and_run_at_once(device, threads, count, width):
+def test_device_threads_share_the_cores_and_run_at_once(device, threads, count, width):
     usual = torch.get_num_threads()
-    lanes = DeviceThreads(torch.device(device), threads)
+    pool = DeviceThreads(torch.device(device), threads)
     meet = threading.Barrier(count)
 
     def look():
-        meet.wait(10)  # passed only if all lanes are in here
+        meet.wait(10)  # passed only if all threads are in here
         torch.ones(1 << 20).sum()  # a parallel region must not bring back the default
         return torch.get_num_threads()
 
-    assert [f.result(10) for f in [lanes.submit(look) for _ in range(count)]] == [width] * count
-    assert lanes.count == count
-    lanes.stop()
+    assert [f.result(10) for f in [pool.submit(look) for _ in range(count)]] == [width] * count
+    assert pool.count == count
+    pool.stop()
     with pytest.raises(RuntimeError, match="shutdown"):
-        lanes.submit(look)
+        pool.submit(look)
     assert torch.get_num_threads() == usual
 
 
@@ -50,24 +50,24 @@ def test_later_threads_have_what_they_would_have_had():
 
 
 def test_by_default_all_threads_are_used():
-    lanes = DeviceThreads(CPU)
-    width = lanes.submit(torch.get_num_threads).result()
-    assert lanes.count * width == torch.get_num_threads()
-    lanes.stop()
+    pool = DeviceThreads(CPU)
+    width = pool.submit(torch.get_num_threads).result()
+    assert pool.count * width == torch.get_num_threads()
+    pool.stop()
 
 
 def test_results_come_in_the_order_of_the_items():
-    lanes = DeviceThreads(CPU, 3)
+    pool = DeviceThreads(CPU, 3)
     waits = [0.05, 0.0, 0.02, 0.0, 0.01]
-    assert lanes.map(lambda wait: time.sleep(wait) or wait, waits) == waits
-    lanes.stop()
+    assert pool.map(lambda wait: time.sleep(wait) or wait, waits) == waits
+    pool.stop()
 
 
 def test_work_sees_the_callers_context_and_hands_its_error_back():
     shard = ContextVar("shard", default="none")
-    lanes = DeviceThreads(CPU, 1)
+    pool = DeviceThreads(CPU, 1)
     shard.set("s7")
-    assert lanes.submit(shard.get).result() == "s7"
+    assert pool.submit(shard.get).result() == "s7"
     with pytest.raises(ZeroDivisionError):
-        lanes.submit(divmod, 1, 0).result()
-    lanes.stop()
+        pool.submit(divmod, 1, 0).result()
+    pool.stop()

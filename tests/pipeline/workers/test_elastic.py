@@ -29,7 +29,7 @@ from pipeline.run.records import read_records
 from pipeline.workers.on_ray import actor as workers
 from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
 from pipeline.workers.on_ray.cluster import connect
-from pipeline.workers.on_ray.members import WorkerPool
+from pipeline.workers.on_ray.pool import WorkerPool
 from tests.conftest import make_texts, write_corpus
 from tests.pipeline.table.test_ledger import SPEC
 
@@ -75,7 +75,7 @@ def cluster():
 def start(cluster, monkeypatch, tmp_path):
     """Return the function that starts a run of stand-ins; nodes are gone after the test."""
     monkeypatch.setattr(workers, "Worker", Noting)
-    monkeypatch.setattr("pipeline.workers.on_ray.members.LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr("pipeline.workers.on_ray.pool.LOOK_EVERY_S", 0.2)
 
     def run(shards, **options):
         execute = on_ray(RayOptions(address=cluster.address, **options))
@@ -130,13 +130,13 @@ def test_workers_without_a_place_are_given_up_when_no_longer_wanted(cluster, sta
     connect(options, tmp_path)
     try:
         answers = SimpleQueue()
-        crew = WorkerPool(Noting, options, WorkerConfig(str(tmp_path), SPEC), answers)
-        crew.follow(3)
-        assert len(crew.members) == 3
-        while not any(member.node for member in crew.members):
-            crew.started(answers.get(timeout=120))
-        crew.follow(1)
-        assert [bool(member.node) for member in crew.members] == [True]
+        pool = WorkerPool(Noting, options, WorkerConfig(str(tmp_path), SPEC), answers)
+        pool.adjust(3)
+        assert len(pool.workers) == 3
+        while not any(worker.node for worker in pool.workers):
+            pool.started(answers.get(timeout=120))
+        pool.adjust(1)
+        assert [bool(worker.node) for worker in pool.workers] == [True]
     finally:
         ray.shutdown()
 
@@ -149,10 +149,10 @@ def test_two_workers_share_a_gpu(cluster, start):
     assert {place.split(":")[2] for place in places} == {"[0]"}
 
 
-def test_more_gpus_than_a_node_has_fail_at_once(cluster, start):
-    cluster.add_node(num_cpus=1, num_gpus=1)
-    outcomes = start(make_shards(1), gpus_per_worker=2)
-    with pytest.raises(InputError, match="worker of 1 CPUs and 2 GPUs"), outcomes as run:
+def test_gpus_that_no_node_has_fail_at_once(cluster, start):
+    cluster.add_node(num_cpus=1)
+    outcomes = start(make_shards(1), gpus_per_worker=1)
+    with pytest.raises(InputError, match="worker of 1 CPUs and 1 GPUs"), outcomes as run:
         next(run)
 
 

@@ -6,7 +6,7 @@ from kalm_encoder.errors import InputError
 from pipeline.corpus.inputs import RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.workers.on_ray.cluster import RayOptions, WorkerShape, worker_shape
+from pipeline.workers.on_ray.cluster import RayOptions, WorkerResources, worker_resources
 from pipeline.workers.shard_queue import ShardQueue, short_last
 
 
@@ -79,27 +79,35 @@ def test_a_shard_whose_node_went_away_is_never_given_up():
 
 def test_workers_share_a_gpu_but_never_lie_across_two():
     nodes = {"n": {"CPU": 16.0, "GPU": 2.0}, "head": {"CPU": 8.0}}
-    assert WorkerShape(1, 0.5).room(nodes) == 4
-    assert WorkerShape(1, 0.4).room(nodes) == 4
-    assert WorkerShape(1, 2).room(nodes) == 1
-    assert WorkerShape(4, 0).room(nodes) == 6
+    assert WorkerResources(1, 0.5).room(nodes) == 4
+    assert WorkerResources(1, 0.4).room(nodes) == 4
+    assert WorkerResources(1, 1).room(nodes) == 2
+    assert WorkerResources(4, 0).room(nodes) == 6
 
 
 def test_a_gpu_worker_takes_its_share_of_the_cpus():
-    shape = worker_shape(RayOptions(), {"n": {"CPU": 6.0, "GPU": 2.0}, "head": {"CPU": 64.0}})
-    assert shape == WorkerShape(3, 1.0)
-    shape = worker_shape(RayOptions(gpus_per_worker=0.5), {"n": {"CPU": 96.0, "GPU": 8.0}})
-    assert shape == WorkerShape(4, 0.5)
-    assert worker_shape(RayOptions(), {"n": {"CPU": 2.0}}) == WorkerShape(2, 0)
+    nodes = {"n": {"CPU": 6.0, "GPU": 2.0}, "head": {"CPU": 64.0}}
+    assert worker_resources(RayOptions(), nodes) == WorkerResources(3, 1.0)
+    nodes = {"n": {"CPU": 96.0, "GPU": 8.0}}
+    half = RayOptions(gpus_per_worker=0.5)
+    assert worker_resources(half, nodes) == WorkerResources(4, 0.5)
+    assert worker_resources(RayOptions(), {"n": {"CPU": 2.0}}) == WorkerResources(2, 0)
 
 
 def test_requests_that_cannot_be_met_are_named():
     nodes = {"n": {"CPU": 4.0, "GPU": 1.0}}
-    with pytest.raises(InputError, match="1 CPUs and 2 GPUs; the nodes are 1 of 4 CPUs and 1"):
-        worker_shape(RayOptions(gpus_per_worker=2), nodes)
-    with pytest.raises(InputError, match=r"--gpus-per-worker 1\.5"):
-        worker_shape(RayOptions(gpus_per_worker=1.5), nodes)
+    with pytest.raises(InputError, match="8 CPUs and 1 GPUs; the nodes are 1 of 4 CPUs and 1"):
+        worker_resources(RayOptions(cpus_per_worker=8), nodes)
+    with pytest.raises(InputError, match=r"--gpus-per-worker -1 must be between 0 and 1"):
+        worker_resources(RayOptions(gpus_per_worker=-1), nodes)
     with pytest.raises(InputError, match="--workers -1"):
-        worker_shape(RayOptions(num_workers=-1), nodes)
+        worker_resources(RayOptions(num_workers=-1), nodes)
     with pytest.raises(InputError, match="--cpus-per-worker 0"):
-        worker_shape(RayOptions(cpus_per_worker=0), nodes)
+        worker_resources(RayOptions(cpus_per_worker=0), nodes)
+
+
+@pytest.mark.parametrize("gpus", [1.5, 2])
+def test_more_than_one_gpu_per_worker_is_refused_since_it_could_not_use_them(gpus):
+    nodes = {"n": {"CPU": 16.0, "GPU": 4.0}}
+    with pytest.raises(InputError, match=rf"--gpus-per-worker {gpus:g} must be between 0 and 1"):
+        worker_resources(RayOptions(gpus_per_worker=gpus), nodes)

@@ -146,13 +146,14 @@ def encode(
 
 def print_summary(summary: Summary, what: str | None = None) -> None:
     """Print what a run did."""
+    totals = summary.totals
     if summary.shards_encoded:
         print(
-            f"encoded {summary.shards_encoded} shards in {summary.elapsed_s:.1f} s: "
-            f"{summary.tokens_per_s:,.0f} tokens/s, {summary.padding:.1%} padding, "
-            f"{summary.truncated:,} passages truncated"
+            f"encoded {summary.shards_encoded} shards in {totals.seconds:.1f} s: "
+            f"{totals.tokens_per_s:,.0f} tokens/s, {totals.padding:.1%} padding, "
+            f"{totals.truncated:,} passages truncated"
         )
-        spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in summary.seconds.items())
+        spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in totals.stages.items())
         print(f"worker time: {spent}")
     if summary.num_rejected:
         print(f"{summary.num_rejected:,} rows rejected: `kalm rejects` lists them with reasons")

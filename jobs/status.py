@@ -1,4 +1,4 @@
-"""`kalm status`: what a table holds, whether it is complete, and what it costs."""
+"""`kalm status`: what a table holds, whether it is complete, and how the runs that made it went."""
 
 from __future__ import annotations
 
@@ -9,45 +9,57 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.options import StorageOptions, check_folder, parse_storage_options
+from jobs.options import AsJson, StorageOptions, Table, check_folder, location, needs_extra
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
+    from kalm_encoder.table.location import Location
     from pipeline.estimate.check import Line
 
 
 def status(
-    uri: Annotated[str, typer.Argument(help="The table.")],
+    uri: Table,
     plan: Annotated[
-        Path | None, typer.Option(help="What `kalm plan --out` saved: compare it with the table.")
+        Path | None,
+        typer.Option(
+            help="Compare the table with the estimate that `kalm plan --out` saved in this file."
+        ),
     ] = None,
     figure: Annotated[
         Path | None,
-        typer.Option(help="Draw the runs into this file: .html, .svg or .png. Needs [eval]."),
+        typer.Option(
+            help="Draw the speed of the runs that made the table into this file: .html, .svg or "
+            ".png. Needs [eval]."
+        ),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show the run that works on it, until it ends.")
+        bool, typer.Option("--watch", help="Show the run that works on the table, until it ends.")
     ] = False,
-    interval: Annotated[float, typer.Option(help="Seconds between two looks of --watch.")] = 2.0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON; with --watch a line each look.")
-    ] = False,
+    interval: Annotated[
+        float,
+        typer.Option(
+            help="Seconds between two looks of --watch. Raise it when the output goes to a log."
+        ),
+    ] = 2.0,
+    as_json: AsJson = False,
     storage_option: StorageOptions = None,
 ) -> None:
-    """Show model, ratios, rows, size against the floor, shards done and missing; or a run."""
+    """Show what a table holds and which shards are missing, or watch the run that works on it."""
     check_folder(figure)
-    options = parse_storage_options(storage_option)
+    table = location(uri, storage_option)
     if watch:
         if plan or figure:
             raise InputError("--watch shows a run that works: give it without --plan and --figure")
         from jobs.watch import watch as watch_run
 
-        watch_run(uri, options, interval_s=interval, as_json=as_json)
+        watch_run(table, interval_s=interval, as_json=as_json)
         return
-    facts = table_facts(uri, options)
+    from pipeline.upkeep.facts import table_facts
+
+    facts = table_facts(table)
     if figure:
-        _draw(figure, uri, options)
-    compared, hint = _compare(plan, uri, facts, options) if plan else ([], None)
+        draw(figure, table)
+    compared, hint = _compare(plan, table, facts) if plan else ([], None)
     if as_json:
         lines = {"plan": [asdict(line) for line in compared], "plan_hint": hint}
         print(json.dumps({**facts, **lines} if plan else facts))
@@ -64,85 +76,23 @@ def status(
             print(f"\n{hint}")
 
 
-def _draw(figure: Path, uri: str, storage_options: dict[str, str] | None) -> None:
-    """Draw what the table's run records hold."""
+def draw(figure: Path, table: Location) -> None:
+    """Draw what the records of the table's runs hold.
+
+    Raises:
+        InputError: The file's suffix is unknown, there are no records, or a library is missing.
+    """
     from pipeline.run.records import read_records
 
-    try:
+    with needs_extra("batch,eval"):
         from jobs.evaluation.run_figure import draw_runs
-    except ImportError as error:
-        raise InputError(
-            f"a figure needs {error.name}: pip install 'kalm-preencode[batch,eval]'"
-        ) from error
-    draw_runs(read_records(uri, storage_options), uri, figure)
+    draw_runs(read_records(table), table.uri, figure)
 
 
-def _compare(
-    plan: Path, uri: str, facts: dict[str, Any], storage_options: dict[str, str] | None
-) -> tuple[list[Line], str | None]:
-    """Set a saved plan against what the table and its run records hold; with a hint."""
+def _compare(plan: Path, table: Location, facts: dict[str, Any]) -> tuple[list[Line], str | None]:
+    """Return a saved estimate against the table and its records, line by line, and a hint."""
     from pipeline.estimate.check import compare, hint, read_plan
-    from pipeline.run.records import read_records
-    from pipeline.run.run_totals import totals
+    from pipeline.run.records import read_records, totals
 
-    runs = totals(read_records(uri, storage_options))
-    lines = compare(read_plan(plan), facts, runs)
+    lines = compare(read_plan(plan), facts, totals(read_records(table)))
     return lines, hint(lines, facts)
-
-
-def table_facts(uri: str, storage_options: dict[str, str] | None) -> dict[str, Any]:
-    """Collect what `kalm status` prints; reads metadata and one small column."""
-    import pyarrow.compute as pc
-
-    from kalm_encoder.table.location import Location
-    from kalm_encoder.table.reader import LIVE_TAG
-    from kalm_encoder.table.spec import TableSpec
-    from pipeline.table.claim import COMPLETE, EPOCH, LOADING, STATE
-    from pipeline.table.ledger import EMPTY_SHARDS, GENERATION, NUM_ROWS, NUM_SHARDS, PLAN
-
-    dataset = Location(uri, storage_options).dataset()
-    spec = TableSpec.from_metadata(dataset.schema.metadata, uri)
-    metadata = {k.decode(): v.decode() for k, v in dataset.schema.metadata.items()}
-    fragments = [f.metadata for f in dataset.get_fragments()]
-    rows = dataset.count_rows()
-    tokens = pc.sum(dataset.to_table(columns=["num_tokens"])["num_tokens"]).as_py() or 0
-    size = sum(file.file_size_bytes or 0 for f in fragments for file in f.files)
-    num_shards, planned = int(metadata[NUM_SHARDS]), int(metadata[NUM_ROWS])
-    empty = {n for n in metadata.get(EMPTY_SHARDS, "").split(",") if n}
-    loading = metadata[STATE] == LOADING
-    done = len(fragments) + len(empty) if loading else num_shards
-    tags = dataset.tags.list()
-    facts = {
-        "table": uri,
-        "state": "complete" if metadata[STATE] == COMPLETE and LIVE_TAG in tags else "incomplete",
-        "model": spec.model,
-        "revision": spec.revision or "local directory",
-        "fingerprint": spec.fingerprint,
-        "ratios": ",".join(map(str, spec.ratios)),
-        "store_dtype": spec.store_dtype,
-        "keep_text": spec.keep_text,
-        "dim": spec.dim,
-        "max_length": spec.max_length,
-        "passages": rows,
-        "tokens": tokens,
-        "truncated": dataset.count_rows(filter="truncated"),
-        "bytes": size,
-        "bytes_per_token": round(size / tokens, 2) if tokens else 0.0,
-        "floor_bytes_per_token": round(spec.bytes_per_token, 2),
-        "shards": num_shards,
-        "shards_done": done,
-        "shards_missing": num_shards - done,
-        "rows_planned": planned,
-        "version": int(dataset.version),
-        "live_version": tags[LIVE_TAG]["version"] if LIVE_TAG in tags else None,
-        "versions": len(dataset.versions()),
-        "fragments": len(fragments),
-        "phase": metadata[STATE],
-        "generation": int(metadata[GENERATION]),
-        "epoch": int(metadata[EPOCH]),
-        "format_version": spec.format_version,
-        "library_version": spec.library_version,
-    }
-    if done == num_shards and metadata[PLAN] != "changed":
-        facts["rows_rejected_or_repeated"] = planned - rows
-    return facts

@@ -14,136 +14,101 @@ from kalm_encoder.errors import InputError, KalmError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kalm_encoder.table.location import Location
+
 APPEARS_WITHIN_S = 60.0
+"""Time for which a table without a run view is watched: a run that plans has not written one."""
 MOST_ROWS = 30
-"""Workers shown on a terminal."""
+"""Workers shown on a terminal, so that the rest stays in sight."""
 
 
-def watch(
-    uri: str, storage_options: dict[str, str] | None, *, interval_s: float, as_json: bool
-) -> None:
-    """Show a run until it ends; redraws on a terminal, a line each time elsewhere.
+def watch(table: Location, *, interval_s: float, as_json: bool) -> None:
+    """Show a run until it ends: a screen on a terminal, else one line per look.
 
     Raises:
-        InputError: no run of this table is heard of, or an interval that is none.
-        KalmError: the run fell silent.
+        InputError: No run has written to this table, or the interval is not positive.
+        KalmError: The run fell silent.
     """
     if interval_s <= 0:
         raise InputError(f"--interval {interval_s} must be more than 0 seconds")
-    seen = _follow(uri, storage_options, interval_s)
+    views = _views(table, interval_s)
     try:
-        if as_json:
-            for facts in seen:
-                print(json.dumps(facts), flush=True)
-        elif sys.stdout.isatty():
-            _redraw(seen)
+        if sys.stdout.isatty() and not as_json:
+            _redraw(views)
         else:
-            for facts in seen:
-                print(line(facts), flush=True)
+            for view in views:
+                print(json.dumps(view) if as_json else line(view), flush=True)
     except KeyboardInterrupt:  # the run goes on, so this is no failure
         return
 
 
-def _follow(
-    uri: str, storage_options: dict[str, str] | None, interval_s: float
-) -> Iterator[dict[str, Any]]:
-    """Yield what the run says, with `silent_s`, until it has ended.
+def _views(table: Location, interval_s: float) -> Iterator[dict[str, Any]]:
+    """Yield the run view at each look, with `silent_s`, until the run has ended.
 
-    Whether a run is silent is judged by this machine's clock, from when its `updated_at` last
-    changed: clocks of two machines differ. Only a file that looks old at first is given less time.
+    Clocks of two machines differ, so this machine's clock judges whether a run is silent: by the
+    time since `updated_at` last changed.
     """
-    from pipeline.run.live import ENDED, SILENT_AFTER_S, WRITE_EVERY_S, read_live
+    from pipeline.run.run_view import ENDED, SILENT_AFTER_S, read_view
 
-    began = changed = time.monotonic()
-    before = None
+    changed, updated_at = time.monotonic(), None
     while True:
-        facts = read_live(uri, storage_options)
-        now = time.monotonic()
-        if facts is None:
-            if now - began > APPEARS_WITHIN_S:
+        view = read_view(table)
+        if view and view["updated_at"] != updated_at:
+            changed, updated_at = time.monotonic(), view["updated_at"]
+        waited_s = time.monotonic() - changed
+        if view is None:
+            if waited_s > APPEARS_WITHIN_S:
                 raise InputError(
-                    f"no run has written to {uri} for {APPEARS_WITHIN_S:.0f} s: is this the table "
-                    "of a `kalm encode` that is past its planning?"
+                    f"no run has written to {table} for {APPEARS_WITHIN_S:.0f} s: is this the "
+                    "table of a `kalm encode` that is past its planning?"
                 )
         else:
-            age = (datetime.now(UTC) - datetime.fromisoformat(facts["updated_at"])).total_seconds()
-            if before is None:
-                changed = now - max(0.0, min(age, SILENT_AFTER_S - 2 * WRITE_EVERY_S))
-            elif facts["updated_at"] != before:
-                changed = now
-            before = facts["updated_at"]
-            silent = facts["state"] not in ENDED and now - changed > SILENT_AFTER_S
-            yield {**facts, "silent_s": round(max(age, now - changed), 1) if silent else None}
+            silent = view["state"] not in ENDED and waited_s > SILENT_AFTER_S
+            age = datetime.now(UTC) - datetime.fromisoformat(view["updated_at"])
+            silent_s = max(age.total_seconds(), waited_s)
+            yield {**view, "silent_s": round(silent_s, 1) if silent else None}
             if silent:
                 raise KalmError(
-                    f"the run has not been heard of for {max(age, now - changed):.0f} s: process "
-                    f"{facts['pid']} on {facts['host']} died, hangs or cannot reach the store. If "
-                    "it is gone, run the same command again to resume"
+                    f"the run has not been heard of for {silent_s:.0f} s: process {view['pid']} on "
+                    f"{view['host']} died, hangs or cannot reach the store. If it is gone, run the "
+                    "same command again to resume"
                 )
-            if facts["state"] in ENDED:
+            if view["state"] in ENDED:
                 return
         time.sleep(interval_s)
 
 
-def line(facts: dict[str, Any]) -> str:
-    """Return a run in one line."""
-    from pipeline.run.pace import eta_text
+def line(view: dict[str, Any]) -> str:
+    """Return a run in one line, with the time of day in UTC."""
+    from pipeline.run.run_view import describe
 
-    time_of_day = facts["updated_at"][11:19]
-    if facts["state"] != "encoding":
-        reason = f": {facts['reason']}" if facts["reason"] else ""
-        return f"{time_of_day} {facts['state']}{reason}, {_done(facts)}, {_speed(facts)}"
-    return (
-        f"{time_of_day} {_done(facts)}, {_speed(facts)}, {_counts(facts)}, "
-        f"workers: {facts['num_workers']:,}, ETA {eta_text(facts['eta_s'])}"
-    )
+    return f"{view['updated_at'][11:19]} {describe(view)}"
 
 
-def _done(facts: dict[str, Any]) -> str:
-    return (
-        f"{facts['rows_done']:,} of {facts['rows']:,} passages, "
-        f"{facts['shards_done']:,} of {facts['shards']:,} shards"
-    )
-
-
-def _speed(facts: dict[str, Any]) -> str:
-    return f"{facts['tokens_per_s_now']:,.0f} tokens/s ({facts['tokens_per_s']:,.0f} overall)"
-
-
-def _counts(facts: dict[str, Any]) -> str:
-    return (
-        f"{facts['padding']:.1%} padding, {facts['truncated']:,} truncated, "
-        f"{facts['rejected']:,} rejected, commits: {facts['commits']:,}"
-    )
-
-
-def _redraw(seen: Iterator[dict[str, Any]]) -> None:
+def _redraw(views: Iterator[dict[str, Any]]) -> None:
     from rich.live import Live
 
     with Live(auto_refresh=False) as screen:
-        for facts in seen:
-            screen.update(screen_of(facts), refresh=True)
+        for view in views:
+            screen.update(screen_of(view), refresh=True)
 
 
-def screen_of(facts: dict[str, Any]) -> RenderableType:
-    """Return a run as it is drawn on a terminal: the whole of it, then its workers."""
+def screen_of(view: dict[str, Any]) -> RenderableType:
+    """Return a run as a terminal shows it: the whole of it, then a row per worker."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.run.pace import eta_text
+    from pipeline.run.run_view import describe
 
-    elapsed = facts["elapsed_s"]
+    elapsed_s = view["elapsed_s"]
     head = [
-        f"{facts['state']}  run {facts['run']}  on {facts['host']}:{facts['pid']}",
-        f"{_done(facts)}, ETA {eta_text(facts['eta_s'])}",
-        f"{_speed(facts)}, {_counts(facts)}",
-        f"driver: {elapsed:,.0f} s, {facts['results_s'] / max(elapsed, 1e-9):.0%} of it waiting "
-        f"for results, {facts['commit_s']:,.1f} s in commits",
+        f"{view['state']}  run {view['run']}  on {view['host']}:{view['pid']}",
+        describe(view),
+        f"driver: {elapsed_s:,.0f} s, {view['results_s'] / max(elapsed_s, 1e-9):.0%} of it waiting "
+        f"for results, {view['commit_s']:,.1f} s in commits",
     ]
-    if facts["reason"]:
-        head.append(facts["reason"])
-    shown = sorted(facts["workers"], key=lambda w: w["seen_s_ago"])[:MOST_ROWS]
+    shown = sorted(view["workers"], key=lambda w: w["seen_s_ago"])[:MOST_ROWS]
     stages = list(dict.fromkeys(stage for w in shown for stage in w["seconds"]))
     table = Table("worker", box=None, pad_edge=False)
     for name in ("shards", "tokens/s", "device", *(f"{s} s" for s in stages), "seen"):
@@ -154,5 +119,5 @@ def screen_of(facts: dict[str, Any]) -> RenderableType:
             *(f"{w['seconds'].get(stage, 0.0):,.1f}" for stage in stages),
             f"{w['seen_s_ago']:.0f} s ago",
         )  # fmt: skip
-    more = facts["num_workers"] - len(shown)
+    more = view["num_workers"] - len(shown)
     return Group(Text("\n".join(head)), table, Text(f"and {more:,} more" if more else ""))

@@ -19,8 +19,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError
-from pipeline.run.records import ShardRecord
-from pipeline.run.run_totals import totals
+from pipeline.run.records import ShardRecord, totals
 
 SUFFIXES = (".html", ".svg", ".png")
 MOST_BINS = 60

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kalm_encoder.errors import InputError, MismatchError
-from pipeline.run.run_totals import RunTotals
+from pipeline.run.records import RunTotals
 
 OTHER_CORPUS = 0.05
 """Passages that differ from the plan by more than this, and lie outside of its interval."""

@@ -1,4 +1,4 @@
-"""What a user asks for: one job, and its plan."""
+"""What a user asks for: one job, and how its inputs become shards."""
 
 from __future__ import annotations
 
@@ -16,42 +16,25 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeJob:
-    """What `kalm encode` was asked to do.
+class TableJob:
+    """How a table is filled with the rows of a plan, wherever the rows come from.
 
     Attributes:
-        inputs: paths, URLs and globs.
-        uri: of the table, ending in .lance.
-        model: hub id or directory.
-        revision: of the hub id.
-        ratios: to store, finest first.
-        store_dtype: "float16", "float32", "int8" or "int4".
-        max_length: tokens a passage is cut to.
-        keep_text: whether to store the raw text.
-        fields: fields the user named.
-        shard_size: rows a shard: the unit of work and of commit.
-        limit: encode only the first so many rows.
-        token_budget: tokens a forward; None chooses by device and free memory.
-        compile: run the encoder through torch.compile.
-        max_rejected: largest share of rows that may be rejected.
-        commit_every_s: seconds between two commits at least, and what a killed driver repeats;
-            longer where commits take long, see `committer.pause_s`. 0 commits each shard by itself.
-        on_duplicate: of the rows of one id keep the "first" or "last", or refuse ("error").
-        new_generation: begin anew where a complete table has other settings or input.
-        storage_options: for table and inputs, as Lance names them.
+        uri: Address of the table, ending in .lance.
+        token_budget: Number of tokens per forward pass. None chooses it from the device and its
+            free memory.
+        compile: Whether the encoder runs through torch.compile.
+        max_rejected: Largest share of rows that may be rejected.
+        commit_every_s: Least number of seconds between two commits, and what a killed driver
+            repeats. The pause is longer where commits take long, see `committer.pause_s`. 0 commits
+            each shard by itself.
+        on_duplicate: What to do when an id occurs twice: fail ("error"), or keep the "first" or the
+            "last" row.
+        new_generation: Whether a complete table with other settings or input is begun anew.
+        storage_options: Options of the store of table and inputs, as Lance names them.
     """
 
-    inputs: tuple[str, ...]
     uri: str
-    model: str
-    revision: str | None = None
-    ratios: tuple[int, ...] = (4,)
-    store_dtype: str = "float16"
-    max_length: int = 1024
-    keep_text: bool = True
-    fields: FieldOptions = field(default_factory=FieldOptions)
-    shard_size: int = 1000
-    limit: int | None = None
     token_budget: int | None = None
     compile: bool = False
     max_rejected: float = 0.001
@@ -66,15 +49,44 @@ class EncodeJob:
         return Location(absolute(self.uri), self.storage_options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob(TableJob):
+    """What `kalm encode` was asked to do.
+
+    Attributes:
+        inputs: Paths, URLs and globs of the corpus.
+        model: Hub id or directory of the model.
+        revision: Revision of the hub id.
+        ratios: Ratios to store, finest first.
+        store_dtype: "float16", "float32", "int8" or "int4".
+        max_length: Number of tokens a passage is cut to.
+        keep_text: Whether to store the raw text.
+        fields: Fields the user named.
+        shard_size: Rows per shard, the unit of work and of commit.
+        limit: Number of rows to encode, from the first on. None encodes all.
+    """
+
+    inputs: tuple[str, ...]
+    model: str
+    revision: str | None = None
+    ratios: tuple[int, ...] = (4,)
+    store_dtype: str = "float16"
+    max_length: int = 1024
+    keep_text: bool = True
+    fields: FieldOptions = field(default_factory=FieldOptions)
+    shard_size: int = 1000
+    limit: int | None = None
+
+
 def plan_job(job: EncodeJob, files: Sequence[str] | None = None) -> Plan:
     """Cut the inputs of a job into shards.
 
     Args:
-        job: what was asked for.
-        files: its inputs, where they have been listed already.
+        job: What was asked for.
+        files: Its input files, if they have been listed already.
 
     Raises:
-        InputError: no usable input.
+        InputError: There is no usable input.
     """
     began = time.monotonic()
     plan = plan_shards(

@@ -1,4 +1,8 @@
-"""What is told about a run while it works: a bar or log lines, its records, its live view."""
+"""Follows one run: notes each shard and commit, and tells of them while the run works.
+
+A terminal shows a bar, anything else gets a log line now and then. The records and the run view go
+to the files beside the table. All of it comes from the same totals.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,15 +21,15 @@ from typing import TYPE_CHECKING, Any, Self
 from tqdm import tqdm
 
 from kalm_encoder.errors import FencedError, first_line
+from kalm_encoder.table.location import Location
 from pipeline import logs
 from pipeline.corpus.inputs import is_columnar
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import ShardResult
-from pipeline.run import live
-from pipeline.run.live import LiveFile
-from pipeline.run.pace import Pace, eta_facts, eta_text
-from pipeline.run.records import RunRecorder
-from pipeline.run.run_totals import Work
+from pipeline.run import run_view
+from pipeline.run.records import CommitRecord, RunTotals, ShardRecord
+from pipeline.run.run_files import RunFiles
+from pipeline.run.speed import WorkerSpeed, eta
 
 if TYPE_CHECKING:
     from pipeline.messages import Outcome
@@ -33,50 +38,43 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 15.0
 MOST_WORKERS = 500
-"""Workers in the live view: those that were seen last."""
+"""Workers in the run view, those seen last: this bounds a file that is written often."""
 
 
 class Progress:
-    """One run, from its first shard to its end: a context whose exit says how it ended.
+    """One run, from its first shard to its end: a context whose exit says how the run ended.
 
     Attributes:
-        pending: shards to encode.
-        before: rows that earlier runs had dealt with.
-        work: what this run has encoded.
-        recorder: of its records.
+        before: Number of rows that earlier runs have dealt with.
+        totals: What this run has encoded.
+        files: Where it is written.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        plan: Plan,
-        pending: Sequence[Shard],
-        storage_options: dict[str, str] | None = None,
-    ) -> None:
-        self._plan = plan
-        self.pending = pending
+    def __init__(self, table: Location, plan: Plan, pending: Sequence[Shard]) -> None:
+        self._plan, self._num_pending = plan, len(pending)
         self.before = plan.num_rows - sum(shard.rows.num_rows for shard in pending)
-        self.work = Work()
-        self.recorder = RunRecorder(uri, logs.current().run, storage_options)
-        self._workers: dict[str, Work] = {}
-        self._seen_at: dict[str, float] = {}
-        self._shards_before = len(plan.shards) - len(pending)
+        # Bytes foretell the work better than rows do, but rows of columnar files have none.
         self._by_bytes = not any(is_columnar(shard.path) for shard in pending)
-        self._pace = Pace(sum(map(self._size, pending)))
-        self._commits, self._commit_s, self._results_s, self._waited = 0, 0.0, 0.0, 0.0
-        self._state, self._reason, self._lock = live.ENCODING, "", threading.Lock()
+        self._left = sum(map(self._size, pending))
+        self.totals = RunTotals()
+        self._workers: dict[str, WorkerSpeed] = {}
+        self._uncommitted: dict[int, ShardRecord] = {}
+        self._commits, self._commit_s, self._waited_s, self._noted_wait_s = 0, 0.0, 0.0, 0.0
+        self._state, self._reason, self._lock = run_view.ENCODING, "", threading.Lock()
         self._began = self._logged = time.monotonic()
-        self._ended: float | None = None  # of the encoding; what follows is the table's
-        self._began_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self._began_at = datetime.now(UTC)
+        self._run = logs.current().run
         self._bar = tqdm(
             total=plan.num_rows,
             initial=self.before,
             unit=" passages",
             disable=not sys.stderr.isatty() or logs.current().format == logs.JSON,
         )
-        self._live = LiveFile(uri, self.look, storage_options) if pending else None
+        self.files = RunFiles(table, self._run, self.view)
 
     def __enter__(self) -> Self:
+        if self._num_pending:  # a run without work has nothing to tell: the view of the last stays
+            self.files.start()
         return self
 
     def __exit__(
@@ -85,129 +83,131 @@ class Progress:
         error: BaseException | None,
         _t: TracebackType | None,
     ) -> None:
-        if isinstance(error, FencedError) and self._live:
-            self._live.close(last_words=False)  # another driver speaks there now
-            self._live = None
-        if self._state == live.ENCODING:
+        self.files.stop()
+        if self._state == run_view.ENCODING:
             self.encoded()
-        self._state = live.FAILED if error else live.COMPLETE
+        self._state = run_view.FAILED if error else run_view.COMPLETE
         if isinstance(error, KeyboardInterrupt):
-            self._state = live.STOPPED
+            self._state = run_view.STOPPED
         elif error:
             self._reason = first_line(error)
-        if self._live:
-            self._live.close()
+        for shard in self._uncommitted.values():
+            self.files.note(shard)
+        self.files.write_records()
+        # Where another driver has taken the table over, the view is that driver's by now.
+        if self._num_pending and not isinstance(error, FencedError):
+            self.files.write_view()
 
     def received(self, outcomes: Iterable[Outcome]) -> Generator[Outcome]:
         """Yield what an executor yields; count its shards, and the time until they came."""
-        asked = time.monotonic()
+        asked_s = self._now_s()
         for outcome in outcomes:
-            self._waited += time.monotonic() - asked
+            self._waited_s += self._now_s() - asked_s
             if isinstance(outcome, ShardResult):
                 self._add(outcome)
             yield outcome
-            asked = time.monotonic()
+            asked_s = self._now_s()
 
     def committed(self, results: Sequence[ShardResult], seconds: float, version: int) -> None:
-        """Note a commit that has just ended."""
+        """Note a commit that has just ended, and how long its shards waited for it."""
         with self._lock:
-            self.recorder.add_commit(
-                results, seconds=seconds, version=version, results_s=self._waited
-            )
+            now_s = self._now_s()
+            shards = [self._uncommitted.pop(result.shard.number) for result in results]
+            for shard in shards:
+                waited_s = max(0.0, now_s - seconds - shard.at_s)
+                self.files.note(replace(shard, waited_s=round(waited_s, 3)))
+            rows = sum(shard.rows for shard in shards)
+            waited_s, self._noted_wait_s = self._waited_s - self._noted_wait_s, self._waited_s
+            self.files.note(
+                CommitRecord(
+                    self._run, now_s, len(shards), rows, round(seconds, 4), version,
+                    results_s=round(waited_s, 3),
+                )
+            )  # fmt: skip
             self._commits, self._commit_s = self._commits + 1, self._commit_s + seconds
-            self._results_s, self._waited = self._results_s + self._waited, 0.0
-        self.recorder.write_if_due()
 
     def encoded(self) -> None:
-        """All shards are there: leave the terminal clean, write the records."""
-        self._state = live.FINISHING
-        self._ended = time.monotonic()
-        self.work.seconds = self.elapsed_s
+        """Note that all shards are there; what follows is the table's time, not the workers'."""
+        self.totals.seconds = self._now_s()
+        self._state = run_view.FINISHING
         self._bar.close()
-        self.recorder.close()
 
-    def _add(self, result: ShardResult) -> None:
+    def view(self) -> dict[str, Any]:
+        """Return the run view, as JSON takes it."""
         with self._lock:
-            record = self.recorder.add(result)
-            now = time.monotonic()
-            self.work.add(record)
-            name = record.worker or "driver"
-            worked_s = record.worked_s or now - self._began
-            if name not in self._workers:
-                self._workers[name] = Work()
-            self._pace.add(
-                name, now, tokens=record.tokens, size=self._size(result.shard), worked_s=worked_s
-            )
-            worker = self._workers[name]
-            worker.add(record)
-            worker.seconds += now - self._seen_at.get(name, now - worked_s)
-            self._seen_at[name] = now
-        self._bar.set_postfix_str(self._counts(), refresh=False)
-        self._bar.update(record.rows + record.rejected)
-        if self._bar.disable and now - self._logged >= LOG_EVERY_S:
-            self._logged = now
-            logger.info("%s", self.line())
-
-    def line(self) -> str:
-        """Return one log line: how far, how fast, how long still."""
-        done = self.before + self.work.rows + self.work.rejected
-        eta = eta_text(eta_facts(self._pace.eta(time.monotonic())))
-        return f"{done:,} of {self._plan.num_rows:,} passages, {self._counts()}, ETA {eta}"
-
-    def look(self) -> dict[str, Any]:
-        """Return what the live view shows, as JSON takes it."""
-        with self._lock:
-            now = time.monotonic()
-            work = self.work
-            work.seconds = self.elapsed_s
-            latest = sorted(self._workers, key=self._seen_at.__getitem__)[-MOST_WORKERS:]
+            now_s, totals = self._now_s(), self.totals
+            if self._state == run_view.ENCODING:
+                totals.seconds = now_s
+            ends = eta(self._workers.values(), self._left, now_s)
+            latest = sorted(self._workers, key=lambda name: self._workers[name].seen_at_s)
             return {
-                "run": self.recorder.run,
+                "run": self._run,
                 "state": self._state,
                 "reason": self._reason,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "started": self._began_at,
-                "elapsed_s": round(work.seconds, 1),
+                "started": self._began_at.isoformat(timespec="seconds"),
+                "elapsed_s": round(totals.seconds, 1),
                 "shards": len(self._plan.shards),
-                "shards_done": self._shards_before + work.shards,
+                "shards_done": len(self._plan.shards) - self._num_pending + totals.shards,
                 "rows": self._plan.num_rows,
-                "rows_done": self.before + work.rows + work.rejected,
-                "tokens_per_s": round(work.tokens_per_s, 1),
-                "tokens_per_s_now": round(self._pace.tokens_per_s(now), 1),
-                "padding": round(work.padding, 4),
-                "truncated": work.truncated,
-                "rejected": work.rejected,
+                "rows_done": self.before + totals.rows + totals.rejected,
+                "tokens_per_s": round(totals.tokens_per_s, 1),
+                "tokens_per_s_now": round(
+                    sum(worker.tokens_per_s(now_s) for worker in self._workers.values()), 1
+                ),
+                "padding": round(totals.padding, 4),
+                "truncated": totals.truncated,
+                "rejected": totals.rejected,
                 "commits": self._commits,
                 "commit_s": round(self._commit_s, 2),
-                "results_s": round(self._results_s + self._waited, 2),
-                "eta_s": eta_facts(self._pace.eta(now)),
+                "results_s": round(self._waited_s, 2),
+                "eta_s": ends and {name: round(s, 1) for name, s in vars(ends).items()},
                 "num_workers": len(self._workers),
-                "workers": [self._look_at(name, now) for name in sorted(latest)],
+                "workers": [
+                    worker_view(name, self._workers[name], now_s)
+                    for name in sorted(latest[-MOST_WORKERS:])
+                ],
             }
 
-    def _look_at(self, name: str, now: float) -> dict[str, Any]:
-        work = self._workers[name]
-        return {
-            "worker": name,
-            "shards": work.shards,
-            "tokens_per_s": round(self._pace.of_worker(name, now), 1),
-            "device_busy": round(work.device_busy, 3),
-            "seconds": {stage: round(spent, 2) for stage, spent in work.stages.items()},
-            "seen_s_ago": round(now - self._seen_at[name], 1),
-        }
+    def _add(self, result: ShardResult) -> None:
+        record = ShardRecord(
+            run=self._run,
+            at_s=self._now_s(),
+            shard=result.shard.number,
+            rows=result.num_rows,
+            rejected=len(result.rejects),
+            tokens=result.num_tokens,
+            padded_tokens=result.padded_tokens,
+            truncated=result.num_truncated,
+            seconds={stage: round(spent, 4) for stage, spent in result.seconds.items()},
+            worker=result.worker,
+        )
+        size = self._size(result.shard)
+        with self._lock:
+            self._uncommitted[record.shard] = record
+            self._left -= size
+            self.totals.add(record)
+            self._workers.setdefault(record.worker or "driver", WorkerSpeed()).add(record, size)
+        self._bar.update(record.rows + record.rejected)
+        if self._bar.disable and time.monotonic() - self._logged >= LOG_EVERY_S:
+            self._logged = time.monotonic()
+            logger.info("%s", run_view.describe(self.view()))
 
     def _size(self, shard: Shard) -> int:
         return shard.rows.length if self._by_bytes else shard.rows.num_rows
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the run began to encode, until it had."""
-        return max((self._ended or time.monotonic()) - self._began, 1e-9)
+    def _now_s(self) -> float:
+        return round(time.monotonic() - self._began, 3)
 
-    def _counts(self) -> str:
-        self.work.seconds = self.elapsed_s
-        return (
-            f"{self.work.tokens_per_s:,.0f} tokens/s, {self.work.padding:.1%} padding, "
-            f"{self.work.truncated:,} truncated, {self.work.rejected:,} rejected"
-        )
+
+def worker_view(name: str, worker: WorkerSpeed, now_s: float) -> dict[str, Any]:
+    """Return what the run view says of one worker."""
+    return {
+        "worker": name,
+        "shards": worker.totals.shards,
+        "tokens_per_s": round(worker.tokens_per_s(now_s), 1),
+        "device_busy": round(worker.totals.device_busy, 3),
+        "seconds": {stage: round(spent, 2) for stage, spent in worker.totals.stages.items()},
+        "seen_s_ago": round(now_s - worker.seen_at_s, 1),
+    }

@@ -19,7 +19,7 @@ from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import Outcome, ShardResult, WorkerConfig
 from pipeline.run.driver import Summary, load
-from pipeline.run.job import EncodeJob
+from pipeline.run.job import TableJob
 from pipeline.table.fragments import write_fragment
 
 
@@ -57,7 +57,7 @@ def truncate(
     if absolute(source) == absolute(to):
         raise InputError("a table cannot be truncated into itself: give --to another place")
     plan = _plan(table, source, shard_size)
-    job = EncodeJob(inputs=(source,), uri=to, model=spec.model, storage_options=storage_options)
+    job = TableJob(uri=to, storage_options=storage_options)
 
     def execute(config: WorkerConfig, pending: Sequence[Shard]) -> Generator[Outcome]:
         target = job.table.dataset()

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kalm_encoder.model.encoder import PassageEncoder
+from kalm_encoder.table.location import Location
 from pipeline import logs
 from pipeline.logs import JsonFormatter, LogOptions, TextFormatter
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.run.live import read_live
 from pipeline.run.records import read_records
+from pipeline.run.run_view import read_view
 from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
 from tests.support.commands import kalm
@@ -33,7 +34,7 @@ def arguments(corpus, table, model_dir, *more):
 def check_lines(stderr, table):
     """Every line is an object of known fields with the run; return them."""
     lines = [json.loads(line) for line in stderr.splitlines()]
-    (run_id,) = {record.run for record in read_records(str(table))}
+    (run_id,) = {record.run for record in read_records(Location(str(table)))}
     for line in lines:
         assert set(line) <= {"time", "level", "logger", "message", *logs.FIELDS, "exception"}
         assert line["time"].endswith("+00:00")
@@ -62,10 +63,10 @@ def test_lines_of_ray_workers_come_in_the_same_form(corpus, model_dir, tmp_path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = check_lines(done.stderr, table)
-    workers = {record.worker for record in read_records(str(table))}
+    workers = {record.worker for record in read_records(Location(str(table)))}
     of_workers = [line for line in lines if "worker" in line]
     assert workers <= {line["worker"] for line in of_workers}
-    assert {worker["worker"] for worker in read_live(str(table))["workers"]} == workers
+    assert {worker["worker"] for worker in read_view(Location(str(table)))["workers"]} == workers
     loaded = [line for line in of_workers if line["message"].startswith("loaded ")]
     assert loaded and all(line["level"] == "INFO" for line in loaded)
     encoded = {line["shard"][:6] for line in of_workers if "shard" in line}
@@ -89,7 +90,7 @@ def test_errors_are_lines_too(model_dir, tmp_path):
 def test_text_lines_end_with_what_is_known(corpus, model_dir, tmp_path):
     table = tmp_path / "t.lance"
     done = kalm(*arguments(corpus, table, model_dir, "--workers", 0), check=0)
-    (run_id,) = {record.run for record in read_records(str(table))}
+    (run_id,) = {record.run for record in read_records(Location(str(table)))}
     assert done.stderr.splitlines()
     assert all(line.endswith(f" run={run_id}") for line in done.stderr.splitlines())
 
@@ -112,7 +113,7 @@ def test_a_failing_passage_is_logged_with_its_shard(
     assert run(job, encode_inline).num_rows == 60
     told = [json.loads(one) for one in caplog.text.splitlines() if "trying halves" in one]
     assert told and all(line["shard"] for line in told)
-    assert {line["run"] for line in told} == {r.run for r in read_records(uri)}
+    assert {line["run"] for line in told} == {r.run for r in read_records(Location(uri))}
 
 
 def test_exceptions_and_threads_keep_their_place():

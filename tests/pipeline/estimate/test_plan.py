@@ -16,8 +16,8 @@ from backports import zstd
 
 from jobs import plan as plan_command
 from jobs.options import check_folder
-from jobs.status import table_facts
 from kalm_encoder.errors import InputError, MismatchError
+from kalm_encoder.table.location import Location
 from pipeline.corpus.passages import FieldOptions
 from pipeline.estimate import sampling as corpus_sample
 from pipeline.estimate.census import Census
@@ -25,8 +25,8 @@ from pipeline.estimate.check import compare, read_plan
 from pipeline.estimate.sampling import sample_corpus
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.run.records import read_records
-from pipeline.run.run_totals import totals
+from pipeline.run.records import read_records, totals
+from pipeline.upkeep.facts import table_facts
 from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
 
@@ -60,7 +60,7 @@ def made(corpus, model_dir, tmp_path_factory):
         max_length=MAX_LENGTH, shard_size=SHARD_SIZE,
     )  # fmt: skip
     run(job, encode_inline)
-    return uri, table_facts(uri, None)
+    return uri, table_facts(Location(uri))
 
 
 def planned(corpus, model_dir, file, **options):
@@ -83,7 +83,7 @@ def test_a_small_corpus_is_read_whole_and_planned_exactly(
     uri, facts = made
     plan = planned(corpus, model_dir, tmp_path / "plan.json")
     assert "counts are exact" in capsys.readouterr().out
-    lines = {x.name: x for x in compare(plan, facts, totals(read_records(uri)))}
+    lines = {x.name: x for x in compare(plan, facts, totals(read_records(Location(uri))))}
     for name in ("passages", "tokens", "truncated"):
         assert lines[name].planned == lines[name].actual, name
         assert lines[name].inside is None
@@ -147,7 +147,7 @@ def test_bytes_are_right_for_every_dtype(corpus, model_dir, tmp_path, dtype, no_
         max_length=1024, shard_size=1000,
     )  # fmt: skip
     found = plan["bytes"]["value"]
-    assert found == pytest.approx(table_facts(str(table), None)["bytes"], rel=0.02)
+    assert found == pytest.approx(table_facts(Location(str(table)))["bytes"], rel=0.02)
     alone = [x for x in plan["storage"] if (x["ratio"], x["store_dtype"]) == (8, dtype)]
     assert alone[0]["bytes"]["value"] == pytest.approx(found)
 
@@ -241,7 +241,7 @@ def test_a_plan_with_other_settings_is_not_compared(corpus, model_dir, made, tmp
     uri, facts = made
     other = planned(corpus[:1], model_dir, tmp_path / "p.json", ratios="8")
     with pytest.raises(MismatchError, match="ratios 8, the table 4,32"):
-        compare(other, facts, totals(read_records(uri)))
+        compare(other, facts, totals(read_records(Location(uri))))
     (tmp_path / "no.json").write_text("[]")
     with pytest.raises(InputError, match="is no plan"):
         read_plan(tmp_path / "no.json")

@@ -3,6 +3,7 @@
 import builtins
 import json
 import logging
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,16 +14,17 @@ import pytest
 
 from jobs.evaluation.run_figure import bin_records
 from jobs.plan import plan
-from jobs.status import _draw, status, table_facts
+from jobs.status import draw, status
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
-from pipeline.run import records as run_records
+from pipeline.run import run_files
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.run.records import FOLDER, ShardRecord, read_commits, read_records
-from pipeline.run.run_totals import totals
+from pipeline.run.records import ShardRecord, read_commits, read_records, totals
 from pipeline.table import committer
+from pipeline.table.side_files import RUNS
+from pipeline.upkeep.facts import table_facts
 from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.verify import verify
 from pipeline.workers.local import encode_inline
@@ -44,16 +46,16 @@ def made(model_dir, corpus, tmp_path):
 
 def test_the_records_add_up_to_the_table(made):
     table, summary = made
-    records = read_records(str(table))
+    records = read_records(Location(str(table)))
     assert [r.shard for r in records] == list(range(6))
     assert [r.at_s for r in records] == sorted(r.at_s for r in records)
     assert {"read", "tokenise", "forward", "write"} <= set(records[0].seconds)
     assert records[0].worker
-    facts, found = table_facts(str(table), None), totals(records)
+    facts, found = table_facts(Location(str(table))), totals(records)
     assert (found.tokens, found.truncated) == (facts["tokens"], facts["truncated"])
     assert sum(r.rows for r in records) == facts["passages"] == 60
-    assert found.padding == pytest.approx(summary.padding)
-    assert 0 < found.seconds <= summary.elapsed_s + 1
+    assert found.padding == pytest.approx(summary.totals.padding)
+    assert 0 < found.seconds <= summary.totals.seconds + 1
 
 
 def test_device_threads_make_the_same_rows_and_share_one_clock(model_dir, corpus, tmp_path):
@@ -68,7 +70,7 @@ def test_device_threads_make_the_same_rows_and_share_one_clock(model_dir, corpus
         )
         assert verify(uri).num_problems == 0
         rows.append(PassageTable.open(uri).take([f"p{i}" for i in range(60)]))
-        found = totals(read_records(uri))
+        found = totals(read_records(Location(uri)))
         device = sum(found.stages[stage] for stage in ("forward", "pool", "idle"))
         assert 0 < device <= found.seconds + 1
     for one, other in zip(*rows, strict=True):
@@ -79,7 +81,7 @@ def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_p
     monkeypatch.setattr(committer, "MOST_WAITING", 4)
     uri = str(tmp_path / "t.lance")
     summary = encode_table(model_dir, corpus, uri, shard_size=10, commit_every_s=1e9)
-    shards, commits = read_records(uri), read_commits(uri)
+    shards, commits = read_records(Location(uri)), read_commits(Location(uri))
     assert [(c.shards, c.rows) for c in commits] == [(4, 40), (2, 20)]
     assert commits[0].version < commits[1].version <= lance.dataset(uri).version
     waited = [s.waited_s for s in shards]
@@ -87,7 +89,7 @@ def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_p
     assert all(s.at_s + s.waited_s <= commits[i // 4].at_s + 0.01 for i, s in enumerate(shards))
     spent = sum(c.seconds + c.results_s for c in commits)
     assert sum(c.results_s for c in commits) > 0, "the driver waits while shards are encoded"
-    assert spent <= summary.elapsed_s
+    assert spent <= summary.totals.seconds
 
 
 def test_records_of_an_earlier_release_are_read_and_drawn(made, tmp_path):
@@ -97,12 +99,12 @@ def test_records_of_an_earlier_release_are_read_and_drawn(made, tmp_path):
         "rejected": 0, "tokens": 500, "padded_tokens": 520, "truncated": 0, "worker": "host:1",
         "seconds": {"read": 0.1, "tokenise": 0.1, "wait": 5.0, "forward": 1.0, "write": 0.1},
     }  # fmt: skip
-    (table / FOLDER / f"{old['run']}-00000.jsonl").write_text(json.dumps(old) + "\n")
-    first = read_records(str(table))[0]
+    (table / RUNS / f"{old['run']}-00000.jsonl").write_text(json.dumps(old) + "\n")
+    first = read_records(Location(str(table)))[0]
     assert (first.tokens, first.waited_s) == (500, None)
     assert first.worked_s == pytest.approx(1.3)
     assert "wait" not in bin_records([first]).seconds, "a busy device is no idleness"
-    _draw(tmp_path / "run.svg", str(table), None)
+    draw(tmp_path / "run.svg", Location(str(table)))
     assert b"<svg" in (tmp_path / "run.svg").read_bytes()
 
 
@@ -119,45 +121,70 @@ def test_a_resumed_job_adds_its_own_run(model_dir, corpus, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(job, stopped)
     run(job, encode_inline)
-    records = read_records(uri)
+    records = read_records(Location(uri))
     assert [r.shard for r in records] == list(range(6))
     assert len({r.run for r in records}) == totals(records).runs == 2
     run(job, encode_inline)  # nothing left to do: nothing to record
-    assert read_records(uri) == records
+    assert read_records(Location(uri)) == records
 
 
 def test_a_new_generation_forgets_the_runs_of_the_one_before(made, model_dir, corpus):
     table, _ = made
     encode_table(model_dir, corpus, table, shard_size=20, new_generation=True)
-    assert [r.shard for r in read_records(str(table))] == [0, 1, 2]
+    assert [r.shard for r in read_records(Location(str(table)))] == [0, 1, 2]
 
 
 def test_a_long_run_writes_parts_that_stay_small(model_dir, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_records, "PART_RECORDS", 4)
-    monkeypatch.setattr(run_records, "WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr(run_files, "PART_RECORDS", 4)
     table = tmp_path / "t.lance"
     encode_table(model_dir, corpus, table, shard_size=6, commit_every_s=0)
-    parts = sorted((table / FOLDER).iterdir())
+    parts = sorted((table / RUNS).iterdir())
     assert [len(part.read_text().splitlines()) for part in parts] == [4] * 5
-    assert len(read_records(str(table))) == len(read_commits(str(table))) == 10
+    assert len(read_records(Location(str(table)))) == len(read_commits(Location(str(table)))) == 10
 
 
 def test_records_are_written_at_most_every_so_often(model_dir, corpus, tmp_path, monkeypatch):
     written = []
-    real = run_records.RunRecorder.write
-    monkeypatch.setattr(
-        run_records.RunRecorder, "write", lambda self: written.append(1) or real(self)
-    )
+    real = run_files.write_text
+
+    def write_text(session, path, text):
+        written.append(path)
+        real(session, path, text)
+
+    monkeypatch.setattr(run_files, "write_text", write_text)
     encode_table(model_dir, corpus, tmp_path / "t.lance", shard_size=6, commit_every_s=0)
-    assert len(written) == 1, "ten commits within half a minute are one write, at the end"
+    assert len([path for path in written if path.startswith(RUNS)]) == 1, (
+        "ten commits within half a minute are one write, at the end"
+    )
+
+
+def test_records_are_written_while_the_run_goes_on(model_dir, corpus, tmp_path, monkeypatch):
+    """So that a run that is killed loses only the latest."""
+    monkeypatch.setattr(run_files, "RECORDS_EVERY_S", 0.0)
+    monkeypatch.setattr(run_files, "WRITE_EVERY_S", 0.05)
+    table = Location(str(tmp_path / "t.lance"))
+    job = EncodeJob(
+        inputs=(str(corpus),), uri=table.uri, model=str(model_dir), shard_size=10, commit_every_s=0
+    )
+
+    def waits(config, shards):
+        yield from encode_inline(config, shards[:2])
+        deadline = time.monotonic() + 60
+        while len(read_records(table)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield from encode_inline(config, shards[2:])
+
+    run(job, waits)
+    assert [r.shard for r in read_records(table)] == list(range(6))
 
 
 def test_verify_and_gc_leave_records_alone(made):
     table, _ = made
-    before = read_records(str(table))
+    before = read_records(Location(str(table)))
     collect_garbage(Location(str(table)), older_than=timedelta(0))
     assert verify(str(table)).num_problems == 0
-    assert read_records(str(table)) == before
+    assert read_records(Location(str(table))) == before
 
 
 def test_a_store_that_refuses_the_records_costs_a_warning(
@@ -175,8 +202,8 @@ def test_a_store_that_refuses_the_records_costs_a_warning(
             assert run(job, encode_inline).live
         refused = sum(s3.stats()["faults"].values())
         s3.faults()
-        assert refused and "the records of this run are not written yet" in caplog.text
-        assert read_records(uri, s3.options) == []
+        assert refused and "the store refuses _kalm/runs" in caplog.text
+        assert read_records(Location(uri, s3.options)) == []
         rows = lance.dataset(uri, version="live", storage_options=s3.options).to_table()
     assert rows.equals(lance.dataset(str(made[0]), version="live").to_table())
 
@@ -190,7 +217,7 @@ def test_records_live_on_an_object_store_too(model_dir, corpus, tmp_path):
             storage_options=s3.options,
         )  # fmt: skip
         run(job, encode_inline)
-        assert len(read_records(uri, s3.options)) == 6
+        assert len(read_records(Location(uri, s3.options))) == 6
         puts = [r for r in s3.stats()["requests"] if "PUT" in str(r) and "_kalm/runs" in str(r)]
         assert len(puts) == 1
 
@@ -227,11 +254,11 @@ def test_the_figure_bins_lose_nothing_and_mark_a_resumed_run():
 def test_what_cannot_be_drawn_says_why(made, tmp_path, monkeypatch):
     table, _ = made
     with pytest.raises(InputError, match=r"must end in \.html, \.svg, \.png"):
-        _draw(tmp_path / "run.gif", str(table), None)
-    for part in (table / FOLDER).iterdir():
+        draw(tmp_path / "run.gif", Location(str(table)))
+    for part in (table / RUNS).iterdir():
         part.unlink()
     with pytest.raises(InputError, match="has no run records"):
-        _draw(tmp_path / "run.svg", str(table), None)
+        draw(tmp_path / "run.svg", Location(str(table)))
     real = builtins.__import__
 
     def without_matplotlib(name, *rest):
@@ -241,7 +268,7 @@ def test_what_cannot_be_drawn_says_why(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(InputError, match=r"needs matplotlib: pip install .*\[batch,eval\]"):
-        _draw(tmp_path / "run.svg", str(table), None)
+        draw(tmp_path / "run.svg", Location(str(table)))
 
 
 def test_the_plan_is_compared_by_status(made, model_dir, corpus, tmp_path, capsys):

@@ -11,7 +11,7 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
-from pipeline.run.kept_plan import PlanCopy
+from pipeline.run.kept_plan import KeptPlan
 from pipeline.table.preflight import check_writable, examine
 from pipeline.table.publish import rollback
 from pipeline.table.rejects import RejectStore
@@ -77,10 +77,10 @@ def test_a_plan_is_kept_on_s3_until_the_corpus_changes(s3):
         storage_options=s3.options,
     )  # fmt: skip
     plan = plan_job(job)
-    PlanCopy(job).write(plan)
-    assert PlanCopy(job).read().shards == plan.shards
+    KeptPlan(job).write(plan)
+    assert KeptPlan(job).read().shards == plan.shards
     put_corpus(s3, "kept.jsonl", ["b"] * 9)
-    assert PlanCopy(job).read() is None
+    assert KeptPlan(job).read() is None
 
 
 def test_secrets_are_written_nowhere(s3, model_dir, caplog):

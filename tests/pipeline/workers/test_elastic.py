@@ -21,6 +21,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
@@ -176,7 +177,7 @@ def test_the_metrics_pages_of_the_nodes_say_what_the_run_did(cluster, start, mod
     # A process of its own, as Ray counts a second run of one process twice.
     subprocess.run([sys.executable, "-m", "jobs", *command, *options], check=True)
     want = Counter()
-    for record in read_records(table):
+    for record in read_records(Location(str(table))):
         want.update(shards=1, passages=record.rows, rejected=record.rejected, tokens=record.tokens)
         want.update(padded_tokens=record.padded_tokens, truncated=record.truncated)
         want.update({f"seconds {stage}": spent for stage, spent in record.seconds.items()})

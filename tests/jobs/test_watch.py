@@ -13,11 +13,14 @@ from rich.console import Console
 
 from jobs.watch import _redraw, line, screen_of, watch
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, KalmError
-from pipeline.run import live
+from kalm_encoder.table.location import Location
+from pipeline.run import run_view
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.run.live import FILE, LiveFile, read_live
 from pipeline.run.records import read_records
+from pipeline.run.run_files import RunFiles
+from pipeline.run.run_view import read_view
+from pipeline.table.side_files import RUN_VIEW
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.commands import Command, kalm
@@ -28,12 +31,12 @@ ROWS = 600
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("live") / "c.jsonl", make_texts(ROWS, seed=21))
+    return write_corpus(tmp_path_factory.mktemp("watch") / "c.jsonl", make_texts(ROWS, seed=21))
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("live") / "s.jsonl", make_texts(60, seed=22))
+    return write_corpus(tmp_path_factory.mktemp("watch") / "s.jsonl", make_texts(60, seed=22))
 
 
 def encode(corpus, table, model_dir):
@@ -60,7 +63,7 @@ def test_a_run_is_watched_from_beside_until_it_ends(corpus, model_dir, tmp_path)
     assert [w.returncode for w in watches] == [0, 0], errors
     assert run_of.wait(60) == 0
     seen = [json.loads(one) for one in lines.splitlines()]
-    assert {s["run"] for s in seen} == {r.run for r in read_records(str(table))}
+    assert {s["run"] for s in seen} == {r.run for r in read_records(Location(str(table)))}
     assert "encoding" in {s["state"] for s in seen}, "it ended before anybody looked"
     assert [s["shards_done"] for s in seen] == sorted(s["shards_done"] for s in seen)
     assert all(s["silent_s"] is None and s["pid"] == run_of.pid for s in seen)
@@ -82,18 +85,18 @@ def test_a_killed_run_is_said_to_be_silent_and_a_resumed_one_is_seen(corpus, mod
     wait_for_a_shard(table, run_of)
     os.kill(run_of.pid, signal.SIGKILL)
     run_of.wait(10)
-    seen = read_live(str(table))
+    seen = read_view(Location(str(table)))
     beside = Command("status", table, "--watch", "--interval", 0.2, "--json")
     out, errors = beside.communicate(timeout=60)
     assert beside.returncode == 1
     assert f"process {run_of.pid} on {seen['host']} died" in errors
     assert "has not been heard of for 1" in errors  # 15 s or a little more
     last = json.loads(out.splitlines()[-1])
-    assert last["silent_s"] >= live.SILENT_AFTER_S and last["state"] == "encoding"
+    assert last["silent_s"] >= run_view.SILENT_AFTER_S and last["state"] == "encoding"
     # The run that takes the work up counts what was there, and has a name of its own.
     again = encode(corpus, table, model_dir)
     assert again.wait(120) == 0
-    resumed = read_live(str(table))
+    resumed = read_view(Location(str(table)))
     assert resumed["state"] == "complete" and resumed["run"] != seen["run"]
     assert resumed["rows_done"] == ROWS
     assert sum(w["shards"] for w in resumed["workers"]) < resumed["shards"]
@@ -110,7 +113,7 @@ def test_a_run_says_how_it_ended(small, model_dir, tmp_path):
 
         with pytest.raises(type(error)):
             run(job, execute)
-        return read_live(uri)
+        return read_view(Location(uri))
 
     assert ends(KeyboardInterrupt())["state"] == "stopped"
     failed = ends(IncompleteError("2 shards failed"))
@@ -118,17 +121,17 @@ def test_a_run_says_how_it_ended(small, model_dir, tmp_path):
     # One that was fenced off is silent: another speaks there by then.
     assert ends(FencedError("another command took it"))["state"] == "encoding"
     assert run(job, encode_inline).live
-    assert read_live(uri)["state"] == "complete"
-    before = read_live(uri)
+    assert read_view(Location(uri))["state"] == "complete"
+    before = read_view(Location(uri))
     run(job, encode_inline)  # nothing to do, nothing to say
-    assert read_live(uri) == before
+    assert read_view(Location(uri)) == before
 
 
 def test_a_store_that_refuses_costs_one_warning(small, model_dir, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(live, "WRITE_EVERY_S", 0.1)
+    monkeypatch.setattr(run_view, "WRITE_EVERY_S", 0.1)
     with serve(tmp_path / "s3") as s3:
         (s3.folder / "bucket" / "c.jsonl").write_bytes(small.read_bytes())
-        s3.faults({"action": "error503", "match": f"^PUT .*{FILE}", "count": 10_000})
+        s3.faults({"action": "error503", "match": f"^PUT .*{RUN_VIEW}", "count": 10_000})
         with caplog.at_level(logging.WARNING):
             encode_table(
                 model_dir, "s3://bucket/c.jsonl", "s3://bucket/t.lance", shard_size=10,
@@ -137,8 +140,8 @@ def test_a_store_that_refuses_costs_one_warning(small, model_dir, tmp_path, capl
         refused = sum(s3.stats()["faults"].values())
         s3.faults()
         assert refused > 1
-        assert caplog.text.count("`kalm status --watch` sees nothing") == 1
-        assert read_live("s3://bucket/t.lance", s3.options) is None
+        assert caplog.text.count("the store refuses") == 1
+        assert read_view(Location("s3://bucket/t.lance", s3.options)) is None
 
 
 def test_a_run_on_an_object_store_is_watched_too(small, model_dir, tmp_path):
@@ -154,12 +157,14 @@ def test_a_run_on_an_object_store_is_watched_too(small, model_dir, tmp_path):
 
 def test_a_terminal_shows_each_worker_with_its_stages(small, model_dir, tmp_path, capsys):
     encode_table(model_dir, small, tmp_path / "t.lance", shard_size=10)
-    seen = read_live(str(tmp_path / "t.lance"))
+    seen = read_view(Location(str(tmp_path / "t.lance")))
     screen = io.StringIO()
     Console(file=screen, width=160).print(screen_of(seen))
     drawn = screen.getvalue()
     assert "complete" in drawn and seen["run"] in drawn and "60 of 60 passages" in drawn
-    header, row = drawn.splitlines()[4:6]
+    header, row = (
+        x for x in drawn.splitlines() if x.startswith(("worker ", seen["workers"][0]["worker"]))
+    )
     assert header.split()[:4] == ["worker", "shards", "tokens/s", "device"]
     assert "forward s" in header and "write s" in header
     assert row.split()[:2] == [seen["workers"][0]["worker"], "6"]
@@ -184,22 +189,26 @@ def test_an_old_file_is_looked_at_twice_before_the_run_is_called_silent(
     """Clocks of two machines differ: a file that still changes is no silent run."""
     uri = str(tmp_path / "t.lance")
     encode_table(model_dir, small, uri)
-    monkeypatch.setattr(live, "WRITE_EVERY_S", 0.2)
-    monkeypatch.setattr(live, "SILENT_AFTER_S", 1.0)
-    file = tmp_path / "t.lance" / FILE
-    old = {**read_live(uri), "state": "encoding", "updated_at": "2020-01-01T00:00:00.000+00:00"}
+    monkeypatch.setattr(run_view, "WRITE_EVERY_S", 0.2)
+    monkeypatch.setattr(run_view, "SILENT_AFTER_S", 1.0)
+    file = tmp_path / "t.lance" / RUN_VIEW
+    old = {
+        **read_view(Location(uri)),
+        "state": "encoding",
+        "updated_at": "2020-01-01T00:00:00.000+00:00",
+    }
     file.write_text(json.dumps(old))
     with pytest.raises(KalmError, match="not been heard of for"):
-        watch(uri, None, interval_s=0.05, as_json=True)
+        watch(Location(uri), interval_s=0.05, as_json=True)
     shown = [json.loads(one) for one in capsys.readouterr().out.splitlines()]
     assert [s["silent_s"] is None for s in shown] == [True] * (len(shown) - 1) + [False]
     assert len(shown) > 2
-    LiveFile(uri, lambda: {**old, "state": "complete"}).close()
-    watch(uri, None, interval_s=0.05, as_json=False)
+    RunFiles(Location(uri), "run", lambda: {**old, "state": "complete"}).write_view()
+    watch(Location(uri), interval_s=0.05, as_json=False)
     assert "complete, 60 of 60 passages" in capsys.readouterr().out
 
 
 def test_watching_a_table_that_nobody_encodes_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("jobs.watch.APPEARS_WITHIN_S", 0.2)
     with pytest.raises(InputError, match=r"no run has written to .*t\.lance"):
-        watch(str(tmp_path / "t.lance"), None, interval_s=0.05, as_json=False)
+        watch(Location(str(tmp_path / "t.lance")), interval_s=0.05, as_json=False)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import lance
 import pyarrow as pa
@@ -180,15 +179,12 @@ class Ledger(TableClaim):
     def _check_same(self, spec: TableSpec) -> None:
         """Refuse to continue a table that was made with other settings or from other input."""
         stored = TableSpec.from_metadata(self.dataset.schema.metadata, self.location.uri)
-        old, new = asdict(stored), asdict(spec)
         remedy = "give the same one, another table, or --new-generation to begin this one anew"
         for name in FIXED_SETTINGS:
-            if old[name] != new[name]:
-                raise MismatchError(
-                    name,
-                    f"{self.location} was begun with {name} {old[name]!r}, this job has "
-                    f"{new[name]!r}: {remedy}",
-                )
+            old, new = getattr(stored, name), getattr(spec, name)
+            if old != new:
+                begun = f"{self.location} was begun with {name} {old!r}, this job has {new!r}"
+                raise MismatchError(name, f"{begun}: {remedy}")
         if self.metadata[PLAN] != self._plan.hash:
             raise MismatchError(
                 "input",

@@ -12,6 +12,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +75,14 @@ def examine(table: Location) -> Iterator[Check]:
     yield from _check_lance()
     yield from _check_store(table)
     probe = table / f"{PROBES}/{uuid.uuid4().hex}.lance"
-
-    def write(mode: str) -> None:
-        rows = pa.table({"n": [1, 2, 3]})
-        lance.write_dataset(rows, probe.uri, mode=mode, storage_options=probe.options)
-
-    def read() -> None:
-        if (found := probe.dataset().count_rows()) != 6:
-            raise InputError(f"{found} rows instead of 6")
-
-    def remove() -> None:
-        lance.LanceDataset.drop(probe.uri, storage_options=probe.options)
-
-    yield _check("lance: create a table", lambda: write("create"))
-    yield _check("lance: append", lambda: write("append"))
-    yield _check("lance: read it back", read)
+    at = {"storage_options": probe.options}
+    create = partial(lance.write_dataset, pa.table({"n": [1, 2, 3]}), probe.uri, **at)
+    yield _check("lance: create a table", create)
+    yield _check("lance: append", partial(create, mode="append"))
+    yield _check("lance: read it back", lambda: _expect(probe.dataset().count_rows(), 6))
     overwrites = "a second table was created over the first"
-    yield _refused("lance: refuse a second create", lambda: write("create"), overwrites)
-    yield _check("lance: remove it", remove)
+    yield _refused("lance: refuse a second create", create, overwrites)
+    yield _check("lance: remove it", partial(lance.LanceDataset.drop, probe.uri, **at))
 
 
 def explain(error: BaseException) -> str:
@@ -106,31 +97,27 @@ def explain(error: BaseException) -> str:
 def _check_lance() -> Iterator[Check]:
     """Try to commit what Lance must refuse, to a table in memory."""
     rows = pa.table({"n": [1]})
-    empty = lance.write_dataset(rows.slice(0, 0), f"memory://{uuid.uuid4().hex}")
     schema = LanceSchema.from_pyarrow(rows.schema.with_metadata({"owner": "another"}))
+    claim = LanceOperation.Project(schema)
 
-    def commit(operation: LanceOperation.BaseOperation, read: lance.LanceDataset) -> Any:
+    def commit(read: lance.LanceDataset, operation: LanceOperation.BaseOperation) -> Any:
         return lance.LanceDataset.commit(read, operation, read_version=read.version)
 
-    def append(number: int, dataset: lance.LanceDataset) -> lance.LanceDataset:
-        fragment = with_id(write_fragment(rows, dataset), number)
-        return commit(LanceOperation.Append([fragment]), dataset)
+    def append(read: lance.LanceDataset, number: int) -> Any:
+        return commit(read, LanceOperation.Append([with_id(write_fragment(rows, read), number)]))
 
-    def claim(dataset: lance.LanceDataset) -> None:
-        commit(LanceOperation.Project(schema), dataset)
-
-    def refused(what: str, action: Callable[[], Any]) -> Check:
-        accepted = (
-            f"pylance {lance.__version__} accepts it and shards could be doubled: "
-            "pip install 'pylance>=13'"
+    first = append(lance.write_dataset(rows.slice(0, 0), f"memory://{uuid.uuid4().hex}"), 1)
+    claimed = commit(first, claim)
+    for what, action in (
+        ("a fragment id twice", lambda: append(claimed, 1)),
+        ("shards of a driver that was replaced", lambda: append(first, 2)),
+        ("two drivers at once", lambda: commit(first, claim)),
+    ):
+        accepted = f"pylance {lance.__version__} accepts it and shards could be doubled"
+        remedy = "pip install 'pylance>=13'"
+        yield _refused(
+            f"lance: refuse {what}", action, f"{accepted}: {remedy}", "fragment|conflict"
         )
-        return _refused(f"lance: refuse {what}", action, accepted, "fragment|conflict")
-
-    first = append(1, empty)
-    yield refused("a fragment id twice", lambda: append(1, first))
-    claim(first)
-    yield refused("shards of a driver that was replaced", lambda: append(2, first))
-    yield refused("two drivers at once", lambda: claim(first))
 
 
 def _check_store(table: Location) -> Iterator[Check]:
@@ -156,10 +143,6 @@ def _check_store(table: Location) -> Iterator[Check]:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         fs.pipe_file(path, content, mode="create")
 
-    def read() -> None:
-        if (found := fs.cat_file(path)) != b"first":
-            raise InputError(f"it holds {found!r} instead of b'first'")
-
     written = _check("fsspec: write an object", lambda: write(b"first"))
     yield written
     if written.problem:
@@ -167,7 +150,7 @@ def _check_store(table: Location) -> Iterator[Check]:
     try:
         again = "fsspec: refuse to create it again"
         yield _refused(again, lambda: write(b"second"), NO_CONDITIONAL_WRITES)
-        yield _check("fsspec: read it back", read)
+        yield _check("fsspec: read it back", lambda: _expect(fs.cat_file(path), b"first"))
     finally:
         removed = _check("fsspec: delete it", lambda: fs.rm_file(path))
     yield removed
@@ -179,6 +162,11 @@ def _check(name: str, action: Callable[[], Any]) -> Check:
     except Exception as error:  # s3fs lets through botocore's errors, which share no base class
         return Check(name, explain(error))
     return Check(name, None)
+
+
+def _expect(found: object, wanted: object) -> None:
+    if found != wanted:
+        raise InputError(f"it holds {found!r} instead of {wanted!r}")
 
 
 def _refused(name: str, action: Callable[[], Any], accepted: str, pattern: str = "") -> Check:

@@ -1,1 +1,1 @@
-"""Faults by the hundred against real jobs: `python -m tests.faults`, or `make faults`."""
+"""Hundreds of faults against real jobs: `python -m tests.faults`, or `make faults`."""

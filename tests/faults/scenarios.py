@@ -1,4 +1,4 @@
-"""The kinds of trouble. Each scenario returns a Tally."""
+"""The scenarios: each makes one kind of trouble and returns a Tally."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def kills(world: World, runs: int, *, on_s3: bool) -> Tally:
 
 
 def split_brain(world: World, runs: int) -> Tally:
-    """Stop a driver, let a second one take over, wake the first."""
+    """Stop a driver, let a second one take over, then wake the first."""
     tally = Tally("two drivers")
     for _ in range(runs):
         table = world.new_table()
@@ -125,7 +125,7 @@ def ray_kills(world: World, runs: int) -> Tally:
 def ray_sweep(world: World) -> Tally:
     """On Ray and S3: kill a process before and after each data file that it writes.
 
-    Those of the shards are the workers' writes, the last is the driver's compaction.
+    The workers write one file per shard; the last file is the driver's compaction.
     """
     tally = Tally("kill at each write, Ray, S3")
     for number in range(SWEEP_ROWS // SHARD_SIZE + 1):
@@ -172,7 +172,7 @@ def lost_node(world: World) -> Tally:
 
 
 def control(world: World, runs: int) -> Tally:
-    """The usual way, under the same kills: append a shard, then leave a marker file."""
+    """Do it the usual way under the same kills: append a shard, then leave a marker file."""
     tally = Tally("control: append, then mark")
     for run in range(runs):
         folder = str(world.folder / f"control{run}")
@@ -227,7 +227,7 @@ def _workers(pid: int) -> list[psutil.Process]:
 
 
 def _cluster() -> tuple[str, object, object]:
-    """Start a head without CPUs and two nodes of one; return address, remove-one, stop-all."""
+    """Start a head without CPUs and two nodes with one; return address, remove-one, stop-all."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]

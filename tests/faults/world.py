@@ -1,4 +1,4 @@
-"""One corpus, one model, tables that jobs write, and the comparison with an unbroken run."""
+"""The corpus, the model and the tables of all scenarios, and the comparison with a sound run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Tally:
 
     @property
     def bad(self) -> int:
-        """Rows that are not what they should be, and steps a person had to take."""
+        """Number of rows that are not what they should be, and of steps that a person had to take."""
         return self.lost + self.doubled + self.different + self.manual_steps
 
     def line(self) -> str:
@@ -124,7 +124,7 @@ class World:
         tally.manual_steps += 1
 
     def check(self, tally: Tally, table: str, *, ray: bool = False, rows: int = ROWS) -> None:
-        """Compare a finished table with the unbroken run's; then remove it."""
+        """Compare a finished table with that of a run without faults; then remove it."""
         expected = self.folder / f"unbroken-{ray}-{rows}.lance"
         if not expected.exists():
             arguments = self.arguments(str(expected), ray=ray, rows=rows)
@@ -186,7 +186,7 @@ def _job(arguments: list[str], log: str) -> None:
 
 
 def wait(seconds: float, process: Any) -> bool:
-    """Wait, but not beyond the end of a process; return whether it still runs."""
+    """Wait until a time is over or a process ends, and return whether the process still runs."""
     process.join(seconds) if hasattr(process, "join") else _wait(process, seconds)
     return bool(process.is_alive() if hasattr(process, "is_alive") else process.poll() is None)
 

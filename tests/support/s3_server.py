@@ -1,15 +1,15 @@
-"""A small S3 server on files, for tests: atomic conditional writes, faults on request.
+"""A small S3 server on files, for tests, with atomic conditional writes and faults on request.
 
-`python -m tests.support.s3_server FOLDER [--port N] [--no-conditional]` prints its port and
-serves until it is killed. One process, a thread per connection. A bucket is a folder of FOLDER.
-Requests must be signed with the key ACCESS_KEY (the signature is not checked).
+`python -m tests.support.s3_server FOLDER [--port N] [--no-conditional]` prints its port and serves
+until it is killed. It is one process with a thread per connection. Each bucket is a folder in
+FOLDER. Requests must be signed with the key ACCESS_KEY; the signature is not checked.
 
-`POST /-/faults` with a JSON list of rules replaces the rules; `GET /-/stats` tells what happened. A
-rule is {"action", "match", "skip", "count", "probability"}: of the requests whose
-"METHOD path?query" the regular expression `match` finds, the first `skip` pass, then `count` are
-hit, each with `probability`. Actions: error500, error503, drop (before anything is done),
-lost_reply (after it is done), delay, kill_before and kill_after (SIGKILL to the process that sent
-the request).
+`POST /-/faults` with a JSON list of rules replaces the rules, and `GET /-/stats` tells what
+happened. A rule is {"action", "match", "skip", "count", "probability"}. It applies to the requests
+whose "METHOD path?query" the regular expression `match` finds: the first `skip` of them pass, then
+`count` are hit, each with `probability`. The actions are error500, error503, drop (before anything
+is done), lost_reply (after it is done), delay, kill_before and kill_after (SIGKILL to the process
+that sent the request).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Server(ThreadingHTTPServer):
         self.random = random.Random(0)
 
     def fault(self, line: str) -> str | None:
-        """Return what is to happen to this request."""
+        """Return the action of the rule that hits this request, if any."""
         with self.lock:
             self.requests.append(line)
             for rule in self.rules:
@@ -82,7 +82,7 @@ class Server(ThreadingHTTPServer):
         return None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that go away, which tests make them do."""
+        """Ignore clients that go away, which the tests make them do."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
@@ -173,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"ETag": _quoted(body)}, b""
 
     def _store(self, file: Path, body: bytes) -> tuple[int, dict[str, str], bytes] | None:
-        """Put an object in place atomically; with If-None-Match only where none is."""
+        """Put an object in place atomically; with If-None-Match, only if there is none."""
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = self.server.uploads / uuid.uuid4().hex
         draft.write_bytes(body)
@@ -272,7 +272,7 @@ class Handler(BaseHTTPRequestHandler):
         ).encode()  # fmt: skip
 
     def _body(self) -> bytes:
-        """Read the request's body, chunked or not, and undo S3's own chunking."""
+        """Read the body of the request, chunked or not, and undo S3's own chunking."""
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
             body = b""
             while size := int(self.rfile.readline().split(b";")[0], 16):

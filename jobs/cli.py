@@ -1,4 +1,4 @@
-"""The `kalm` command: registers the commands and turns errors into one line and an exit code."""
+"""The `kalm` command: it registers the commands and turns errors into one line and an exit code."""
 
 import logging
 import signal
@@ -37,15 +37,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(plan.plan)
-app.command()(encode.encode)
-app.command()(status.status)
-app.command()(rerank.rerank)
-app.command()(verify.verify)
-app.command()(sync.sync)
-app.command()(truncate.truncate)
-app.command()(evaluate.evaluate)
 for command in (
+    plan.plan,
+    encode.encode,
+    status.status,
+    rerank.rerank,
+    verify.verify,
+    sync.sync,
+    truncate.truncate,
+    evaluate.evaluate,
     manage.rejects,
     manage.delete,
     manage.publish,
@@ -53,29 +53,31 @@ for command in (
     manage.compact,
     manage.gc,
     manage.doctor,
+    serve.serve,
+    explore.explore,
+    demo.demo,
+    train_demo.train_demo,
 ):
     app.command()(command)
-app.command()(serve.serve)
-app.command()(explore.explore)
-app.command()(demo.demo)
-app.command()(train_demo.train_demo)
 
 
 @app.callback()
 def options(
-    debug: bool = typer.Option(False, help="Show tracebacks and debug logs."),
+    debug: bool = typer.Option(
+        False, help="Show tracebacks and debug logs, to find out why a command failed."
+    ),
     log_format: str = typer.Option(
-        "text", help="Log lines on stderr: text, or json (one object a line)."
+        "text", help="Format of the log on stderr: text, or json for a log collector."
     ),
 ) -> None:
-    """Options before the command."""
+    """Set what all commands share; these options come before the command."""
     if log_format not in logs.FORMATS:
         raise InputError(f"--log-format {log_format!r} is not one of {', '.join(logs.FORMATS)}")
     logs.configure(LogOptions(log_format, logging.DEBUG if debug else logging.INFO))
 
 
 def main() -> None:
-    """Run `kalm`: exit code 0 done, 1 failed, 2 bad input, 130/143 stopped by a signal."""
+    """Run `kalm` and exit: 0 done, 1 failed, 2 bad input, 130 or 143 stopped by a signal."""
     signal.signal(signal.SIGTERM, _terminate)
     debug = "--debug" in sys.argv
     try:
@@ -86,7 +88,7 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except SystemExit as stop:
-        if stop.code != INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        if stop.code != INTERRUPTED:  # typer turns a KeyboardInterrupt into this exit code
             raise
         _say("stopped; what was finished is committed, run again to resume")
         sys.exit(TERMINATED if _signals else INTERRUPTED)
@@ -98,7 +100,7 @@ def main() -> None:
 
 
 def _say(message: str) -> None:
-    """Say the last word of a command, in the format of its log."""
+    """Print the last line of a command, in the format of its log."""
     if logs.current().format == logs.JSON:
         logger.error("%s", message)
     else:
@@ -106,7 +108,7 @@ def _say(message: str) -> None:
 
 
 def _terminate(signum: int, _frame: FrameType | None) -> None:
-    """Treat SIGTERM like Ctrl-C: commit what is there and leave."""
+    """Treat SIGTERM like Ctrl-C: commit what is finished and leave."""
     _signals.append(signum)
     raise KeyboardInterrupt
 

@@ -6,27 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import (
-    Address,
-    CpusPerWorker,
-    GpusPerWorker,
-    IdField,
-    MaxLength,
-    Model,
-    NoText,
-    OnDuplicate,
-    Ratios,
-    Revision,
-    ShardSize,
-    StorageOptions,
-    StoreDtype,
-    TextField,
-    TitleField,
-    Workers,
-    executor,
-    parse_ratios,
-    parse_storage_options,
-)
+from jobs import options
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,16 +21,16 @@ def encode(
         ),
     ],
     to: Annotated[str, typer.Option(help="Table to write: a path or URL that ends in .lance.")],
-    model: Model,
-    revision: Revision = None,
-    ratios: Ratios = "4",
-    store_dtype: StoreDtype = "float16",
-    max_length: MaxLength = 1024,
-    no_text: NoText = False,
-    workers: Workers = None,
-    cpus_per_worker: CpusPerWorker = None,
-    gpus_per_worker: GpusPerWorker = None,
-    address: Address = None,
+    model: options.Model,
+    revision: options.Revision = None,
+    ratios: options.Ratios = "4",
+    store_dtype: options.StoreDtype = "float16",
+    max_length: options.MaxLength = 1024,
+    no_text: options.NoText = False,
+    workers: options.Workers = None,
+    cpus_per_worker: options.CpusPerWorker = None,
+    gpus_per_worker: options.GpusPerWorker = None,
+    address: options.Address = None,
     token_budget: Annotated[
         int | None,
         typer.Option(
@@ -62,17 +42,17 @@ def encode(
         bool,
         typer.Option(
             "--compile",
-            help="Run the encoder through torch.compile. Worth it for long runs on a GPU; it adds "
-            "minutes to the start of each worker.",
+            help="Run the encoder through torch.compile. Try it for long runs on a GPU; compiling "
+            "delays the start of each worker.",
         ),
     ] = False,
-    shard_size: ShardSize = 1000,
+    shard_size: options.ShardSize = 1000,
     limit: Annotated[
         int | None, typer.Option(help="Encode only the first N rows, to try a corpus out.")
     ] = None,
-    id_field: IdField = None,
-    text_field: TextField = None,
-    title_field: TitleField = None,
+    id_field: options.IdField = None,
+    text_field: options.TextField = None,
+    title_field: options.TitleField = None,
     max_rejected: Annotated[
         float,
         typer.Option(
@@ -83,11 +63,11 @@ def encode(
     commit_every: Annotated[
         float,
         typer.Option(
-            help="Seconds between two commits. Raise it for a slow store; what a crash may lose "
-            "grows with it."
+            help="Least seconds between two commits, and so what a killed run repeats. Lower it "
+            "where machines are often taken away."
         ),
     ] = 10.0,
-    on_duplicate: OnDuplicate = "error",
+    on_duplicate: options.OnDuplicate = "error",
     new_generation: Annotated[
         bool,
         typer.Option(
@@ -102,10 +82,10 @@ def encode(
             "their files."
         ),
     ] = False,
-    storage_option: StorageOptions = None,
+    storage_option: options.StorageOptions = None,
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
-    execute = executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
+    execute = options.executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
     from pipeline.corpus.passages import FieldOptions
     from pipeline.run.driver import run
     from pipeline.run.job import EncodeJob
@@ -117,7 +97,7 @@ def encode(
         uri=to,
         model=model,
         revision=revision,
-        ratios=parse_ratios(ratios),
+        ratios=options.parse_ratios(ratios),
         store_dtype=store_dtype,
         max_length=max_length,
         keep_text=not no_text,
@@ -130,7 +110,7 @@ def encode(
         commit_every_s=commit_every,
         on_duplicate=on_duplicate,
         new_generation=new_generation,
-        storage_options=parse_storage_options(storage_option),
+        storage_options=options.parse_storage_options(storage_option),
     )
     if retry_rejects:
         from pipeline.upkeep.sync import retry_rejects as retry

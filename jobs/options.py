@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 Table = Annotated[str, typer.Argument(help="Path or URL of the table.")]
 Version = Annotated[
-    str | None,
-    typer.Option(help="Version number or tag to read. Default: the tag `live`."),
+    str | None, typer.Option(help="Version number or tag to read. Default: the tag `live`.")
 ]
 Model = Annotated[
-    str,
-    typer.Option(help="Hub id or directory of a KaLM reranker, or kalm-demo for the shipped one."),
+    str, typer.Option(help="Hub id or directory of a KaLM reranker; kalm-demo is the shipped one.")
 ]
 TableModel = Annotated[
     str | None,
@@ -36,8 +34,7 @@ TableModel = Annotated[
     ),
 ]
 Revision = Annotated[
-    str | None,
-    typer.Option(help="Revision of the hub id, to pin a commit. Default: the newest."),
+    str | None, typer.Option(help="Revision of the hub id, to pin a commit. Default: the newest.")
 ]
 Ratios = Annotated[
     str | None,
@@ -130,10 +127,11 @@ Instruction = Annotated[
     ),
 ]
 Host = Annotated[
-    str,
-    typer.Option(help="Address to listen at. 0.0.0.0 lets other machines connect."),
+    str, typer.Option(help="Address to listen at. 0.0.0.0 lets other machines connect.")
 ]
-Port = Annotated[int, typer.Option(help="Port to listen at.")]
+Port = Annotated[
+    int, typer.Option(help="Port to listen at. Change it when another program has it.")
+]
 Device = Annotated[
     str | None,
     typer.Option(help="Device of the decoder, such as cuda:1. Default: the first GPU, else CPU."),

@@ -41,9 +41,8 @@ Ratios = Annotated[
     typer.Option(
         "--ratios",
         "--ratio",
-        help="Tokens per stored state: one number, or several with commas, finest first, such as "
-        "4,32. A higher ratio makes the table smaller and ranks less well; a second ratio is for "
-        "cascades.",
+        help="Tokens per stored state: a number, or several with commas, finest first. A higher "
+        "one makes the table smaller and ranks less well; a second one is for cascades.",
     ),
 ]
 STORE_DTYPES = "float16, float32, int8 or int4"
@@ -55,10 +54,7 @@ StoreDtype = Annotated[
     ),
 ]
 MaxLength = Annotated[
-    int,
-    typer.Option(
-        help="Tokens a passage is cut to. Raise it for long passages that would be truncated."
-    ),
+    int, typer.Option(help="Tokens a passage is cut to. Raise it if many passages are truncated.")
 ]
 NoText = Annotated[
     bool,
@@ -82,14 +78,10 @@ TextField = Annotated[
     str | None, typer.Option(help="Field that holds the text. Give it when detection fails.")
 ]
 TitleField = Annotated[
-    str | None,
-    typer.Option(help="Field that holds the title. Give it when it is not named `title`."),
+    str | None, typer.Option(help="Field that holds the title, if it is not named `title`.")
 ]
 OnDuplicate = Annotated[
-    str,
-    typer.Option(
-        help="What to do when an id occurs twice: error, or keep the first or the last row."
-    ),
+    str, typer.Option(help="If an id occurs twice: error, or keep the first or the last row.")
 ]
 Workers = Annotated[
     int | None,
@@ -115,8 +107,7 @@ GpusPerWorker = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Address of a running Ray cluster. Default: RAY_ADDRESS, else one is started on this "
-        "machine."
+        help="Address of a running Ray cluster. Default: RAY_ADDRESS, else a new one here."
     ),
 ]
 Instruction = Annotated[
@@ -133,8 +124,7 @@ Port = Annotated[
     int, typer.Option(help="Port to listen at. Change it when another program has it.")
 ]
 Device = Annotated[
-    str | None,
-    typer.Option(help="Device of the decoder, such as cuda:1. Default: the first GPU, else CPU."),
+    str | None, typer.Option(help="Device of the decoder, such as cuda:1. Default: the first GPU.")
 ]
 Dtype = Annotated[
     str | None,

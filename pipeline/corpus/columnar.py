@@ -40,14 +40,6 @@ class ColumnarFile(ABC):
     def groups(self) -> Iterator[tuple[int, int]]:
         """Yield (first row, number of rows) of each part that is decoded as a whole."""
 
-    @abstractmethod
-    def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
-        """Yield (row number from 1, row) of a range.
-
-        Raises:
-            InputError: If the file changed since it was planned, or cannot be read.
-        """
-
     def scan(
         self, shard_size: int, max_rows: int | None, options: FieldOptions
     ) -> tuple[Fields, list[RowRange]]:

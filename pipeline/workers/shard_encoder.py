@@ -158,7 +158,7 @@ class ShardEncoder:
         return started
 
     def _run(self, batch: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
-        """Start a batch in a device thread; on a GPU, first wait for the batch BATCHES_AHEAD."""
+        """Start a batch, in a device thread; on a GPU leave at most BATCHES_AHEAD unfinished."""
         if self._stopped.is_set():
             raise KalmError("the encoder was stopped")
         started = start_isolated(partial(self.encoder.start, ratio=self.spec.ratios[0]), batch)

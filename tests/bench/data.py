@@ -1,35 +1,52 @@
-"""What the benchmarks share: a Nano-sized checkpoint, passages of given token lengths, bars."""
+"""What the benchmarks share: a checkpoint of Nano's dimensions, passages, tables, clocks, bars."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from jobs.demo import standard_library_docs
-from jobs.demo_training.architecture import NANO
+from jobs.demo_training.architecture import NANO, TINY, Dimensions
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.workers.local import encode_inline
 from tests.support.random_model import make_checkpoint
 
 FOLDER = Path("bench-data")
+QUERY = "how do I read a compressed file line by line without loading all of it"
 
 
-def nano_checkpoint() -> Path:
-    """Random weights, real dimensions: 100M parameters a half, 168M in the embedding."""
-    folder = FOLDER / "nano"
+def checkpoint_of(name: str, dimensions: Dimensions) -> str:
+    """Return a checkpoint with random weights; it is made once and kept for the next run."""
+    folder = FOLDER / name
     if not (folder / "model.safetensors").exists():
-        make_checkpoint(folder, (d["text"] for d in standard_library_docs()), dimensions=NANO)
-    return folder
+        make_checkpoint(folder, (d["text"] for d in standard_library_docs()), dimensions=dimensions)
+    return str(folder)
 
 
-def passages_of(tokenizer, lengths: list[int], *, seed: int = 0) -> list[str]:
-    """Real documentation cut so that each passage has the wanted tokens, prefix included.
+def nano_checkpoint() -> str:
+    """Return Nano's dimensions: 100M parameters per half and 168M in the embedding."""
+    return checkpoint_of("nano", NANO)
 
-    White space is single: indented code has far more tokens a character than prose, and would be
+
+def tiny_checkpoint() -> str:
+    """Return a model so small that the rest of the pipeline takes most of the time."""
+    return checkpoint_of("tiny", TINY)
+
+
+def passages_of(tokenizer: Any, lengths: Sequence[int], *, seed: int = 0) -> list[str]:
+    """Cut real documentation so that each passage has the wanted tokens, prefix included.
+
+    White space is single: indented code has far more tokens per character than prose, and would be
     unfair to peers that sort by characters.
     """
     ids = tokenizer(_documentation(), add_special_tokens=False)["input_ids"]
@@ -43,8 +60,8 @@ def _documentation() -> str:
     return " ".join(" ".join(d["text"].split()) for d in standard_library_docs())
 
 
-def _passage(tokenizer, ids: list[int], length: int, prefix: int, rng: random.Random) -> str:
-    """Cut at random places until a cut has exactly `length` tokens: a piece may fall apart."""
+def _passage(tokenizer: Any, ids: list[int], length: int, prefix: int, rng: random.Random) -> str:
+    """Cut at random places until a cut has exactly `length` tokens: a token may fall apart."""
     for _ in range(100):
         start = rng.randrange(len(ids) - 2 * length)
         for end in range(start + length - prefix, start + length + 20):
@@ -57,55 +74,48 @@ def _passage(tokenizer, ids: list[int], length: int, prefix: int, rng: random.Ra
     raise ValueError(f"no passage of {length} tokens found: the tokenizer is not this text's")
 
 
-def ms_marco_lengths(count: int, *, seed: int = 0) -> list[int]:
-    """Log-normal token lengths with mean about 80, as MS MARCO passages have."""
-    rng = random.Random(seed)
-    return [max(12, min(300, round(rng.lognormvariate(4.28, 0.45)))) for _ in range(count)]
-
-
-def web_lengths(count: int, *, seed: int = 0) -> list[int]:
-    """Log-normal token lengths of web documents cut at 1024: a quarter of them is at the cut."""
-    rng = random.Random(seed)
-    return [max(12, min(1024, round(rng.lognormvariate(6.2, 1.0)))) for _ in range(count)]
-
-
-def equal_lengths(count: int) -> list[int]:
-    """All 128."""
-    return [128] * count
-
-
-def adversarial_lengths(count: int) -> list[int]:
-    """One row of 1024 in each 32, the others about 40: the worst for batches in corpus order."""
-    return [1024 if i % 32 == 7 else 36 + i % 9 for i in range(count)]
-
-
-DISTRIBUTIONS: dict[str, Callable[[int], list[int]]] = {
-    "ms-marco": ms_marco_lengths,
-    "equal": equal_lengths,
-    "web": web_lengths,
-    "adversarial": adversarial_lengths,
-}
-"""Token lengths of the first passages of a corpus, by its name."""
-
-
-def write_corpus(file: Path, texts: list[str]) -> Path:
+def write_corpus(file: Path, texts: Sequence[str]) -> Path:
     """Write passages as JSON lines, numbered from 0."""
     lines = (json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
     file.write_text("".join(lines))
     return file
 
 
-def check_idle() -> None:
-    """Say so when another process uses the machine: figures would mean nothing."""
+def job_of(name: str, texts: Sequence[str], model: str, **options: Any) -> EncodeJob:
+    """Return a job for a corpus and a table of this name; a table from before is removed."""
+    shutil.rmtree(FOLDER / f"{name}.lance", ignore_errors=True)
+    corpus = write_corpus(FOLDER / f"{name}.jsonl", texts)
+    return EncodeJob(
+        inputs=(str(corpus),), uri=str(FOLDER / f"{name}.lance"), model=model, **options
+    )
+
+
+def encode(name: str, texts: Sequence[str], model: str, **options: Any) -> str:
+    """Encode passages into a fresh table; return its address."""
+    job = job_of(name, texts, model, **options)
+    run(job, encode_inline)
+    return job.uri
+
+
+def warn_if_busy() -> None:
+    """Say so when another process uses the machine: the figures would mean nothing."""
     load = psutil.cpu_percent(interval=1.0)
     if load > 25:
         print(f"WARNING: {load:.0f} % CPU in use before the benchmark: figures are unreliable")
 
 
-def spread(values: list[float]) -> str:
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the median and the range, for people."""
     return f"median {statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
 def bar(name: str, value: float, op: str, goal: float) -> str:
-    """One machine-readable figure."""
+    """Return one figure and its goal, for machines."""
     return f"bar {name} {value:.3g} {op} {goal:g}"

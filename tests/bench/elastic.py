@@ -30,7 +30,7 @@ SPEC = TableSpec(model="none", revision=None, fingerprint="", dim=1, max_length=
 
 
 class Sleeping(Worker):
-    """Takes SHARD_S for a shard on its device, one at a time; notes each run as a file."""
+    """Takes SHARD_S for each shard, one shard at a time, and notes each run as a file."""
 
     def load(self, config: WorkerConfig) -> None:
         import threading
@@ -96,7 +96,3 @@ def _rate(outcomes, num_workers: int, shards: int = 100) -> float:
     while count < shards:
         count += next(outcomes) is not None
     return count / (time.monotonic() - began)
-
-
-if __name__ == "__main__":
-    print("\n".join(main()))

@@ -1,12 +1,11 @@
-"""Other ways to encode a corpus, one a process: `python -m tests.bench.peers PEER MODEL CORPUS`.
+"""Other ways to encode a corpus, one per process: `python -m tests.bench.peers PEER MODEL CORPUS`.
 
-ceiling                the bare encoder: tokenised beforehand, all passages sorted by length, full
-                       token budgets, in device threads; forward and pooling, nothing else
-reference              mteb's KaLMRerankerWrapper, encoder part only: 32 pairs of query and
-                       passage, sorted by characters, padded
-ray_data               Ray Data map_batches: 32 rows in corpus order, one actor with all CPUs
-sentence_transformers  as its `encode` does: 32 passages, sorted by characters, longest first
-long_passages          no peer: our forward and the model's own on the same long passages, in turn
+ceiling        the bare encoder: tokenised beforehand, all passages sorted by length, full token
+               budgets, one forward per device thread; forward and pooling, nothing else
+reference      mteb's KaLMRerankerWrapper, encoder part only: 32 pairs of query and passage, sorted
+               by characters, padded
+ray_data       Ray Data map_batches: 32 rows in corpus order, one actor with all CPUs
+long_passages  no peer: our forward and the model's own on the same long passages, in turn
 
 All but the ceiling run the model's own padded forward and tokenise batch by batch. All pool at
 ratio 4 and hand float32 states back on the CPU. Loading and one warm-up batch are not timed.
@@ -33,9 +32,9 @@ from kalm_encoder.model.in_flight import PassageTokens
 from kalm_encoder.model.pooling import mean_pool
 from kalm_encoder.prompts import render_passage
 from pipeline.workers.device_threads import DeviceThreads, keep_freed_memory
+from tests.bench.forwards import RATIO, plain_states
 
 ROWS = 32
-RATIO = 4
 MAX_LENGTH = 1024
 WARM_UP = ["a passage of few words"] * 8
 LONG_BATCHES = {"long_passages": [1024] * 4, "long_passages_mixed": [600, 741, 883, 1024]}
@@ -67,47 +66,21 @@ class PlainEncoder:
 
 
 def by_pair(texts: Sequence[str]) -> list[int]:
-    """Order of the reference: characters of query and passage; queries of 20 to 80 characters."""
+    """Return the reference's order: characters of a query, 20 to 80 of them, and the passage."""
     rng = random.Random(0)
     sizes = [len(text) + rng.randint(20, 80) for text in texts]
     return sorted(range(len(texts)), key=sizes.__getitem__, reverse=True)
 
 
-def by_characters(texts: Sequence[str]) -> list[int]:
-    """Order of sentence-transformers."""
-    return sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-
-
-def in_corpus_order(texts: Sequence[str]) -> list[int]:
-    """Order of a stream."""
-    return list(range(len(texts)))
-
-
-ORDERS: dict[str, Callable[[Sequence[str]], list[int]]] = {
-    "reference": by_pair,
-    "ray_data": in_corpus_order,
-    "sentence_transformers": by_characters,
-}
-
-
-def fixed_rows(order: Sequence[int]) -> list[list[int]]:
-    """Cut an order into batches of 32."""
-    return [list(order[i : i + ROWS]) for i in range(0, len(order), ROWS)]
-
-
-def padded_size(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> int:
-    """Return the tokens that padded batches hold: 2, 5 in one batch hold 10."""
-    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-
-
-def run_plain(model: str, texts: list[str], order: Callable[..., list[int]]) -> dict[str, float]:
-    """Encode batches of 32 in the given order with the model's own forward."""
+def run_reference(model: str, texts: Sequence[str]) -> dict[str, float]:
+    """Encode batches of 32 with the model's own forward."""
     encoder = PlainEncoder(model)
     encoder.encode(WARM_UP)
+    order = by_pair(texts)
     tokens = computed = 0
     began = time.perf_counter()
-    for batch in fixed_rows(order(texts)):
-        _, real, padded = encoder.encode([texts[i] for i in batch])
+    for start in range(0, len(order), ROWS):
+        _, real, padded = encoder.encode([texts[i] for i in order[start : start + ROWS]])
         tokens, computed = tokens + real, computed + padded
     return {"tokens": tokens, "computed": computed, "seconds": time.perf_counter() - began}
 
@@ -115,7 +88,7 @@ def run_plain(model: str, texts: list[str], order: Callable[..., list[int]]) -> 
 def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
     """Encode with PassageEncoder on packed batches of the whole corpus, sorted by length.
 
-    With what a worker tells malloc: without it ours is 1.08 times as fast as its ceiling.
+    Malloc is told what a worker tells it: without that ours is 1.08 times as fast as its ceiling.
     """
     keep_freed_memory()
     encoder = PassageEncoder.load(model)
@@ -131,7 +104,7 @@ def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
 
 
 class RayDataActor:
-    """What map_batches calls; it returns counts and times, not states, to leave Ray out of it."""
+    """What map_batches calls: it returns counts and times, not states, to leave Ray out of it."""
 
     def __init__(self, model: str) -> None:
         self.encoder = PlainEncoder(model)
@@ -148,7 +121,7 @@ class RayDataActor:
 def run_ray_data(model: str, corpus: str) -> dict[str, float]:
     """Read, batch and encode with Ray Data; timed from the first batch's start to the last's end.
 
-    A CPU more than there are lets the reading task run beside an actor that has all.
+    One CPU more than there are lets the reading task run beside an actor that has all of them.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -205,17 +178,6 @@ def run_long_passages(model: str, rounds: int) -> dict[str, list[dict[str, float
     return times
 
 
-@torch.inference_mode()
-def plain_states(model: Any, ids: Sequence[Sequence[int]]) -> np.ndarray:
-    """Return (b, m, d) pooled states from the model's own forward over padded token ids."""
-    rows = [torch.tensor(row, device=model.device) for row in ids]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    ones = [torch.ones_like(row) for row in rows]
-    mask = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
-    hidden = model(input_ids=input_ids, attention_mask=mask).last_hidden_state
-    return mean_pool(hidden, mask, RATIO).cpu().numpy()
-
-
 def _clock(work: Callable[[], object]) -> tuple[float, float]:
     """Return wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -225,17 +187,15 @@ def _clock(work: Callable[[], object]) -> tuple[float, float]:
 
 def main(peer: str, model: str, argument: str) -> None:
     """Run one peer and print its counts as the last line, JSON."""
+    counts: Any
     if peer == "long_passages":
-        print(json.dumps(run_long_passages(model, int(argument))))
-        return
-    with open(argument) as lines:
-        texts = [json.loads(line)["text"] for line in lines]
-    if peer == "ceiling":
-        counts = run_ceiling(model, texts)
+        counts = run_long_passages(model, int(argument))
     elif peer == "ray_data":
         counts = run_ray_data(model, argument)
     else:
-        counts = run_plain(model, texts, ORDERS[peer])
+        with open(argument) as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+        counts = {"ceiling": run_ceiling, "reference": run_reference}[peer](model, texts)
     print(json.dumps(counts))
 
 

@@ -1,39 +1,48 @@
-"""All benchmarks; the last lines are one `bar NAME VALUE OP GOAL` a figure."""
+"""Runs the benchmarks; the last lines are one `bar NAME VALUE OP GOAL` per figure.
 
+python -m tests.bench.run                  all of them, about 30 minutes
+python -m tests.bench.run --short          the main bars in a few minutes, to compare two trees
+python -m tests.bench.run rerank table     only these
+"""
+
+from __future__ import annotations
+
+import argparse
 import logging
 
-from tests.bench import (
-    dtypes,
-    elastic,
-    encode,
-    gpu,
-    memory,
-    query,
-    rerank,
-    scale,
-    serve,
-    store,
-    take,
-)
-from tests.bench.data import FOLDER, check_idle
+from tests.bench import elastic, encode, memory, rerank, scale, serve, table, take
+from tests.bench.data import FOLDER, warn_if_busy
+from tests.bench.gpu_check import check
 
-logging.getLogger().setLevel(logging.WARNING)
-FOLDER.mkdir(exist_ok=True)
-check_idle()
-bars = []
-for bench in (
-    memory,
-    encode,
-    gpu,
-    rerank,
-    query,
-    store,
-    scale,
-    take,
-    dtypes,
-    serve,
-    elastic,
-):
-    print(f"--- {bench.__name__}", flush=True)
-    bars += bench.main()
-print("\n".join(bars))
+BENCHES = {
+    "memory": memory.main,
+    "encode": encode.main,
+    "gpu": check.bars,
+    "rerank": rerank.main,
+    "table": table.main,
+    "take": take.main,
+    "scale": scale.main,
+    "serve": serve.main,
+    "elastic": elastic.main,
+}
+SHORT = {"encode": encode.short, "rerank": rerank.short, "take": take.short}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[*BENCHES, []], help="default: all")
+    parser.add_argument("--short", action="store_true", help="fewer and smaller measurements")
+    chosen = parser.parse_args()
+    logging.getLogger().setLevel(logging.WARNING)
+    FOLDER.mkdir(exist_ok=True)
+    warn_if_busy()
+    benches = SHORT if chosen.short else BENCHES
+    bars = []
+    for name in chosen.names or benches:
+        print(f"--- {name}", flush=True)
+        bars += benches[name]()
+    print("\n".join(bars))
+
+
+if __name__ == "__main__":
+    main()

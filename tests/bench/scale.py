@@ -1,8 +1,8 @@
 """What the driver costs as the number of shards grows; only the encoder's forward is faked.
 
 Every shard is read from a file and becomes a real Lance fragment of one tiny row, in this process.
-A job is interrupted when 99 % of it is done and resumed in a new process. By default 1,000 and
-10,000 shards; `python -m tests.bench.scale --shards 100000` adds the long run (about 10 minutes).
+A job is interrupted when 99 % of it is done and resumed in a new process. The default is 1,000 and
+10,000 shards; `python -m tests.bench.scale --shards 100000` adds the long run of about 10 minutes.
 """
 
 from __future__ import annotations
@@ -26,17 +26,15 @@ from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.shards import Shard, ShardReader
 from pipeline.messages import Outcome, ShardResult, WorkerConfig
 from pipeline.run.driver import run
-from pipeline.run.job import EncodeJob, plan_job
+from pipeline.run.job import EncodeJob
 from pipeline.table.fragments import write_fragment
 from tests.bench.data import FOLDER, bar
 
 CURVE = (1_000, 10_000)
 FILES = 100
-PLANNED_BYTES = 400 << 20
 
 
 def main(curve: Sequence[int] = CURVE) -> list[str]:
-    print(f"planning: {_planning_rate():,.0f} MB/s of JSONL")
     points = [_point(shards) for shards in sorted(curve)]
     first, last = points[0], points[-1]
     return [
@@ -45,22 +43,6 @@ def main(curve: Sequence[int] = CURVE) -> list[str]:
         bar("scale_resume_s", last["resume_s"], "<=", 30),
         bar("scale_flat", last["driver_ms"] / first["driver_ms"], "<=", 2),
     ]
-
-
-def _planning_rate() -> float:
-    """Read four files of passages of about 500 bytes, as a first start does."""
-    folder = FOLDER / "scale-plan"
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"_id": f"p{i}", "text": f"passage {i} " * 45}) for i in range(1000)]
-    block = ("\n".join(lines) + "\n").encode()
-    for i in range(4):
-        (folder / f"{i}.jsonl").write_bytes(block * (PLANNED_BYTES // 4 // len(block)))
-    size = sum(f.stat().st_size for f in folder.iterdir())
-    began = time.perf_counter()
-    plan_job(EncodeJob(inputs=(f"{folder}/*.jsonl",), uri="t.lance", model=""))
-    spent = time.perf_counter() - began
-    shutil.rmtree(folder)
-    return size / 1e6 / spent
 
 
 def _point(shards: int) -> dict[str, float]:

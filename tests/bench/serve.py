@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import threading
@@ -13,24 +12,26 @@ import httpx
 import psutil
 
 from kalm_encoder import Reranker
-from tests.bench.data import FOLDER, bar
-from tests.bench.store import tiny_table
+from tests.bench.data import FOLDER, bar, encode, tiny_checkpoint
+from tests.bench.table import random_texts
 from tests.support.serving import serving
 
 QUERIES = ["index table", "which shard holds the passage", "decoder state ratio", "commit"]
-PER_REQUEST = 20
+PASSAGES, PER_REQUEST = 200, 20
+CLIENTS, SECONDS = 64, 60.0
 
 
-def main(clients: int = 64, seconds: float = 60.0) -> list[str]:
-    uri = tiny_table()
+def main() -> list[str]:
+    # float32, so that scores compare.
+    uri = encode("serve", random_texts(PASSAGES), tiny_checkpoint(), store_dtype="float32")
     reranker = Reranker.open(uri)
-    ids = [f"p{i}" for i in range(200)]
+    ids = [str(i) for i in range(PASSAGES)]
     right = {q: {r.id: r.score for r in reranker.rerank(q, ids)} for q in QUERIES}
     codes: Counter[int] = Counter()
     took: list[float] = []
     worst, memory, lock = 0.0, [], threading.Lock()
     with serving(uri, "--threads", "16", log=FOLDER / "serve.log") as server:
-        process, stop = psutil.Process(server.process.pid), time.monotonic() + seconds
+        process, stop = psutil.Process(server.process.pid), time.monotonic() + SECONDS
 
         def client(number: int) -> None:
             nonlocal worst
@@ -50,7 +51,7 @@ def main(clients: int = 64, seconds: float = 60.0) -> list[str]:
                             assert len(found) == PER_REQUEST
                             worst = max(worst, *off)
 
-        threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(CLIENTS)]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
@@ -62,7 +63,7 @@ def main(clients: int = 64, seconds: float = 60.0) -> list[str]:
     growth = statistics.median(memory[-quarter:]) / statistics.median(memory[quarter : 2 * quarter])
     pairs = _metric(batches, "kalm_batch_pairs_sum") / _metric(batches, "kalm_batch_pairs_count")
     print(
-        f"{clients} clients, {seconds:.0f} s: {dict(codes)}, {len(took) / seconds:.0f} requests/s, "
+        f"{CLIENTS} clients, {SECONDS:.0f} s: {dict(codes)}, {len(took) / SECONDS:.0f} requests/s, "
         f"p50 {took[len(took) // 2]:.0f} ms, p95 {took[int(len(took) * 0.95)]:.0f} ms, "
         f"{pairs:.0f} pairs a batch; largest difference from the offline score {worst:.1e}"
     )
@@ -77,10 +78,3 @@ def main(clients: int = 64, seconds: float = 60.0) -> list[str]:
 
 def _metric(text: str, name: str) -> float:
     return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    print("\n".join(main(**vars(parser.parse_args()))))

@@ -1,6 +1,7 @@
 """The benchmarks compare like with like: peers compute the same states, counts add up."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from jobs.demo_training.architecture import LARGE, NANO, SMALL, TINY, configurat
 from kalm_encoder.model.checkpoint import DEMO_NAME, resolve
 from kalm_encoder.model.encoder import passage_ids
 from pipeline.estimate import flops
-from tests.bench import gpu, peers
-from tests.bench.data import DISTRIBUTIONS, passages_of, write_corpus
-from tests.bench.encode_runs import read_run, run_ours, run_peer
+from tests.bench import peers
+from tests.bench.data import passages_of, write_corpus
+from tests.bench.encode import read_records, run_ours, run_peer
+from tests.bench.forwards import ms_marco_lengths, plain_states, random_encoder
+from tests.bench.gpu_check import check, kernels
 from tests.conftest import make_texts
 
 
@@ -28,14 +31,8 @@ def test_passages_have_exactly_the_wanted_tokens():
     assert [len(ids) for ids in passage_ids(tokenizer, texts)] == lengths
 
 
-def test_distributions_are_what_their_names_say():
-    lengths = {name: make(640) for name, make in DISTRIBUTIONS.items()}
-    assert 75 < np.mean(lengths["ms-marco"]) < 87
-    assert set(lengths["equal"]) == {128}
-    assert 0.15 < np.mean(np.array(lengths["web"]) == 1024) < 0.35
-    rows = np.array(lengths["adversarial"]).reshape(-1, peers.ROWS)
-    assert ((rows == 1024).sum(axis=1) == 1).all()
-    assert np.median(rows) == 40
+def test_lengths_are_those_of_ms_marco():
+    assert 75 < np.mean(ms_marco_lengths(640)) < 87
 
 
 def test_peers_compute_the_states_that_we_compute(encoder, model_dir):
@@ -44,21 +41,26 @@ def test_peers_compute_the_states_that_we_compute(encoder, model_dir):
     ours = encoder.encode(texts)
     assert tokens == sum(p.num_tokens for p in ours)
     assert computed == len(texts) * max(p.num_tokens for p in ours)
-    padded = peers.plain_states(encoder.model, [t.ids for t in encoder.tokenise(texts)])
+    padded = plain_states(encoder.model, [t.ids for t in encoder.tokenise(texts)])
     for row, again, passage in zip(states, padded, ours, strict=True):
         np.testing.assert_allclose(row[: len(passage.states)], passage.states, atol=1e-4)
         np.testing.assert_allclose(again[: len(passage.states)], passage.states, atol=1e-4)
 
 
+def padded_size(lengths, order):
+    """Tokens that batches of 32 hold, padding included."""
+    batches = [order[i : i + peers.ROWS] for i in range(0, len(order), peers.ROWS)]
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+
 def test_counts_of_peers_are_those_of_their_batches(encoder, model_dir):
     texts = make_texts(70)
     lengths = [len(t.ids) for t in encoder.tokenise(texts)]
-    for order in peers.ORDERS.values():
-        assert sorted(order(texts)) == list(range(70))
-        counts = peers.run_plain(str(model_dir), texts, order)
-        batches = peers.fixed_rows(order(texts))
-        assert counts["tokens"] == sum(lengths)
-        assert counts["computed"] == peers.padded_size(lengths, batches)
+    order = peers.by_pair(texts)
+    assert sorted(order) == list(range(70))
+    counts = peers.run_reference(str(model_dir), texts)
+    assert counts["tokens"] == sum(lengths)
+    assert counts["computed"] == padded_size(lengths, order)
     assert peers.run_ceiling(str(model_dir), texts)["tokens"] == sum(lengths)
 
 
@@ -66,7 +68,7 @@ def test_counts_of_peers_are_those_of_their_batches(encoder, model_dir):
 def test_ray_data_encodes_the_corpus_in_its_order(model_dir, corpus, encoder):
     texts = make_texts(70)
     lengths = [len(t.ids) for t in encoder.tokenise(texts)]
-    computed = peers.padded_size(lengths, peers.fixed_rows(range(70)))
+    computed = padded_size(lengths, range(70))
     run = run_peer("ray_data", str(model_dir), corpus)
     assert run.padding == pytest.approx(1 - sum(lengths) / computed)
     assert run.tokens_per_s > 0
@@ -76,7 +78,7 @@ def test_ray_data_encodes_the_corpus_in_its_order(model_dir, corpus, encoder):
 def test_ours_is_timed_from_the_first_read_to_the_last_shard(model_dir, corpus, tmp_path):
     table = tmp_path / "ours.lance"
     run = run_ours(str(model_dir), corpus, table, "--shard-size", 20, "--workers", 0)
-    shards, _ = read_run(table)
+    shards, _ = read_records(table)
     assert sum(shard["rows"] for shard in shards) == 70
     tokens = sum(shard["tokens"] for shard in shards)
     assert run.tokens_per_s == pytest.approx(tokens / run.encode_s)
@@ -101,24 +103,25 @@ def test_dimensions_are_those_that_plans_count_with(name):
 
 def test_an_encoder_made_on_the_device_is_a_whole_one():
     tokenizer = resolve(DEMO_NAME).tokenizer()
-    made = gpu.random_encoder(TINY, tokenizer, torch.device("cpu"), torch.float32)
+    made = random_encoder(TINY, tokenizer, torch.device("cpu"), torch.float32)
     whole = T5Gemma2TextEncoder(made.config, made.embed_tokens.eoi_token_index).eval()
     whole.load_state_dict(made.state_dict())
     ids = [[5, 6, 7], [9]]
-    np.testing.assert_allclose(peers.plain_states(made, ids), peers.plain_states(whole, ids))
+    np.testing.assert_allclose(plain_states(made, ids), plain_states(whole, ids))
 
 
 def test_kernels_that_overlap_count_once():
-    assert gpu.covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4
+    assert kernels.covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4
 
 
-def test_the_gpu_script_runs_anywhere_at_toy_size(capsys):
-    assert gpu.main(["--toy"]) == []
+def test_the_gpu_check_runs_anywhere_at_toy_size(capsys):
+    assert check.main(["--toy"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "operations/s" in lines[0]
-    rows = [line.split() for line in lines[2:]]
-    assert [row[:2] for row in rows] == [["Toy", "eager"]] * 2
-    for row in rows:
-        tokens_per_s, of_rate = row[-6], row[-5]
-        assert float(tokens_per_s.replace(",", "")) > 0
-        assert float(of_rate.rstrip("%")) > 0
+    assert lines[-1].endswith("failed: nothing")
+    equality = [re.search(r"ours-theirs (\S+) .* ratio (\S+)", x) for x in lines if "equal" in x]
+    assert len(equality) == 4
+    assert all(float(found[1]) < 1e-4 and float(found[2]) <= 1.2 for found in equality)
+    speeds = [re.search(r"([\d,]+) tokens/s, of rate (\S+)%", x) for x in lines]
+    speeds = [found for found in speeds if found]
+    assert len(speeds) == 2
+    assert all(int(found[1].replace(",", "")) > 0 and float(found[2]) > 0 for found in speeds)

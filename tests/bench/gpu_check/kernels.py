@@ -1,0 +1,86 @@
+"""What the device runs: how long it is busy, and which kernels take most of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from kalm_encoder.model.encoder import PassageEncoder
+from kalm_encoder.model.in_flight import PassageTokens
+from tests.bench.forwards import RATIO
+from tests.bench.gpu_check.device import CUDA, Setting, say
+
+
+def kernel_seconds(work: Callable[[], object]) -> float:
+    """Return how long at least one kernel or copy ran on the CUDA device.
+
+    The profiler slows the host, not the kernels: divide by the time without it.
+    """
+    with _profiled(ProfilerActivity.CUDA) as profiler:
+        work()
+    ranges = [
+        event.time_range
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return covered([(r.start, r.end) for r in ranges]) / 1e6
+
+
+@contextmanager
+def _profiled(*activities: ProfilerActivity) -> Iterator[Any]:
+    with profile(activities=activities) as profiler:
+        yield profiler
+        torch.cuda.synchronize()
+
+
+def covered(intervals: Sequence[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals: (0, 2), (1, 3), (5, 6) cover 4."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def batches_of(encoder: PassageEncoder, lengths: Sequence[int]) -> list[list[PassageTokens]]:
+    rng = np.random.default_rng(0)
+    tokens = [PassageTokens(rng.integers(10, 6000, n).tolist(), False) for n in lengths]
+    return [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
+
+
+def print_top_kernels(setting: Setting) -> list[str]:
+    """Print the ten kernels that take most of one batch of 512 passages of 128 tokens."""
+    if not CUDA:
+        say("profile: no CUDA device")
+        return []
+    for size in [n for n in ("Nano", "Large") if n in setting.sizes]:
+        model = setting.encoder(size)
+        for variant in ("eager", "compiled"):
+            encoder = PassageEncoder(
+                model, setting.tokenizer, token_budget=65536, compile=variant == "compiled"
+            )
+            batch = batches_of(encoder, [128] * 512)[0]
+            for _ in range(2):
+                encoder.encode_batch(batch, ratio=RATIO)
+            with _profiled(ProfilerActivity.CPU, ProfilerActivity.CUDA) as profiler:
+                encoder.encode_batch(batch, ratio=RATIO)
+            cpu = torch.autograd.DeviceType.CPU
+            rows = [
+                event
+                for event in profiler.key_averages()
+                if event.self_device_time_total > 0 and event.device_type != cpu
+            ]
+            rows.sort(key=lambda event: -event.self_device_time_total)
+            whole = sum(event.self_device_time_total for event in rows)
+            launches = sum(event.count for event in rows)
+            say(f"profile {size} {variant}: {whole / 1e3:.1f} ms, {launches} launches")
+            for event in rows[:10]:
+                took = event.self_device_time_total
+                print(f"    {took / whole:6.1%} {took / 1e3:8.2f} ms x{event.count:<5} {event.key}")
+        del model
+    return []

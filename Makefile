@@ -17,7 +17,6 @@ setup: $(INSTALLED)  ## make the virtual environment that all other targets use;
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -44,5 +43,11 @@ type: $(INSTALLED)  ## check the types strictly
 bench: $(INSTALLED)  ## measure speed and memory against peers (30 minutes; SHORT=1: 5 minutes)
 	$(BIN)/python -m tests.bench.run $(if $(SHORT),--short)
 
-constraints:  ## resolve all dependencies anew and write their versions to constraints.txt
-	PYTHON=$(PYTHON) .ci/constraints
+# torch keeps its version, of which there is a build without CUDA; what a build with CUDA needs is
+# left to torch. uv resolves in seconds what takes pip many minutes.
+constraints: $(INSTALLED)  ## resolve all other dependencies anew and write constraints.txt
+	grep ^torch== constraints.txt > $(VENV)/torch.txt
+	$(BIN)/pip install -q uv
+	echo '# Made by "make constraints": the versions that this project is tested with.' > constraints.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev -c $(VENV)/torch.txt --no-annotate --no-header \
+	  | sed -E '/^(cuda|nvidia|triton)/d; s/[+]cpu$$//' >> constraints.txt

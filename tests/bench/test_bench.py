@@ -2,6 +2,8 @@
 
 import json
 import re
+from importlib import import_module
+from pkgutil import walk_packages
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from jobs.demo_training.architecture import LARGE, NANO, SMALL, TINY, configurat
 from kalm_encoder.model.checkpoint import DEMO_NAME, resolve
 from kalm_encoder.model.encoder import passage_ids
 from pipeline.estimate import flops
+from tests import bench
 from tests.bench import peers
 from tests.bench.data import passages_of, write_corpus
 from tests.bench.encode import read_records, run_ours, run_peer
@@ -23,6 +26,12 @@ from tests.conftest import make_texts
 @pytest.fixture
 def corpus(tmp_path):
     return write_corpus(tmp_path / "corpus.jsonl", make_texts(70))
+
+
+@pytest.mark.parametrize("module", [m.name for m in walk_packages(bench.__path__, "tests.bench.")])
+def test_every_benchmark_can_be_imported(module):
+    if "stub" not in module:
+        import_module(module)
 
 
 def test_passages_have_exactly_the_wanted_tokens():

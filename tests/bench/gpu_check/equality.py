@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from kalm_encoder.model import encoder_forward
+from kalm_encoder.model.batching import Packed
 from kalm_encoder.model.encoder_forward import PackedForward
-from kalm_encoder.model.packing import Packed
 from tests.bench.forwards import own_forward, random_encoder
 from tests.bench.gpu_check.device import CUDA, DEVICE, HALF, Setting, median_ms, say
 

@@ -25,8 +25,8 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from jobs.demo_training.architecture import configuration
-from kalm_encoder.model import checkpoint, encoder_forward, packing, pooling
-from kalm_encoder.model.packing import Packed
+from kalm_encoder.model import batching, checkpoint, encoder_forward, pooling
+from kalm_encoder.model.batching import Packed
 from tests.bench.forwards import RATIO
 from tests.bench.gpu_check.device import SIZES
 
@@ -101,7 +101,7 @@ def main() -> None:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model = _fake_encoder(chosen.size)
-    with fake, torch.inference_mode(), mock.patch.object(packing, "send", send):
+    with fake, torch.inference_mode(), mock.patch.object(batching, "send", send):
         forward = encoder_forward.PackedForward(model)
         print("attend:", forward._attend.__name__)
         packed = Packed(LENGTHS, torch.device("cuda"))

@@ -17,7 +17,7 @@ from pipeline.estimate import flops
 from tests import bench
 from tests.bench import peers
 from tests.bench.data import passages_of, write_corpus
-from tests.bench.encode import read_records, run_ours, run_peer
+from tests.bench.encode import read_records, run_ours, run_peer, run_process
 from tests.bench.forwards import ms_marco_lengths, plain_states, random_encoder
 from tests.bench.gpu_check import check, kernels
 from tests.conftest import make_texts
@@ -134,3 +134,12 @@ def test_the_gpu_check_runs_anywhere_at_toy_size(capsys):
     speeds = [found for found in speeds if found]
     assert len(speeds) == 2
     assert all(int(found[1].replace(",", "")) > 0 and float(found[2]) > 0 for found in speeds)
+
+
+@pytest.mark.slow
+def test_the_ceiling_of_the_host_is_that_of_the_real_pipeline():
+    module = "tests.bench.gpu_check.host_ceiling"
+    printed, _ = run_process(module, "1e9", 2, "--passages", 200)
+    tokens = int(re.search(r"in flight: (\d+) tokens", printed)[1])
+    assert tokens > 200 * 40
+    assert "tokens per core-second" in printed

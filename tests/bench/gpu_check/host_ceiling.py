@@ -36,7 +36,7 @@ from tests.bench.data import write_corpus
 from tests.bench.forwards import RATIO, ms_marco_lengths
 from tests.support.random_model import make_checkpoint
 
-PASSAGES, SHARD_SIZE = 20_000, 1_000
+SHARD_SIZE = 1_000
 GPU_TOKEN_BUDGET = 65_536
 WIDE = Dimensions(hidden=640, intermediate=64, layers=1, heads=1, head_dim=64)
 """States as wide as Nano's from a model that is loaded at once: it never runs."""
@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("speed", type=float, help="tokens per second of the device")
     parser.add_argument("shards_in_flight", type=int)
+    parser.add_argument("--passages", type=int, default=20_000)
     chosen = parser.parse_args()
     queue, seconds, started = Queue(chosen.speed), Counter[str](), []
     _replace_device(queue, chosen.shards_in_flight)
@@ -92,7 +93,7 @@ def main() -> None:
 
     ShardEncoder.encode = noted
     with tempfile.TemporaryDirectory() as folder:
-        run(_job(Path(folder)), local.encode_inline)
+        run(_job(Path(folder), chosen.passages), local.encode_inline)
     wall, cpu = time.perf_counter() - started[0][0], time.process_time() - started[0][1]
     print(
         f"device {chosen.speed / 1e6:.1f}M tokens/s, {chosen.shards_in_flight} shards in flight: "
@@ -104,11 +105,11 @@ def main() -> None:
     print(f"CPU {cpu:.1f} s: {queue.tokens / cpu / 1e3:.0f}k tokens per core-second")
 
 
-def _job(folder: Path) -> EncodeJob:
+def _job(folder: Path, passages: int) -> EncodeJob:
     words = " ".join(d["text"] for d in standard_library_docs()).split()
     rng = random.Random(0)
     # A word of the documentation has about 1.8 tokens.
-    counts = [max(3, length * 11 // 20) for length in ms_marco_lengths(PASSAGES)]
+    counts = [max(3, length * 11 // 20) for length in ms_marco_lengths(passages)]
     texts = [" ".join(rng.choices(words, k=count)) for count in counts]
     return EncodeJob(
         inputs=(str(write_corpus(folder / "corpus.jsonl", texts)),),
@@ -121,12 +122,13 @@ def _job(folder: Path) -> EncodeJob:
 
 def _replace_device(queue: Queue, shards_in_flight: int) -> None:
     """Let the pipeline take the queue for a GPU: one thread, large batches, waiting behind it."""
+    run_batch = ShardEncoder._run
 
     def run_ahead(self, batch):
-        started = self._isolate(batch)
-        self._ahead.extend(started)
-        while len(self._ahead) > shard_encoder.AHEAD:
-            self._ahead.popleft().result()
+        started = run_batch(self, batch)
+        self._on_gpu.extend(started)
+        while len(self._on_gpu) > shard_encoder.BATCHES_AHEAD:
+            self._on_gpu.popleft().result()
         return started
 
     PassageEncoder._start = lambda self, tokens, ratio: queue.start(tokens, ratio)

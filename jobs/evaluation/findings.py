@@ -1,25 +1,26 @@
-"""What may be said of an evaluation, in words: verdicts and headline sentences.
+"""What may be said of an evaluation, in words and numbers: verdicts, headline sentences, numerals.
 
 A gain or a loss is claimed only where the interval of the difference lies on one side of 0 and the
-randomisation test agrees. All else is "not distinguishable", whatever the mean.
+randomisation test agrees. All else is "not distinguishable", whatever the mean. Numbers are printed
+as `.475`, `+.047 [.020, .074]`, `p < .001` and `48.6 KB`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
-from jobs.evaluation.numerals import interval, p_value, signed, size, value
 from jobs.evaluation.results import Difference, Evaluation, SettingResult
 
-Verdict = Literal["better", "worse", "not distinguishable"]
+Verdict = Literal["better", "not distinguishable", "worse"]
 PREFERRED_METRIC = "nDCG@10"
 NAMED = 5
-"""Settings a sentence lists before it says how many more there are."""
+"""Number of settings that a sentence lists before it says how many more there are."""
+MINUS = "\N{MINUS SIGN}"
 
 
 def verdict(difference: Difference) -> Verdict:
-    """Return what a difference allows to say."""
+    """Return what a difference allows one to say."""
     if difference.p < 0.05 and difference.low > 0:
         return "better"
     if difference.p < 0.05 and difference.high < 0:
@@ -34,17 +35,11 @@ def primary_metric(evaluation: Evaluation) -> str:
 
 
 def main_setting(evaluation: Evaluation) -> SettingResult | None:
-    """Return the setting that examples are shown of, else the first reranked one, else None."""
+    """Return the setting of the examples, else the first reranked one, else any; None if alone."""
     others = evaluation.settings[1:]
     shown = {example.setting for example in (*evaluation.helped, *evaluation.hurt)}
-    for wanted in (
-        [s for s in others if s.name in shown],
-        [s for s in others if s.kind == "reranked"],
-        others,
-    ):
-        if wanted:
-            return wanted[0]
-    return None
+    order = sorted(others, key=lambda s: (s.name not in shown, s.kind != "reranked"))
+    return next(iter(order), None)
 
 
 def headline(evaluation: Evaluation) -> list[str]:
@@ -55,14 +50,10 @@ def headline(evaluation: Evaluation) -> list[str]:
         low, high = first.intervals[metric]
         reached = f"{first.name} reaches {metric} {value(first.metrics[metric])}"
         return [f"{reached} {interval(low, high)}.", "Nothing was compared with it."]
-    groups: dict[Verdict, list[SettingResult]] = {
-        "better": [],
-        "not distinguishable": [],
-        "worse": [],
-    }
-    for setting in sorted(others, key=lambda s: -s.differences[metric].mean):
-        groups[verdict(setting.differences[metric])].append(setting)
-    better, unclear, worse = groups.values()
+    others = sorted(others, key=lambda s: -s.differences[metric].mean)
+    better, unclear, worse = (
+        [s for s in others if verdict(s.differences[metric]) == said] for said in get_args(Verdict)
+    )
     return [
         _lead(first, better, unclear, worse, metric),
         *_also("Also better", better[1:], metric),
@@ -80,22 +71,20 @@ def _lead(
     metric: str,
 ) -> str:
     start = value(first.metrics[metric])
+    best = (*better, *unclear, *worse)[0]
+    evidence = _evidence(best.differences[metric])
     if better:
-        best = better[0]
         change = f"from {start} to {value(best.metrics[metric])}"
-        return f"{best.name} raises {metric} {change} ({_evidence(best.differences[metric])})."
-    if not unclear:
-        least = worse[0]
+        return f"{best.name} raises {metric} {change} ({evidence})."
+    if unclear:
         return (
-            f"{'Every setting is' if len(worse) > 1 else f'{least.name} is'} worse than "
-            f"{first.name} on {metric} ({start}); "
-            f"{f'{least.name} loses least' if len(worse) > 1 else 'the difference is'}: "
-            f"{_evidence(least.differences[metric])}."
+            f"No gain over {first.name} can be shown on {metric} ({start}): "
+            f"{best.name} comes nearest, {evidence}."
         )
-    return (
-        f"No gain over {first.name} can be shown on {metric} ({start}): "
-        f"{unclear[0].name} comes nearest, {_evidence(unclear[0].differences[metric])}."
-    )
+    against = f"worse than {first.name} on {metric} ({start})"
+    if len(worse) > 1:
+        return f"Every setting is {against}; {best.name} loses least: {evidence}."
+    return f"{best.name} is {against}; the difference is: {evidence}."
 
 
 def _evidence(difference: Difference) -> str:
@@ -114,7 +103,7 @@ def _also(start: str, settings: Sequence[SettingResult], metric: str) -> list[st
 
 
 def _cheapest(better: Sequence[SettingResult]) -> list[str]:
-    """Return which of the better settings reads least, where that is not the best one."""
+    """Return which of the better settings reads the least, where that is not the best one."""
     measured = [s for s in better if s.bytes_per_token > 0]
     if len(measured) < 2:
         return []
@@ -122,13 +111,13 @@ def _cheapest(better: Sequence[SettingResult]) -> list[str]:
     if least.bytes_per_token >= best.bytes_per_token:
         return []
     return [
-        f"Of the better ones {least.name} reads least: {size(least.bytes_per_token)} a passage "
-        f"token, against {size(best.bytes_per_token)} of {best.name}."
+        f"Among the better ones, {least.name} reads the least: {size(least.bytes_per_token)} per "
+        f"passage token, against {size(best.bytes_per_token)} for {best.name}."
     ]
 
 
 def meanings(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Return what settings are, alike ones together: (names, words)."""
+    """Return what the settings are, with similar ones together: (names, words)."""
     groups: dict[tuple[str, str | None], list[SettingResult]] = {}
     for setting in evaluation.settings:
         groups.setdefault((setting.kind, setting.store_dtype), []).append(setting)
@@ -139,10 +128,53 @@ def meanings(evaluation: Evaluation) -> list[tuple[str, str]]:
         words = {
             "first stage": f"the first stage alone: {evaluation.first_stage}",
             "reranked": f"ordered by P(yes) alone, from states averaged {stored}",
-            "cascade": "coarse to fine: each step, written ratio:kept, scores what the one before "
-            f"it kept; the last from states averaged {stored}",
-            "fused": "the order by P(yes) and that of the first stage made one; states averaged "
+            "cascade": "coarse to fine: each stage, written ratio:kept, scores what the one before "
+            f"it kept; the last one scores states averaged {stored}",
+            "fused": "the scores of the reranking and of the first stage added up; states averaged "
             f"{stored}",
         }
         found.append((", ".join(s.name for s in settings), words[kind]))
     return found
+
+
+def value(number: float) -> str:
+    """Return a metric with three places and no leading zero: .475, 1.000, -.011 with a minus."""
+    text = f"{abs(number):.3f}"
+    short = text[1:] if text.startswith("0") else text
+    return MINUS + short if number < 0 and short != ".000" else short
+
+
+def signed(number: float) -> str:
+    """Return a difference with its sign: +.047; one that rounds to nothing has none: .000."""
+    text = value(number)
+    return text if text.startswith(MINUS) or text == ".000" else "+" + text
+
+
+def interval(low: float, high: float) -> str:
+    """Return an interval: [.020, .074]."""
+    return f"[{value(low)}, {value(high)}]"
+
+
+def p_value(p: float) -> str:
+    """Return what follows the letter p: `= .002`, `< .001`."""
+    return "< .001" if p < 0.001 else f"= {value(p)}"
+
+
+def count(number: float) -> str:
+    """Return a whole number with separators: 12,345."""
+    return f"{number:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Return bytes in decimal units, as object stores bill them: 320 B, 48.6 KB, 1.2 MB."""
+    for unit in ("B", "KB", "MB"):
+        if num_bytes < 999.5:
+            places = 0 if unit == "B" or num_bytes >= 99.95 else 1
+            return f"{num_bytes:.{places}f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} GB"
+
+
+def milliseconds(ms: float) -> str:
+    """Return a duration in milliseconds without the unit: 8.4, 97, 1,990."""
+    return f"{ms:.1f}" if ms < 9.95 else f"{ms:,.0f}"

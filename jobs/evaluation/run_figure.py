@@ -1,30 +1,32 @@
-"""Draws the runs of a table from their records: tokens a second, padding, seconds by stage.
+"""Draws the runs of a table from their records: throughput, padding, and worker time by stage.
 
-The x axis is the time that runs worked; where a run ended and another took up the work is a thin
-line. One figure in three formats, by the file's suffix: .html, .svg or .png.
+The horizontal axis is the time that runs worked; a dashed line marks where a run ended and another
+one took up the work. One figure in three formats, by the suffix of the file: .html, .svg or .png.
 """
 
 from __future__ import annotations
 
-import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import altair as alt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+import vl_convert
+from markupsafe import Markup
 from numpy.typing import NDArray
 
+from jobs.evaluation.figures import chart_of, theme
 from kalm_encoder.errors import InputError
 from pipeline.run.records import ShardRecord, totals
 
 SUFFIXES = (".html", ".svg", ".png")
-MOST_BINS = 60
-STAGES = {  # in the order of the work; colours tell apart without red and green
-    # Not "queued" ("wait" of old): a shard that waits for a busy device is no idleness.
+MAX_BINS = 60
+"""Largest number of steps drawn over the time worked."""
+STAGES = {  # in the order of the work; the colours differ for those who confuse red and green
+    # "queued" ("wait" in old records) is left out: a shard that waits for a busy device idles none.
     "read": "#8da0b6",
     "tokenise": "#e0a33e",
     "idle": "#d9d9d9",
@@ -32,8 +34,9 @@ STAGES = {  # in the order of the work; colours tell apart without red and green
     "pool": "#6fa3c7",
     "write": "#81559b",
 }
-INK, GRID = "#33383d", "#e6e8ea"
-PAGE = """<!doctype html>
+INK = "#33383d"
+THEME = theme(INK, "#e6e8ea", font="sans-serif", size=13) | {"background": "white"}
+PAGE = Markup("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
@@ -47,7 +50,7 @@ svg {{ display: block; width: 100%; min-width: 22rem; height: auto; }}
 <p>{summary}</p>
 <div>{svg}</div>
 </html>
-"""
+""")
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ class Bins:
 
     Attributes:
         edges: (bins + 1,) seconds of work.
-        tokens, padded: (bins,) sums.
-        shards: (bins,) how many arrived.
-        seconds: (bins,) sums by stage.
-        restarts: seconds at which another run took up the work.
+        tokens: (bins,) sum of the tokens.
+        padded: (bins,) sum of the tokens with padding.
+        shards: (bins,) number of shards that arrived.
+        seconds: (bins,) sum of the seconds by stage.
+        restarts: Seconds at which another run took up the work.
     """
 
     edges: NDArray[np.float64]
@@ -74,25 +78,21 @@ def draw_runs(records: Sequence[ShardRecord], uri: str, file: Path) -> None:
     """Draw all runs of a table into a file.
 
     Raises:
-        InputError: no records, or a suffix other than SUFFIXES.
+        InputError: There are no records, or the suffix is none of SUFFIXES.
     """
     if file.suffix not in SUFFIXES:
         raise InputError(f"{file} must end in {', '.join(SUFFIXES)}")
     if not records:
         raise InputError(f"{uri} has no run records: it was made before they were kept")
-    figure = _figure(bin_records(records))
-    if file.suffix != ".html":
-        figure.savefig(file, dpi=200)
+    chart = _chart(bin_records(records)).to_dict()
+    if file.suffix == ".png":
+        file.write_bytes(vl_convert.vegalite_to_png(chart, config=THEME, scale=2))
         return
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
-    svg = drawn.getvalue()
-    page = PAGE.format(
-        title=html.escape(f"Encoding {uri}"),
-        summary=html.escape(summary(records)),
-        svg=svg[svg.index("<svg") :],
-    )
-    file.write_text(page, encoding="utf-8")
+    drawn = vl_convert.vegalite_to_svg(chart, config=THEME)
+    if file.suffix == ".html":
+        title = f"Encoding {uri}"
+        drawn = PAGE.format(title=title, summary=summary(records), svg=Markup(drawn))
+    file.write_text(drawn, encoding="utf-8")
 
 
 def summary(records: Sequence[ShardRecord]) -> str:
@@ -109,17 +109,14 @@ def summary(records: Sequence[ShardRecord]) -> str:
 
 def bin_records(records: Sequence[ShardRecord]) -> Bins:
     """Lay runs end to end and sum their shards up in equal times, a few shards in each."""
-    runs: dict[str, list[ShardRecord]] = {}
-    for record in records:
-        runs.setdefault(record.run, []).append(record)
-    at: list[float] = []
-    ordered: list[ShardRecord] = []
     ends = [0.0]
-    for run in sorted(runs):
-        at += [ends[-1] + record.at_s for record in runs[run]]
-        ordered += runs[run]
-        ends.append(ends[-1] + max(record.at_s for record in runs[run]))
-    count = max(1, min(MOST_BINS, len(ordered) // 4))
+    at: list[float] = []
+    ordered = sorted(records, key=lambda record: record.run)
+    for _, run in groupby(ordered, key=lambda record: record.run):
+        arrivals = [ends[-1] + record.at_s for record in run]
+        at += arrivals
+        ends.append(max(arrivals))
+    count = max(1, min(MAX_BINS, len(ordered) // 4))
     edges = np.linspace(0, max(ends[-1], 1e-3), count + 1)
 
     def binned(values: list[float]) -> NDArray[np.float64]:
@@ -136,75 +133,72 @@ def bin_records(records: Sequence[ShardRecord]) -> Bins:
     )
 
 
-def _figure(bins: Bins) -> Figure:
-    figure = Figure(figsize=(6.4, 8.4))
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-    rate, padding, stages = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 3])
+def _chart(bins: Bins) -> alt.VConcatChart:
+    """Return three panels over one axis of time; each step is a bin."""
     unit, name = _time_unit(float(bins.edges[-1]))
-    edges, width = bins.edges / unit, np.diff(bins.edges)
-    _draw_rate(rate, edges, bins.tokens / width)
-    empty = bins.padded == 0
-    share = np.where(empty, np.nan, 1 - bins.tokens / np.where(empty, 1, bins.padded))
-    padding.stairs(share, edges, color=INK, linewidth=1.6, baseline=None)
-    top = max(0.05, 1.25 * float(np.nanmax(share)))
-    padding.set_ylim(0, top)
-    padding.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if top > 0.1 else None))
-    _title(padding, "Padding", "share of computed tokens")
-    _draw_stages(stages, edges, bins)
-    stages.set_xlabel(f"time worked ({name})")
-    stages.set_xlim(edges[0], edges[-1])
-    for axes in (rate, padding, stages):
-        for restart in bins.restarts:
-            axes.axvline(restart / unit, ymax=0.8, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
-    if bins.restarts:
-        within = rate.get_xaxis_transform()
-        rate.text(bins.restarts[0] / unit, 0.8, " resumed", transform=within, va="top", fontsize=10)
-    return figure
-
-
-def _draw_rate(axes: Axes, edges: NDArray[np.float64], rate: NDArray[np.float64]) -> None:
-    axes.stairs(rate, edges, fill=True, color="#c9d9e6")
-    axes.stairs(rate, edges, color="#2f6690", linewidth=1.6)
-    mean = float(rate.mean())
-    axes.axhline(mean, color=INK, linewidth=1, linestyle=(0, (1, 2)))
-    axes.set_ylim(0, 1.15 * max(float(rate.max()), 1e-9))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    _title(axes, "Throughput", f"tokens/s; the dotted line is the mean, {mean:,.0f}")
-
-
-def _draw_stages(axes: Axes, edges: NDArray[np.float64], bins: Bins) -> None:
-    """Stack the mean seconds of a shard by stage; a stage that never shows has no place in it."""
-    below = np.zeros(len(bins.shards))
+    edges, restarts = (bins.edges / unit).tolist(), [{"at": at / unit} for at in bins.restarts]
+    rate = bins.tokens / np.diff(bins.edges)
+    padding = [1 - t / p if p else None for t, p in zip(bins.tokens, bins.padded, strict=True)]
     shards = np.where(bins.shards == 0, 1, bins.shards)
-    whole = sum(float(s.sum()) for s in bins.seconds.values()) or 1.0
-    for stage, seconds in bins.seconds.items():
-        above = below + seconds / shards
-        part = float(seconds.sum()) / whole
-        label = f"{stage} {part:.0%}" if part >= 0.01 else f"{stage} <1%"
-        axes.stairs(above, edges, baseline=below, fill=True, color=STAGES[stage], label=label)
-        below = above
-    axes.set_ylim(0, 1.35 * max(float(below.max()), 1e-9))
-    axes.legend(
-        ncols=len(bins.seconds), frameon=False, fontsize=10, loc="upper left",
-        handlelength=0.8, handletextpad=0.4, columnspacing=0.9, borderaxespad=0,
-    )  # fmt: skip
-    _title(axes, "Worker time", "seconds a shard, by stage")
+    whole = sum(float(seconds.sum()) for seconds in bins.seconds.values()) or 1.0
+    parts = {stage: float(seconds.sum()) / whole for stage, seconds in bins.seconds.items()}
+    labels = {s: f"{s} {part:.0%}" if part >= 0.01 else f"{s} <1%" for s, part in parts.items()}
+    colours = alt.Scale(domain=list(labels.values()), range=[STAGES[stage] for stage in labels])
+    times = alt.Axis(labelExpr=f"datum.label + ' {name}'", tickCount=8)
+    x = alt.X("at:Q", axis=times, scale=alt.Scale(domain=[edges[0], edges[-1]], nice=False))
 
+    def steps(values: Sequence[float | None], **fields: Any) -> list[dict[str, Any]]:
+        drawn = [*values, values[-1]]  # the last step is as wide as the others
+        return [{"at": at, "value": v, **fields} for at, v in zip(edges, drawn, strict=True)]
 
-def _title(axes: Axes, name: str, unit: str) -> None:
-    axes.set_title(f"{name}", loc="left", fontsize=13, fontweight="bold", color=INK, pad=22)
-    axes.text(0, 1.03, unit, transform=axes.transAxes, fontsize=10.5, color=INK, va="bottom")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#9aa0a6")
-    axes.tick_params(length=0, labelsize=10.5, colors=INK)
-    axes.grid(axis="y", color=GRID)
-    axes.set_axisbelow(True)
+    def panel(title: str, subtitle: str, height: int, *layers: alt.Chart) -> alt.LayerChart:
+        resumed = chart_of(restarts).mark_rule(color=INK, strokeDash=[3, 3]).encode(x=x)
+        heading = alt.Title(title, subtitle=subtitle)
+        return alt.layer(*layers, resumed, title=heading, width=480, height=height)
+
+    tokens = chart_of(steps(rate.tolist()))
+    line = {"color": STAGES["forward"], "strokeWidth": 1.6}
+    words = chart_of(restarts[:1]).mark_text(align="left", dx=4)
+    throughput = panel(
+        "Throughput",
+        f"tokens/s; the dotted line is the mean, {rate.mean():,.0f}",
+        220,
+        tokens.mark_area(color="#c9d9e6", interpolate="step-after", line=line).encode(
+            x=x, y=alt.Y("value:Q", axis=alt.Axis(format=",.0f"))
+        ),
+        chart_of([{"mean": rate.mean()}])
+        .mark_rule(color=INK, strokeDash=[1, 2])
+        .encode(y="mean:Q"),
+        words.encode(x=x, y=alt.value(10), text=alt.value("resumed")),
+    )
+    share = panel(
+        "Padding",
+        "share of computed tokens",
+        110,
+        chart_of(steps(padding))
+        .mark_line(color=INK, interpolate="step-after")
+        .encode(x=x, y=alt.Y("value:Q", axis=alt.Axis(format=".1~%", tickCount=3))),
+    )
+    stages = [
+        row
+        for number, (stage, seconds) in enumerate(bins.seconds.items())
+        for row in steps((seconds / shards).tolist(), label=labels[stage], number=number)
+    ]
+    time = panel(
+        "Worker time",
+        "seconds per shard, by stage",
+        190,
+        chart_of(stages)
+        .mark_area(interpolate="step-after")
+        .encode(x=x, y="value:Q", order="number:O", color=alt.Color("label:N", scale=colours)),
+    )
+    return alt.vconcat(throughput, share, time, spacing=28).resolve_scale(color="independent")
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
     if seconds < 300:
-        return 1.0, "seconds"
-    return (60.0, "minutes") if seconds < 3 * 3600 else (3600.0, "hours")
+        return 1.0, "s"
+    return (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
 
 
 def _counted(number: int, name: str) -> str:

@@ -1,170 +1,200 @@
-"""Figure of quality against cost: what a byte or a millisecond buys."""
+"""Figure of quality against cost: what a byte or a millisecond buys.
+
+Altair does not keep names from covering each other, so `_place_names` finds a place for each.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby, pairwise, product
+from typing import Any
 
+import altair as alt
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from jobs.evaluation.label_places import LabelPlaces
-from jobs.evaluation.numerals import count, milliseconds, value
-from jobs.evaluation.svg import COLOURS, drawing, inline_svg, plot_area
+from jobs.evaluation.figures import (
+    BLUE,
+    COLOUR,
+    DASHES,
+    GREEN,
+    MUTED,
+    ORANGE,
+    PAPER,
+    WITHOUT_ZERO,
+    Label,
+    chart_of,
+    inline_svg,
+    labels,
+)
+from jobs.evaluation.findings import milliseconds, value
+from jobs.evaluation.results import SettingResult
 
-MARKERS = {"reranked": "o", "cascade": "D", "fused": "s"}
+KIND_COLOURS = {"first stage": MUTED, "fused": GREEN, "cascade": ORANGE}
+DTYPE_COLOURS = (BLUE, "var(--violet)", "var(--rose)", MUTED)
+SHAPES = {"fused": "square", "cascade": "M0,-1.2L1.2,0L0,1.2L-1.2,0Z"}
 TICKS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
-"""Multiples of powers of ten that may be marked; the densest that has room is."""
+"""Multiples of powers of ten that may be marked; the most numerous that have room are."""
+HEIGHT_PX = 286
+"""Height of the plot."""
+NEAR_PX = [(8, 1), (-8, 1), *((dx, dy) for dy in (-11, 13, -22, 24) for dx in (5, -5))]
+"""Where a name may begin (right of its point) or end (left of it), by the middle of its height. The
+best places come first."""
+LETTER_PX, LINE_PX = 7.8, 14
+"""Width of a letter and height of a line, about: the font of the page is not known here."""
 
-
-@dataclass(frozen=True)
-class Point:
-    """A setting in a figure of quality against cost.
-
-    Attributes:
-        name: of the setting.
-        series: kind and store dtype; points of one series are joined and share a colour.
-        cost: > 0.
-        mean, low, high: of the metric.
-    """
-
-    name: str
-    series: tuple[str, str]
-    cost: float
-    mean: float
-    low: float
-    high: float
+Row = dict[str, Any]
+"""What is drawn of a setting."""
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels of the plot."""
+Pixels = Callable[[Row, str], tuple[float, float]]
+"""Returns where a row's low, mean or high is in the plot."""
 
 
 def tradeoff_figure(
-    points: Sequence[Point],
-    first: Point,
+    settings: Sequence[SettingResult],
+    costs: Mapping[str, float],
     *,
     name: str,
     metric: str,
     cost: str,
     width: int,
 ) -> Markup:
-    """Draw quality against cost, both with their values; the first stage is a band.
+    """Draw quality against cost, each point with its interval; the first setting is a band.
 
     Args:
-        points: the other settings, at least one.
-        first: the first stage; its cost is not drawn.
-        name: of the figure, unique in the page.
-        metric: what the vertical axis shows.
-        cost: what the horizontal axis shows, on a logarithmic scale.
-        width: in pixels.
+        settings: The first setting, then the others.
+        costs: Cost by name of each setting that is drawn as a point, above 0; at least one.
+        name: Name of the figure, unique in the page.
+        metric: Metric of the vertical axis.
+        cost: Label of the horizontal axis, whose scale is logarithmic.
+        width: Width of the figure in pixels.
     """
-    colours = _series_colours(points)
-    with drawing(width, 360) as figure:
-        axes = plot_area(figure, 38, 44, 14, 30)
-        axes.set_xlabel(cost, loc="right")
-        axes.set_title(metric, loc="left", fontsize=12, color=COLOURS["muted"], x=0, pad=12)
-        _set_limits(axes, points, first)
-        axes.axhspan(first.low, first.high, color=COLOURS["band"], linewidth=0)
-        axes.axhline(first.mean, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
-        side_by_side = _apart(points, axes)
-        for series in _by_series(side_by_side):
-            _draw_series(axes, series, colours[series[0].series])
-        _label_points(axes, side_by_side, first, colours)
-        listed = "; ".join(
-            f"{p.name} {value(p.mean)} at {milliseconds(p.cost)}"
-            for p in sorted(points, key=lambda p: p.cost)
-        )
-        return inline_svg(
-            figure, name, f"{metric} against {cost}", f"{first.name} {value(first.mean)}; {listed}."
-        )
+    width -= 50
+    (first,) = _rows(settings[:1], {settings[0].name: 1.0}, metric)
+    first["name"] += f" {value(first['mean'])}"
+    rows = _rows(settings[1:], costs, metric)
+    margin = max((rows[-1]["cost"] / rows[0]["cost"]) ** 0.18, 1.2)  # names need room at the sides
+    left, right = rows[0]["cost"] / margin, rows[-1]["cost"] * margin
+    for before, row in pairwise(rows):  # points of (nearly) one cost stand side by side
+        row["cost"] = max(row["cost"], before["cost"] * (right / left) ** (9 / width))
+    low = min(row["low"] for row in (first, *rows))
+    high = max(row["high"] for row in (first, *rows))
+    margin = 0.06 * (high - low) + 0.002
+    low, high = low - margin, high + margin
+
+    def pixels(row: Row, end: str) -> tuple[float, float]:
+        along = math.log(row["cost"] / left) / math.log(right / left)
+        return width * along, HEIGHT_PX * (high - row[end]) / (high - low)
+
+    costs_shown = alt.Axis(values=_ticks(left, right, width), format=",~r", labelFlush=False)
+    x = alt.X("cost:Q", axis=costs_shown, scale=alt.Scale(type="log", domain=[left, right]))
+    axis = alt.Axis(tickCount=6, labelExpr=WITHOUT_ZERO)
+    scale = alt.Scale(domain=[low, high], nice=False)
+    y, ends = (alt.Y(f"{field}:Q", axis=axis, scale=scale) for field in ("mean", "low"))
+    band = chart_of([first])
+    points = chart_of(rows).encode(x=x, y=y, color=COLOUR)
+    layers = alt.layer(
+        band.mark_rect(color="var(--band)").encode(y=ends, y2="high:Q"),
+        band.mark_rule(color=MUTED, strokeDash=DASHES).encode(y=y),
+        points.mark_rule(opacity=0.45, strokeWidth=1.5).encode(y=ends, y2="high:Q"),
+        points.mark_line(strokeWidth=1.5)
+        .transform_filter("datum.kind != 'cascade'")
+        .encode(detail="series:N"),
+        points.mark_point(filled=True, opacity=1, size=60, stroke=PAPER, strokeWidth=1).encode(
+            shape=alt.Shape("shape:N", scale=None)
+        ),
+        labels(
+            (metric, 0, -18, "left", MUTED),
+            (cost, width, HEIGHT_PX + 30, "right", MUTED),
+            *_placed_names(first, rows, pixels, width),
+        ),
+        width=width,
+        height=HEIGHT_PX,
+    )
+    listed = "; ".join(
+        f"{row['name']} {value(row['mean'])} at {milliseconds(costs[row['name']])}" for row in rows
+    )
+    return inline_svg(layers, name, f"{metric} against {cost}", f"{first['name']}; {listed}.")
 
 
-def _by_series(points: Sequence[Point]) -> list[list[Point]]:
-    groups: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        groups.setdefault(point.series, []).append(point)
-    return [sorted(group, key=lambda p: p.cost) for group in groups.values()]
+def _rows(settings: Sequence[SettingResult], costs: Mapping[str, float], metric: str) -> list[Row]:
+    """Return what is drawn of each setting that has a cost, by rising cost."""
+    dtypes = dict.fromkeys(s.store_dtype for s in settings if s.kind not in KIND_COLOURS)
+    colours = dict(zip(dtypes, DTYPE_COLOURS * len(dtypes), strict=False))
+    rows = [
+        {
+            "name": s.name,
+            "kind": s.kind,
+            "series": f"{s.kind} {s.store_dtype}",
+            "shape": SHAPES.get(s.kind, "circle"),
+            "colour": KIND_COLOURS.get(s.kind) or colours[s.store_dtype],
+            "cost": costs[s.name],
+            "mean": s.metrics[metric],
+            "low": s.intervals[metric][0],
+            "high": s.intervals[metric][1],
+        }
+        for s in settings
+        if s.name in costs
+    ]
+    return sorted(rows, key=lambda row: (row["cost"], row["name"]))
 
 
-def _series_colours(points: Sequence[Point]) -> dict[tuple[str, str], str]:
-    """Return the colour of each series: by kind, and by dtype among the plainly reranked."""
-    plain = cycle(("blue", "violet", "rose", "muted"))
-    by_kind = {"fused": "green", "cascade": "orange"}
-    series = dict.fromkeys(point.series for point in points)
-    return {key: COLOURS[by_kind.get(key[0]) or next(plain)] for key in series}
-
-
-def _set_limits(axes: Axes, points: Sequence[Point], first: Point) -> None:
-    """Make room for all intervals and, at the sides, for names; mark round numbers."""
-    axes.set_xscale("log")
-    low, high = min(p.cost for p in points), max(p.cost for p in points)
-    margin = max((high / low) ** 0.18, 1.2)
-    axes.set_xlim(low / margin, high * margin)
-    _mark_costs(axes)
-    bottom, top = min(p.low for p in (*points, first)), max(p.high for p in (*points, first))
-    margin = 0.06 * (top - bottom) + 0.002
-    axes.set_ylim(bottom - margin, top + margin)
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: value(y).removesuffix("0")))
-
-
-def _mark_costs(axes: Axes) -> None:
-    """Put ticks at round numbers, as many as have room."""
-    low, high = axes.get_xlim()
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+def _ticks(low: float, high: float, width: int) -> list[float]:
+    """Return round numbers between two costs, as many as have room on the axis."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     for steps in TICKS:
         ticks = [step * 10.0**power for power in powers for step in steps]
         ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= axes.bbox.width / 52:
+        if len(ticks) <= width / 52:
             break
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x >= 10 else f"{x:g}"))
+    return ticks
 
 
-def _apart(points: Sequence[Point], axes: Axes) -> list[Point]:
-    """Return the points with those of (nearly) one cost moved apart by 9 pixels."""
-    low, high = np.log(axes.get_xlim())
-    pixel = (high - low) / axes.bbox.width
-    moved: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost, p.name)):
-        place = math.log(point.cost)
-        if moved:
-            place = max(place, math.log(moved[-1].cost) + 9 * pixel)
-        moved.append(replace(point, cost=math.exp(place)))
-    return [next(m for m in moved if m.name == p.name) for p in points]
+def _placed_names(first: Row, rows: Sequence[Row], pixels: Pixels, width: int) -> list[Label]:
+    """Return where names are written, as `labels` takes it.
+
+    Each name in turn, from the best setting down, takes the place of NEAR_PX where it covers the
+    least. To cover another name, or to leave the plot, counts ten times.
+    """
+    level, plot = pixels(first, "mean")[1], [(0.0, 0.0, width, HEIGHT_PX)]
+    drawn: list[Box] = [(0, level - 1.5, width, level + 1.5)]
+    for row in rows:
+        (x, y), top, bottom = pixels(row, "mean"), pixels(row, "high")[1], pixels(row, "low")[1]
+        drawn += [(x - 8, y - 8, x + 8, y + 8), (x - 1.5, top, x + 1.5, bottom)]
+    for _, series in groupby(sorted(rows, key=lambda r: r["series"]), key=lambda r: r["series"]):
+        for start, end in pairwise(pixels(row, "mean") for row in series):
+            drawn += [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in np.linspace(start, end, 30)]
+    around = [(first, [(float(width), level), (0.0, level)])]
+    around += [(row, [pixels(row, "mean")]) for row in sorted(rows, key=lambda r: -r["mean"])]
+    names: list[Box] = []
+    placed = []
+    for row, points in around:
+        places = [
+            (x + dx, y + dy, "left" if dx > 0 else "right")
+            for (x, y), (dx, dy) in product(points, NEAR_PX)
+        ]
+        boxes = [_box(row["name"], *place) for place in places]
+        covered = [
+            _shared(box, drawn)
+            + 10 * (_shared(box, names) + _shared(box, [box]) - _shared(box, plot))
+            for box in boxes
+        ]
+        best = int(np.argmin(covered))
+        names.append(boxes[best])
+        placed.append((row["name"], *places[best], row["colour"]))
+    return placed
 
 
-def _draw_series(axes: Axes, series: Sequence[Point], colour: str) -> None:
-    costs, means = [p.cost for p in series], [p.mean for p in series]
-    kind = series[0].series[0]
-    axes.vlines(costs, [p.low for p in series], [p.high for p in series], colour, alpha=0.45)
-    axes.plot(
-        costs,
-        means,
-        color=colour,
-        marker=MARKERS.get(kind, "o"),
-        markersize=7 if kind != "cascade" else 6.5,
-        markeredgecolor=COLOURS["paper"],
-        linestyle="none" if kind == "cascade" else "-",
-        linewidth=1.5,
-    )
+def _box(name: str, x: float, y: float, align: str) -> Box:
+    width = LETTER_PX * len(name)
+    left = x if align == "left" else x - width
+    return left, y - LINE_PX / 2, left + width, y + LINE_PX / 2
 
 
-def _label_points(
-    axes: Axes, points: Sequence[Point], first: Point, colours: dict[tuple[str, str], str]
-) -> None:
-    """Write the names, the first stage's before all and then from the best setting down."""
-    places, edges = LabelPlaces(axes), axes.get_xlim()
-    places.cover_line(edges, [first.mean, first.mean])
-    for point in points:
-        places.cover_point(point.cost, point.mean)
-        places.cover_line([point.cost, point.cost], [point.low, point.high])
-    for series in _by_series(points):
-        if series[0].series[0] != "cascade":
-            places.cover_line([p.cost for p in series], [p.mean for p in series])
-    ends = [(edge, first.mean) for edge in reversed(edges)]
-    places.write(f"{first.name} {value(first.mean)}", ends, COLOURS["muted"])
-    for point in sorted(points, key=lambda p: -p.mean):
-        places.write(point.name, [(point.cost, point.mean)], colours[point.series])
+def _shared(box: Box, others: Sequence[Box]) -> float:
+    """Return the square pixels that a box shares with each of the others, summed."""
+    a, b = np.asarray(box), np.asarray(others, dtype=np.float64).reshape(-1, 4)
+    sides = np.minimum(a[2:], b[:, 2:]) - np.maximum(a[:2], b[:, :2])
+    return float(np.clip(sides, 0, None).prod(axis=1).sum())

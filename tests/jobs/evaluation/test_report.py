@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.evaluation import numerals
+from jobs.evaluation import findings
 from jobs.evaluation.findings import headline, main_setting, meanings, verdict
 from jobs.evaluation.report import MAX_QUERIES, MAX_TEXT, render_report, write_report
 from jobs.evaluation.results import Candidate, Difference, Evaluation, Example
@@ -86,8 +86,8 @@ def test_the_headline_says_what_the_interval_allows(effect, start, said):
     lead = headline(evaluation)[0]
     assert verdict(difference) == said
     assert lead.startswith(start)
-    assert numerals.interval(difference.low, difference.high) in lead
-    assert f"p {numerals.p_value(difference.p)}" in lead
+    assert findings.interval(difference.low, difference.high) in lead
+    assert f"p {findings.p_value(difference.p)}" in lead
     page = Page(render_report(evaluation))
     assert lead in page.text.replace("\N{NO-BREAK SPACE}", " ")
 
@@ -114,7 +114,8 @@ def test_of_many_settings_the_best_leads_and_the_others_are_told_apart(evaluatio
     assert unclear.startswith("Not distinguishable from bm25: ")
     assert worse.startswith("Worse than bm25: ")
     assert cheapest == (
-        "Of the better ones r32+bm25 reads least: 40 B a passage token, against 320 B of r4+bm25."
+        "Among the better ones, r32+bm25 reads the least: 40 B per passage token, "
+        "against 320 B for r4+bm25."
     )
 
 
@@ -172,8 +173,8 @@ def test_all_that_was_found_is_in_the_page(page, evaluation):
         assert " ".join(wanted.split()) in page.text
     for setting in evaluation.settings:
         difference = setting.differences.get("nDCG@10")
-        assert numerals.interval(*setting.intervals["nDCG@10"]) in page.text
-        assert difference is None or numerals.interval(difference.low, difference.high) in page.text
+        assert findings.interval(*setting.intervals["nDCG@10"]) in page.text
+        assert difference is None or findings.interval(difference.low, difference.high) in page.text
 
 
 def test_relevant_passages_are_marked_in_words_and_moves_are_told(page, evaluation):
@@ -320,12 +321,12 @@ def test_text_has_contrast_aa_in_both_schemes(scheme):
 
 
 def test_numbers_are_printed_as_people_write_them():
-    assert [numerals.value(v) for v in (0.475, 1, 0, -0.0114)] == [".475", "1.000", ".000", "−.011"]
-    assert [numerals.signed(v) for v in (0.047, -0.05, 0.0001)] == ["+.047", "−.050", ".000"]
-    assert numerals.interval(-0.02, 0.0741) == "[−.020, .074]"
-    assert [numerals.p_value(p) for p in (0.0002, 0.002, 1)] == ["< .001", "= .002", "= 1.000"]
+    assert [findings.value(v) for v in (0.475, 1, 0, -0.0114)] == [".475", "1.000", ".000", "−.011"]
+    assert [findings.signed(v) for v in (0.047, -0.05, 0.0001)] == ["+.047", "−.050", ".000"]
+    assert findings.interval(-0.02, 0.0741) == "[−.020, .074]"
+    assert [findings.p_value(p) for p in (0.0002, 0.002, 1)] == ["< .001", "= .002", "= 1.000"]
     sizes = (0, 40, 320, 999.6, 48_600, 192_000, 3_456_000, 2e9)
-    assert [numerals.size(b) for b in sizes] == [
+    assert [findings.size(b) for b in sizes] == [
         "0 B", "40 B", "320 B", "1.0 KB", "48.6 KB", "192 KB", "3.5 MB", "2.0 GB",
     ]  # fmt: skip
-    assert [numerals.milliseconds(ms) for ms in (8.44, 97.2, 1990)] == ["8.4", "97", "1,990"]
+    assert [findings.milliseconds(ms) for ms in (8.44, 97.2, 1990)] == ["8.4", "97", "1,990"]

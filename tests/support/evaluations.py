@@ -3,9 +3,8 @@ reports hold what they are given, and nothing about any model."""
 
 import numpy as np
 
-from jobs.evaluation.calibration import score_sample
 from jobs.evaluation.results import Candidate, Evaluation, Example, ScoreSample, SettingResult
-from jobs.evaluation.statistics import bootstrap_interval, compare
+from jobs.evaluation.statistics import bootstrap_interval, compare, score_sample
 
 SPREAD = 0.16
 """Of the difference of one query between two settings."""

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
-from jobs.evaluation.calibration import score_sample
+from jobs.evaluation.statistics import score_sample
 from kalm_encoder.errors import InputError
 
 

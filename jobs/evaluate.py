@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import executor, parse_ratios
+from jobs.options import (
+    STORE_DTYPES,
+    Address,
+    AsJson,
+    Instruction,
+    MaxLength,
+    Revision,
+    executor,
+    needs_extra,
+    parse_ratios,
+)
 from jobs.rerank import parse_cascade
 from kalm_encoder.errors import InputError
 
@@ -24,59 +34,100 @@ def evaluate(
         Path | None,
         typer.Argument(help="Collection: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or directory.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the hub id.")] = None,
-    split: Annotated[str, typer.Option(help="Of the judgements.")] = "test",
-    corpus: Annotated[
-        list[str] | None, typer.Option(help="Passages, without a folder: as `kalm encode` reads.")
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or directory of a KaLM reranker.")
     ] = None,
-    queries: Annotated[Path | None, typer.Option(help="Queries: JSONL, or TSV.")] = None,
-    qrels: Annotated[Path | None, typer.Option(help="Judgements: BEIR's or TREC's.")] = None,
+    revision: Revision = None,
+    split: Annotated[
+        str, typer.Option(help="Split of the judgements. Give it for another one, such as dev.")
+    ] = "test",
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Passages, in any format that `kalm encode` reads. Give it with --queries and "
+            "--qrels where there is no collection folder."
+        ),
+    ] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="Queries without a collection folder: JSONL or TSV.")
+    ] = None,
+    qrels: Annotated[
+        Path | None,
+        typer.Option(help="Judgements without a collection folder, in BEIR's or TREC's format."),
+    ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="First stage: a TREC run; without it, full-text search.")
+        Path | None,
+        typer.Option(
+            help="TREC run file with the candidates of your own first stage. Default: full-text "
+            "search (BM25)."
+        ),
     ] = None,
     depth: Annotated[
-        int | None, typer.Option(help="Candidates a query; default 100, of the demo 50.")
+        int | None,
+        typer.Option(
+            help="Candidates per query. Set it to what production reranks. Default: 100; 50 with "
+            "--demo."
+        ),
     ] = None,
-    ratios: Annotated[str | None, typer.Option(help="Ratios to store and score.")] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Ratios to store and to score, to compare quality and size. Default: 4,32; 1 to "
+            "64 with --demo."
+        ),
+    ] = None,
     store_dtypes: Annotated[
-        str, typer.Option(help="float16, float32, int8, int4; the first is what is encoded.")
+        str,
+        typer.Option(
+            help=f"Types of the stored numbers to compare, with commas: {STORE_DTYPES}. The first "
+            "is encoded, the others are made from it."
+        ),
     ] = "float16",
     cascade: Annotated[
-        list[str] | None, typer.Option(help="Stages such as 32:20,4; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Cascade to score as well, such as 32:20,4. May be repeated."),
     ] = None,
-    fuse: Annotated[bool, typer.Option(help="Also add each reranking to the first stage.")] = True,
-    instruction: Annotated[str | None, typer.Option(help="The task, in words.")] = None,
+    fuse: Annotated[
+        bool,
+        typer.Option(help="Also add each reranking to the first stage; --no-fuse saves the time."),
+    ] = True,
+    instruction: Instruction = None,
     instructions: Annotated[
-        Path | None, typer.Option(help="JSON {collection: instruction}, for this and others.")
+        Path | None,
+        typer.Option(
+            help="JSON file {collection: instruction}, for scripts that evaluate many collections."
+        ),
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens a passage is cut to.")] = 1024,
+    max_length: MaxLength = 1024,
     measure: Annotated[
-        list[str] | None, typer.Option(help="As ir-measures spells it; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Metric as ir-measures spells it, where nDCG@10, RR@10, R@100 and AP are not what "
+            "you report. May be repeated."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where tables, runs and results go.")] = Path(
-        "evaluation"
-    ),
-    workers: Annotated[int | None, typer.Option(help="As in `kalm encode`.")] = 0,
-    address: Annotated[str | None, typer.Option(help="As in `kalm encode`.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for tables, TREC run files and results.")
+    ] = Path("evaluation"),
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Ray workers, for a large corpus; 0 encodes in this process."),
+    ] = 0,
+    address: Address = None,
     demo: Annotated[
-        bool, typer.Option("--demo", help="The shipped checkpoint on held-out documentation.")
+        bool,
+        typer.Option("--demo", help="Evaluate the shipped checkpoint on held-out documentation."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the means as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Rank with every ratio, store dtype and cascade asked for, and judge each ranking."""
     from kalm_encoder.model.checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_NOTE, resolve
 
     execute = executor(workers, None, address)
-    try:
-        from jobs.evaluation.experiment import Request
-        from jobs.evaluation.experiment import evaluate as evaluate_all
-        from jobs.evaluation.metrics import DEFAULT
+    with needs_extra("batch,eval"):
+        from jobs.evaluation import experiment as experiments
+        from jobs.evaluation.rankings import DEFAULT_MEASURES
         from jobs.evaluation.report import write_report
-    except ImportError as error:
-        raise InputError(
-            f"evaluation needs {error.name}: pip install 'kalm-preencode[batch,eval]'"
-        ) from error
     if demo:
         if folder is not None or corpus:
             raise InputError("--demo brings its own collection: give no folder and no --corpus")
@@ -93,8 +144,8 @@ def evaluate(
             raise InputError("give --instruction or --instructions, not both")
         instruction = _instruction(instructions, collection.name)
     is_demo = resolve(model, revision).path == DEMO_CHECKPOINT
-    evaluation = evaluate_all(
-        Request(
+    evaluation = experiments.evaluate(
+        experiments.Experiment(
             collection=collection,
             model=model,
             revision=revision,
@@ -103,11 +154,11 @@ def evaluate(
             store_dtypes=tuple(store_dtypes.split(",")),
             cascades=tuple(tuple(parse_cascade(c)) for c in cascade or ()),
             depth=(50 if demo else 100) if depth is None else depth,
-            first_run=run,
+            first_ranking=run,
             fuse=fuse,
             instruction=instruction,
             max_length=max_length,
-            measures=tuple(measure or DEFAULT),
+            measures=tuple(measure or DEFAULT_MEASURES),
             note=DEMO_NOTE if is_demo else "",
         ),
         execute,
@@ -120,7 +171,7 @@ def evaluate(
         return
     print_evaluation(evaluation)
     print(f"\n{out / 'report.html'} shows it, {out / 'evaluation.json'} has the rest, "
-          f"{out / 'runs'} the run files.")  # fmt: skip
+          f"{out / 'runs'} the TREC run files.")  # fmt: skip
 
 
 def _collection(
@@ -144,19 +195,16 @@ def _collection(
 def _instruction(file: Path, collection: str) -> str:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        instruction = found[collection]
+        return str(found[collection])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file} holds no instruction for {collection!r} ({error}): expected JSON "
             f'{{"{collection}": "Given …"}}'
         ) from error
-    if not isinstance(instruction, str):
-        raise InputError(f"{file}: the instruction of {collection!r} is no text")
-    return instruction
 
 
 def write_per_query(evaluation: Evaluation, file: Path) -> None:
-    """Write setting, query and every metric, a line each."""
+    """Write setting, query and every metric, one line per setting and query."""
     names = list(evaluation.settings[0].metrics)
     with file.open("w", encoding="utf-8") as lines:
         lines.write("\t".join(["setting", "query", *names]) + "\n")
@@ -167,7 +215,7 @@ def write_per_query(evaluation: Evaluation, file: Path) -> None:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print a line a setting: metrics, the first one's interval and difference, costs."""
+    """Print a line per setting: its metrics, the first one's difference with interval, its cost."""
     names = list(evaluation.settings[0].metrics)
     print(
         f"{evaluation.collection}: {len(evaluation.queries)} queries, "
@@ -184,7 +232,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         if setting.differences:
             d = setting.differences[names[0]]
             against = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] p {d.p:.4f}"
-        cost = f"{setting.bytes_per_passage:,.0f} bytes a passage" if setting.ratio else ""
+        cost = f"{setting.bytes_per_passage:,.0f} bytes per passage" if setting.ratio else ""
         print(f"{setting.name:{width}}  {means}  {against:38}  {cost}".rstrip())
     for warning in evaluation.warnings:
         print(f"warning: {warning}")

@@ -19,15 +19,16 @@ CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst", "corpus.p
 
 @dataclass(frozen=True)
 class Collection:
-    """What a ranking is judged with.
+    """Queries with judgements, and where the passages are.
 
     Attributes:
-        name: the folder's last part, or the name of the judgements' file.
-        split: of the judgements.
-        corpus: input files of the passages.
-        queries: text by id, those with at least one relevant passage, in the order of their file.
-        judgements: relevance by query id and passage id; above 0 is relevant.
-        warnings: what was left out.
+        name: Last part of the folder, or name of the file of judgements.
+        split: Split of the judgements.
+        corpus: Input files of the passages.
+        queries: Text by id of the queries with at least one relevant passage, in the order of their
+            file.
+        judgements: Relevance by query id and passage id; above 0 is relevant.
+        warnings: What was left out.
     """
 
     name: str
@@ -42,7 +43,7 @@ def read_folder(folder: Path, split: str = "test") -> Collection:
     """Read a BEIR folder.
 
     Raises:
-        InputError: a file that is missing or has a bad line; names it and the line.
+        InputError: A file is missing or has a bad line; the message names the file and the line.
     """
     corpus = [folder / name for name in CORPUS_NAMES if (folder / name).exists()]
     judgements = folder / "qrels" / f"{split}.tsv"
@@ -64,7 +65,7 @@ def read_files(
     """Read queries and judgements from files of their own.
 
     Raises:
-        InputError: a file that is missing or has a bad line, or no query that is judged.
+        InputError: A file is missing or has a bad line, or no query has a relevant passage.
     """
     texts = dict(_queries(queries))
     judged: dict[str, dict[str, int]] = {}

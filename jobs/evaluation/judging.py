@@ -1,134 +1,65 @@
-"""Rankings and their metrics to an Evaluation: intervals, differences, scores, examples."""
+"""What rankings and their metrics say: intervals, differences, score distributions, examples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from jobs.evaluation.calibration import score_sample
 from jobs.evaluation.collection import Collection
-from jobs.evaluation.results import Candidate, Evaluation, Example, ScoreSample, SettingResult
-from jobs.evaluation.statistics import bootstrap_interval, compare
+from jobs.evaluation.results import Candidate, Example, ScoreSample, Setting, SettingResult
+from jobs.evaluation.statistics import bootstrap_interval, compare, score_sample
 from kalm_encoder.table.reader import PassageTable
 
-EXAMPLES = 6
-"""Queries shown that were helped, and as many that were hurt."""
-SHOWN = 5
-"""Passages shown of each ranking of an example."""
+MAX_EXAMPLES = 6
+"""Largest number of queries shown that were helped, and of those that were hurt."""
+SHOWN_PASSAGES = 5
+"""Number of passages shown of each ranking of an example."""
 
-Values = Mapping[str, Mapping[str, float]]
-"""By query id, then metric."""
+Values = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Metrics by setting, query id and name."""
 
 
-@dataclass(frozen=True)
-class Ranking:
+@dataclass(frozen=True, kw_only=True)
+class Ranking(Setting):
     """All queries ranked with one setting.
 
     Attributes:
-        name, kind, ratio, store_dtype, bytes_per_passage, bytes_per_token, ms_per_query: as in
-            SettingResult.
-        ranked: (id, score) by query id, best first.
-        margins: by query id and passage id, where a decoder scored.
+        ranked: (id, score) pairs by query id, best first.
+        margins: Margins by query id and passage id, where a decoder scored.
     """
 
-    name: str
-    kind: str
     ranked: dict[str, list[tuple[str, float]]]
     margins: dict[str, dict[str, float]] = field(default_factory=dict)
-    ratio: int | None = None
-    store_dtype: str | None = None
-    bytes_per_passage: float = 0.0
-    bytes_per_token: float = 0.0
-    ms_per_query: list[float] = field(default_factory=list)
 
 
-def evaluation_of(
-    collection: Collection,
-    table: PassageTable,
-    rankings: Sequence[Ranking],
-    values: Mapping[str, Values],
-    *,
-    first_stage: str,
-    instruction: str,
-    note: str,
-    warnings: list[str],
-) -> Evaluation:
-    """Put an evaluation together.
-
-    Args:
-        collection: what was ranked.
-        table: where the passages are.
-        rankings: the first is what the others are compared with.
-        values: metrics by setting, query and name.
-        first_stage: as in Evaluation.
-        instruction: as in Evaluation.
-        note: as in Evaluation.
-        warnings: as in Evaluation.
-    """
-    first = rankings[0]
-    tokens = table.dataset.to_table(columns=["num_tokens"])["num_tokens"].to_numpy()
-    # What a reader would use: the first setting fused, where there is one; else the first alone.
-    main = next((r for r in rankings if r.kind == "fused"), rankings[min(1, len(rankings) - 1)])
-    metric = next(iter(next(iter(values[first.name].values()))))
-    changes = {
-        q: values[main.name][q][metric] - values[first.name][q][metric] for q in collection.queries
+def setting_results(rankings: Sequence[Ranking], values: Values) -> list[SettingResult]:
+    """Return each setting with its means, intervals and differences from the first one."""
+    columns = {
+        setting: {
+            metric: {query: found[metric] for query, found in per_query.items()}
+            for metric in next(iter(per_query.values()))
+        }
+        for setting, per_query in values.items()
     }
-    order = sorted(changes, key=lambda q: (-changes[q], q))
-    chosen = [q for q in order[:EXAMPLES] if changes[q] > 0]
-    hurt = [q for q in reversed(order[-EXAMPLES:]) if changes[q] < 0]
-    shown = {i for q in [*chosen, *hurt] for r in (first, main) for i, _ in r.ranked[q][:SHOWN]}
-    texts = table.texts(list(shown)) if shown else {}
-
-    def example(query: str) -> Example:
-        before, after = (values[r.name][query][metric] for r in (first, main))
-        judged = collection.judgements[query]
-        lists = (_candidates(r.ranked[query], texts, judged) for r in (first, main))
-        return Example(query, collection.queries[query], main.name, metric, before, after, *lists)
-
-    return Evaluation(
-        collection=collection.name,
-        split=collection.split,
-        model=table.spec.model.rstrip("/").rsplit("/", 1)[-1],
-        fingerprint=table.spec.fingerprint,
-        note=note,
-        first_stage=first_stage,
-        instruction=instruction,
-        num_passages=len(tokens),
-        num_tokens=int(tokens.sum()),
-        queries=collection.queries,
-        settings=[_setting(r, values, first.name) for r in rankings],
-        scores=[_scores(r, collection) for r in rankings if r.kind == "reranked"],
-        helped=[example(q) for q in chosen],
-        hurt=[example(q) for q in hurt],
-        warnings=warnings,
-    )
+    first = columns[rankings[0].name]
+    results = []
+    for ranking in rankings:
+        column = columns[ranking.name]
+        compared = column if ranking is not rankings[0] else {}
+        results.append(
+            SettingResult(
+                **{f.name: getattr(ranking, f.name) for f in fields(Setting)},
+                metrics={m: sum(c.values()) / len(c) for m, c in column.items()},
+                intervals={m: bootstrap_interval(list(c.values())) for m, c in column.items()},
+                differences={m: compare(first[m], c) for m, c in compared.items()},
+                per_query={query: dict(found) for query, found in values[ranking.name].items()},
+            )
+        )
+    return results
 
 
-def _setting(ranking: Ranking, values: Mapping[str, Values], first: str) -> SettingResult:
-    per_query = values[ranking.name]
-    names = list(next(iter(per_query.values())))
-    columns = {n: {q: v[n] for q, v in per_query.items()} for n in names}
-    differences = {}
-    if ranking.name != first:
-        for name in names:
-            other = {q: v[name] for q, v in values[first].items()}
-            differences[name] = compare(other, columns[name])
-    return SettingResult(
-        name=ranking.name,
-        kind=ranking.kind,
-        ratio=ranking.ratio,
-        store_dtype=ranking.store_dtype,
-        metrics={n: sum(c.values()) / len(c) for n, c in columns.items()},
-        intervals={n: bootstrap_interval(list(c.values())) for n, c in columns.items()},
-        differences=differences,
-        per_query={q: dict(v) for q, v in per_query.items()},
-        bytes_per_passage=ranking.bytes_per_passage,
-        bytes_per_token=ranking.bytes_per_token,
-        ms_per_query=ranking.ms_per_query,
-    )
-
-
-def _scores(ranking: Ranking, collection: Collection) -> ScoreSample:
+def ranking_scores(ranking: Ranking, collection: Collection) -> ScoreSample:
+    """Return the distribution and calibration of the scores of a reranked setting."""
     pairs = [
         (score, collection.judgements[query].get(passage, 0) > 0)
         for query, results in ranking.ranked.items()
@@ -137,10 +68,48 @@ def _scores(ranking: Ranking, collection: Collection) -> ScoreSample:
     return score_sample(ranking.name, [s for s, _ in pairs], [r for _, r in pairs])
 
 
-def _candidates(
-    results: Sequence[tuple[str, float]], texts: Mapping[str, str], judged: Mapping[str, int]
-) -> list[Candidate]:
-    return [
-        Candidate(i, rank, score, texts.get(i, ""), judged.get(i, 0) > 0)
-        for rank, (i, score) in enumerate(results[:SHOWN], start=1)
-    ]
+def examples(
+    collection: Collection, table: PassageTable, rankings: Sequence[Ranking], values: Values
+) -> tuple[list[Example], list[Example]]:
+    """Return the queries that were helped most and those hurt most, by the first metric.
+
+    The change is that from the first setting to the one a reader would use: the first fused one
+    where there is one, else the first after the first stage.
+    """
+    first = rankings[0]
+    main = next((r for r in rankings if r.kind == "fused"), rankings[min(1, len(rankings) - 1)])
+    before, after = values[first.name], values[main.name]
+    metric = next(iter(next(iter(before.values()))))
+    changes = {q: after[q][metric] - before[q][metric] for q in collection.queries}
+    order = sorted(changes, key=lambda q: (-changes[q], q))
+    helped = [q for q in order[:MAX_EXAMPLES] if changes[q] > 0]
+    hurt = [q for q in reversed(order[-MAX_EXAMPLES:]) if changes[q] < 0]
+    shown = {
+        passage
+        for query in [*helped, *hurt]
+        for ranking in (first, main)
+        for passage, _ in ranking.ranked[query][:SHOWN_PASSAGES]
+    }
+    texts = table.texts(list(shown)) if shown else {}
+
+    def candidates(ranking: Ranking, query: str) -> list[Candidate]:
+        judged = collection.judgements[query]
+        best = ranking.ranked[query][:SHOWN_PASSAGES]
+        return [
+            Candidate(i, rank, score, texts.get(i, ""), judged.get(i, 0) > 0)
+            for rank, (i, score) in enumerate(best, start=1)
+        ]
+
+    def example(query: str) -> Example:
+        return Example(
+            query_id=query,
+            query=collection.queries[query],
+            setting=main.name,
+            metric=metric,
+            before=before[query][metric],
+            after=after[query][metric],
+            first_stage=candidates(first, query),
+            reranked=candidates(main, query),
+        )
+
+    return [example(q) for q in helped], [example(q) for q in hurt]

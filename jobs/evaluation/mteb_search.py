@@ -4,8 +4,8 @@
     mteb.evaluate(model, mteb.get_tasks(["SciFact", "AskUbuntuDupQuestions"]))
 
 The corpus of each task, subset and split is encoded by an ordinary job into a table of its own;
-evaluating again resumes, or finds it complete. It has the methods of mteb's SearchProtocol and
-imports mteb only to describe itself.
+evaluating again resumes that job, or finds the table complete. The class has the methods of mteb's
+SearchProtocol and imports mteb only to describe itself.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ class KaLMSearch:
     """A model for mteb.evaluate.
 
     Args:
-        model: hub id or directory.
-        folder: local folder for corpora and tables; None takes a temporary one, gone with this
-            object.
-        ratio: to score at; None takes the finest stored.
-        instruction: the task; None takes the model's default.
-        instructions: by mteb's task name, before `instruction`. A query's own goes before both.
-        execute: `encode_inline`, or `workers.on_ray(options)`.
-        encoding: for every `EncodeJob`: revision, ratios, store_dtype, max_length, …
+        model: Hub id or directory of the checkpoint.
+        folder: Local folder for corpora and tables; None takes a temporary one that is deleted with
+            this object.
+        ratio: Ratio to score at; None takes the finest stored.
+        instruction: The task; None takes the model's default.
+        instructions: Instructions by mteb's task name; one found here replaces `instruction`. The
+            instruction of a query itself replaces both.
+        execute: `encode_inline`, or `on_ray(options)` of `pipeline.workers.on_ray.actor`.
+        encoding: Settings of every `EncodeJob`: revision, ratios, store_dtype, max_length, …
     """
 
     def __init__(
@@ -81,8 +82,8 @@ class KaLMSearch:
         """Write the corpus as JSONL and encode what is not encoded yet.
 
         Raises:
-            MismatchError: the table there has another corpus or other settings.
-            KalmError: as `pipeline.run.driver.run`.
+            MismatchError: The table there has another corpus or other settings.
+            KalmError: As `pipeline.run.driver.run`.
         """
         table = self.table_path(task_metadata.name, hf_subset, hf_split)
         table.parent.mkdir(parents=True, exist_ok=True)
@@ -108,11 +109,11 @@ class KaLMSearch:
         """Score candidates: `top_ranked`, or the best `top_k` of the table's full-text search.
 
         Returns:
-            P(yes) by query id and passage id, at most top_k a query.
+            P(yes) by query id and passage id, at most top_k per query.
 
         Raises:
-            TableError: `index` was not called, or not completed.
-            InputError: a query that is a conversation.
+            TableError: `index` was not called, or was not completed.
+            InputError: A query is a conversation.
         """
         table = PassageTable.open(str(self.table_path(task_metadata.name, hf_subset, hf_split)))
         reranker = Reranker(table, self._decoder, max_length=self._job.max_length)
@@ -131,7 +132,7 @@ class KaLMSearch:
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
-        """What mteb files results under: the checkpoint, and all that changes its scores."""
+        """The name under which mteb keeps results: checkpoint and all that changes its scores."""
         from mteb.models import ModelMeta
 
         files = self._checkpoint
@@ -152,7 +153,7 @@ class KaLMSearch:
         )
 
     def table_path(self, task: str, subset: str, split: str) -> Path:
-        """Where the table of one corpus is."""
+        """Return where the table of one corpus is."""
         parts = [re.sub(r"[^\w.-]", "_", part) for part in (task, subset, split)]
         return self._folder.joinpath(*parts, "passages.lance")
 
@@ -168,7 +169,9 @@ class KaLMSearch:
         """Return query and instruction; a query's own instruction is part of both, as in mteb."""
         query = row["text"]
         if not isinstance(query, str):
-            raise InputError(f"query {row['id']!r} of {task} is a conversation: texts only")
+            raise InputError(
+                f"query {row['id']!r} of {task} is a conversation: only texts can be scored"
+            )
         if row.get("instruction"):
             return f"{query} {row['instruction']}", row["instruction"]
         return query, self._instructions.get(task, self._instruction)

@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.evaluation.collection import read_files, read_folder
-from jobs.evaluation.experiment import Request, evaluate
-from jobs.evaluation.metrics import per_query
+from jobs.evaluation.experiment import Experiment, evaluate
+from jobs.evaluation.rankings import metrics_per_query, read_ranking, write_ranking
 from jobs.evaluation.results import Evaluation
-from jobs.evaluation.runs import read_run, write_run
 from kalm_encoder import Reranker
 from kalm_encoder.errors import InputError
 from kalm_encoder.rerank.fusion import fuse
@@ -43,11 +42,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(folder, model_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated")
-    request = Request(
+    experiment = Experiment(
         collection=read_folder(folder), model=str(model_dir), folder=out, ratios=(2, 8),
         store_dtypes=("float16", "int8"), cascades=(((8, 5), (2, None)),), depth=20,
     )  # fmt: skip
-    return request, evaluate(request, encode_inline)
+    return experiment, evaluate(experiment, encode_inline)
 
 
 def test_every_setting_asked_for_is_there(evaluated):
@@ -60,28 +59,28 @@ def test_every_setting_asked_for_is_there(evaluated):
 
 
 def test_it_ranks_as_the_reranker_does_from_the_same_tables(evaluated):
-    request, _ = evaluated
-    (base,) = request.folder.glob("states/*-float16.lance")
+    experiment, _ = evaluated
+    (base,) = experiment.folder.glob("states/*-float16.lance")
     reranker = Reranker.open(str(base))
-    bm25, _ = read_run(request.folder / "runs/bm25.trec")
+    bm25, _ = read_ranking(experiment.folder / "runs/bm25.trec")
     for name, stages in (("r8", [(8, None)]), ("r8-5,2", [(8, 5), (2, None)])):
-        run, tag = read_run(request.folder / f"runs/{name}.trec")
+        run, tag = read_ranking(experiment.folder / f"runs/{name}.trec")
         assert tag == name.replace("-", ":")
         for query, text in QUERIES.items():
             results = reranker.rerank(text, list(bm25[query]), cascade=stages)
             assert list(run[query]) == [r.id for r in results]
-    fused, _ = read_run(request.folder / "runs/r8+bm25.trec")
+    fused, _ = read_ranking(experiment.folder / "runs/r8+bm25.trec")
     margins = {r.id: r.margin for r in reranker.rerank(QUERIES["q1"], list(bm25["q1"]), ratio=8)}
     want = fuse(dict(reranker.table.search(QUERIES["q1"], 20)), margins)
     assert list(fused["q1"]) == sorted(want, key=lambda i: (-want[i], i))
 
 
 def test_bytes_are_those_of_the_columns_read(evaluated):
-    request, evaluation = evaluated
+    experiment, evaluation = evaluated
     settings = {s.name: s for s in evaluation.settings}
-    (base,) = request.folder.glob("states/*-float16.lance")
+    (base,) = experiment.folder.glob("states/*-float16.lance")
     table = Reranker.open(str(base)).table
-    bm25, _ = read_run(request.folder / "runs/bm25.trec")
+    bm25, _ = read_ranking(experiment.folder / "runs/bm25.trec")
     tokens = {i: n for scores in bm25.values() for i, (n, _) in table.lengths(list(scores)).items()}
     candidates = [i for scores in bm25.values() for i in scores]
     read = sum(math.ceil(tokens[i] / 8) * 128 * 2 for i in candidates)  # d = 128, two bytes
@@ -92,10 +91,10 @@ def test_bytes_are_those_of_the_columns_read(evaluated):
 
 
 def test_metrics_equal_trec_eval_on_the_files_that_were_written(evaluated):
-    request, evaluation = evaluated
+    experiment, evaluation = evaluated
     tool = pytrec_eval.RelevanceEvaluator(JUDGED, {"ndcg_cut.10", "recip_rank", "map"})
     for setting in evaluation.settings:
-        file = request.folder / "runs" / f"{setting.name.replace(':', '-')}.trec"
+        file = experiment.folder / "runs" / f"{setting.name.replace(':', '-')}.trec"
         run: dict[str, dict[str, float]] = {}
         for line in file.read_text().splitlines():
             query, _, passage, _, score, _ = line.split()
@@ -109,10 +108,12 @@ def test_metrics_equal_trec_eval_on_the_files_that_were_written(evaluated):
 def test_ties_are_judged_in_the_order_that_was_written(tmp_path):
     """All candidates tie in float32: the file still says who is first, for every tool."""
     ranked = {"q": [("b", 1.0), ("a", 1.0 - 1e-12), ("z", 1.0 - 1e-12), ("c", 1.0 - 1e-9)]}
-    write_run(tmp_path / "run", ranked, "tag")
-    assert list(read_run(tmp_path / "run")[0]["q"]) == ["b", "a", "z", "c"]
+    write_ranking(tmp_path / "run", ranked, "tag")
+    assert list(read_ranking(tmp_path / "run")[0]["q"]) == ["b", "a", "z", "c"]
     for relevant, place in (("b", 1), ("a", 2), ("z", 3), ("c", 4)):
-        values = per_query({"q": {relevant: 1}}, tmp_path / "run", ["nDCG@10", "RR@10"])["q"]
+        values = metrics_per_query({"q": {relevant: 1}}, tmp_path / "run", ["nDCG@10", "RR@10"])[
+            "q"
+        ]
         assert values["nDCG@10"] == pytest.approx(1 / math.log2(place + 1))
         assert values["RR@10"] == pytest.approx(1 / place)
 
@@ -121,13 +122,13 @@ def test_ties_are_judged_in_the_order_that_was_written(tmp_path):
 def test_a_run_reads_back_in_its_order_whatever_the_scores(tmp_path_factory, scores):
     file = tmp_path_factory.mktemp("run") / "run.trec"
     ranked = [(f"d{i % 7}-{i}", score) for i, score in enumerate(sorted(scores, reverse=True))]
-    write_run(file, {"q": ranked}, "t")
-    assert list(read_run(file)[0]["q"]) == [i for i, _ in ranked]
+    write_ranking(file, {"q": ranked}, "t")
+    assert list(read_ranking(file)[0]["q"]) == [i for i, _ in ranked]
 
 
 def test_a_query_without_candidates_counts_as_zero(tmp_path):
-    write_run(tmp_path / "run", {"q1": [("p1", 1.0)]}, "t")
-    values = per_query(JUDGED, tmp_path / "run")
+    write_ranking(tmp_path / "run", {"q1": [("p1", 1.0)]}, "t")
+    values = metrics_per_query(JUDGED, tmp_path / "run")
     assert values["q2"] == dict.fromkeys(values["q2"], 0.0) and values["q1"]["RR@10"] == 1
 
 
@@ -142,35 +143,37 @@ def test_evaluating_again_encodes_nothing_and_a_changed_corpus_only_what_changed
         encoded.append(sum(s.rows.num_rows for s in shards))
         return encode_inline(config, shards)
 
-    request = Request(
+    experiment = Experiment(
         collection=read_folder(corpus), model=str(model_dir), folder=tmp_path / "out",
         ratios=(4,), store_dtypes=("float16", "int4"),
     )  # fmt: skip
     (tmp_path / "out/runs").mkdir(parents=True)
     (tmp_path / "out/runs/mine.trec").write_text("a file of the user's")
-    first = evaluate(request, counting)
+    first = evaluate(experiment, counting)
     assert (tmp_path / "out/runs/mine.trec").exists()
-    again = evaluate(request, counting)
+    again = evaluate(experiment, counting)
     assert encoded == [40] and again.summary() == first.summary()
     write_corpus(corpus / "corpus.jsonl", [*texts[:38], "library catalogue library", texts[39]])
-    changed = evaluate(request, counting)
+    changed = evaluate(experiment, counting)
     assert encoded == [40, 1] and changed.num_passages == 40
     assert len(list((tmp_path / "out/states").glob("*-int4-*.lance"))) == 1  # the old one is gone
-    assert "p38" in read_run(tmp_path / "out/runs/r4-int4.trec")[0]["q2"]
+    assert "p38" in read_ranking(tmp_path / "out/runs/r4-int4.trec")[0]["q2"]
 
 
 def test_a_run_and_trec_judgements_work_too_and_gaps_are_told(folder, model_dir, tmp_path):
     (tmp_path / "queries.tsv").write_text("".join(f"{q}\t{t}\n" for q, t in QUERIES.items()))
     (tmp_path / "all.qrels").write_text("q1 0 p1 1\nq1 0 p2 1\nq2 0 p3 1\nq9 0 p3 1\n")
-    write_run(tmp_path / "first.trec", {"q1": [("p1", 3.0), ("gone", 2.0), ("p2", 1.0)]}, "mine")
+    write_ranking(
+        tmp_path / "first.trec", {"q1": [("p1", 3.0), ("gone", 2.0), ("p2", 1.0)]}, "mine"
+    )
     collection = read_files(
         (str(folder / "corpus.jsonl"),), tmp_path / "queries.tsv", tmp_path / "all.qrels", "x", "t"
     )
-    request = Request(
+    experiment = Experiment(
         collection=collection, model=str(model_dir), folder=tmp_path / "out", ratios=(4,),
-        first_run=tmp_path / "first.trec",
+        first_ranking=tmp_path / "first.trec",
     )  # fmt: skip
-    evaluation = evaluate(request, encode_inline)
+    evaluation = evaluate(experiment, encode_inline)
     assert [s.name for s in evaluation.settings] == ["mine", "r4", "r4+mine"]
     told = " ".join(evaluation.warnings)
     for gap in ("1 queries without", "q9", "1 candidates are not in the corpus", "gone",
@@ -181,9 +184,9 @@ def test_a_run_and_trec_judgements_work_too_and_gaps_are_told(folder, model_dir,
 
 
 def test_a_ranking_of_ours_may_be_the_first_stage_of_another(evaluated, tmp_path):
-    request, _ = evaluated
+    experiment, _ = evaluated
     again = replace(
-        request, folder=tmp_path, first_run=request.folder / "runs/r8.trec", ratios=(2,),
+        experiment, folder=tmp_path, first_ranking=experiment.folder / "runs/r8.trec", ratios=(2,),
         store_dtypes=("float16",), cascades=(),
     )  # fmt: skip
     names = [s.name for s in evaluate(again, encode_inline).settings]
@@ -192,27 +195,27 @@ def test_a_ranking_of_ours_may_be_the_first_stage_of_another(evaluated, tmp_path
 
 
 def test_what_would_spoil_figures_silently_is_told_or_refused(folder, model_dir, tmp_path):
-    request = Request(
+    experiment = Experiment(
         collection=read_folder(folder), model=str(model_dir), folder=tmp_path / "out", ratios=(4,)
     )
-    evaluate(request, encode_inline)
+    evaluate(experiment, encode_inline)
     judged = {**JUDGED, "q1": {"nowhere": 1, "p1": 1}}
     other = make_folder(tmp_path / "other", make_texts(9, seed=4), judged=judged)
-    told = evaluate(replace(request, collection=read_folder(other)), encode_inline).warnings
+    told = evaluate(replace(experiment, collection=read_folder(other)), encode_inline).warnings
     assert "1 of 4 relevant passages are not in the corpus: nowhere" in told
-    again = evaluate(request, lambda *_: pytest.fail("the first collection is encoded again"))
+    again = evaluate(experiment, lambda *_: pytest.fail("the first collection is encoded again"))
     assert again.num_passages == 40
     write_corpus(other / "corpus.jsonl", ["one", "two"])
     with (other / "corpus.jsonl").open("a") as lines:
         lines.write('{"_id": "p0", "text": "another one"}\n')
     with pytest.raises(InputError, match="p0"):
-        evaluate(replace(request, collection=read_folder(other)), encode_inline)
+        evaluate(replace(experiment, collection=read_folder(other)), encode_inline)
     with pytest.raises(InputError, match="depth 0"):
-        replace(request, depth=0)
+        replace(experiment, depth=0)
     for content, message in (("q Q0 d 1 nan t\n", "line 1.*finite"), ("\n", "ranks nothing")):
         (tmp_path / "run").write_text(content)
         with pytest.raises(InputError, match=message):
-            read_run(tmp_path / "run")
+            read_ranking(tmp_path / "run")
 
 
 def test_languages_without_spaces_work(model_dir, tmp_path):
@@ -220,12 +223,12 @@ def test_languages_without_spaces_work(model_dir, tmp_path):
     judged = {"zh": {"p1": 1}, "ar": {"p4": 1}, "th": {"p5": 1}}
     folder = make_folder(tmp_path / "miracl", list(SCRIPTS), queries, judged)
     run = {q: [(f"p{i}", 8.0 - i) for i in range(8)] for q in queries}
-    write_run(tmp_path / "dense.trec", run, "dense")
-    request = Request(
+    write_ranking(tmp_path / "dense.trec", run, "dense")
+    experiment = Experiment(
         collection=read_folder(folder), model=str(model_dir), folder=tmp_path / "out",
-        ratios=(2,), first_run=tmp_path / "dense.trec",
+        ratios=(2,), first_ranking=tmp_path / "dense.trec",
     )  # fmt: skip
-    evaluation = evaluate(request, encode_inline)
+    evaluation = evaluate(experiment, encode_inline)
     assert evaluation.queries == queries
     shown = [c.text for e in [*evaluation.helped, *evaluation.hurt] for c in e.reranked]
     assert set(shown) <= {text.strip() for text in SCRIPTS}
@@ -255,12 +258,12 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(InputError, match="splits there: test"):
         read_folder(make_folder(tmp_path / "c", ["one"]), "dev")
     with pytest.raises(InputError, match="white space"):
-        write_run(tmp_path / "run", {"q": [("a b", 1.0)]}, "t")
+        write_ranking(tmp_path / "run", {"q": [("a b", 1.0)]}, "t")
     (tmp_path / "bad").write_text("q Q0 d 1 2.0 t\nq Q0 d 2 1.0 t\n")
     with pytest.raises(InputError, match="line 2: d is there twice"):
-        read_run(tmp_path / "bad")
+        read_ranking(tmp_path / "bad")
     with pytest.raises(InputError, match="nDGC@10"):
-        per_query({"q": {"d": 1}}, tmp_path / "bad", ["nDGC@10"])
+        metrics_per_query({"q": {"d": 1}}, tmp_path / "bad", ["nDGC@10"])
 
 
 def test_the_command_writes_report_runs_and_tables(folder, model_dir, tmp_path):

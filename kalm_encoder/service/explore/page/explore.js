@@ -1,22 +1,36 @@
-// The explore page: asks the service, shows first stage and reranking side by side.
+// The explore page: asks the service, and shows the first stage beside the reranking.
 // Texts and ids reach the page as text nodes only. The address holds the state, so a link shows
-// the same. One question is under way at a time; of those that come meanwhile only the last is asked.
+// the same again. One question is under way at a time; of those that come meanwhile, only the last
+// is asked.
 
-const $ = (id) => document.getElementById(id);
+const LISTS = {
+  first: { name: "First stage", scale: "BM25", score: (x) => x.toFixed(2) },
+  reranked: { name: "Reranked", scale: "P(yes)", score: (x) => x.toFixed(4) },
+  fused: { name: "Fused", scale: "BM25 + margin, z-scores", score: (x) => signed(x) },
+};
+const NOTHING_FOUND = "No stored passage holds a word of this query.";
+const NUM_AT_FIRST = 10; // results in each list before "Show all"
+const DEBOUNCE_MS = 150;
 const wide = matchMedia("(min-width: 900px)");
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
-const AT_FIRST = 10; // results of each list before "Show all"
-const DEBOUNCE_MS = 150;
 
 let about; // what there is to choose from
-let state = { q: "", t: "", r: 0, c: "", k: 50, list: "reranked", i: "" };
-let shown = null; // the answer on the page
+// The address: query, table, ratio, cascade, number of candidates, list and instruction.
+const state = { q: "", t: "", r: 0, c: "", k: 50, list: "reranked", i: "" };
+let shown = null; // the answer on the page, with the question it belongs to
 let showAll = false;
 
-function make(tag, className, ...children) {
+const $ = (id) => document.getElementById(id);
+const results = (list) => [...$(list).querySelectorAll(".result")];
+const table = () => about.tables.find(({ name }) => name === state.t) ?? about.tables[0];
+
+function write(texts) {
+  for (const [id, text] of Object.entries(texts)) $(id).textContent = text;
+}
+
+function make(tag, text) {
   const node = document.createElement(tag);
-  node.className = className;
-  node.append(...children);
+  node.textContent = text;
   return node;
 }
 
@@ -39,13 +53,13 @@ async function call(path, body) {
   return answer;
 }
 
-let wanted = null; // the last question not asked yet
+let wanted = null; // the last question that was not asked yet
 let asking = false;
 
 async function ask() {
   if (!state.q) return;
-  wanted = question();
   writeAddress();
+  wanted = question();
   if (asking) return;
   asking = true;
   $("lists").setAttribute("aria-busy", "true");
@@ -56,7 +70,7 @@ async function ask() {
       const answer = await call("explore/search", asked);
       if (!wanted) show(asked, answer);
     } catch (error) {
-      if (!wanted) complain(error.message);
+      if (!wanted) write({ problem: error.message });
     }
   }
   asking = false;
@@ -64,92 +78,37 @@ async function ask() {
 }
 
 function question() {
-  const asked = { query: state.q, k: state.k, table: state.t };
-  if (state.i.trim()) asked.instruction = state.i;
-  if (state.c) asked.cascade = parseCascade(state.c);
-  else asked.ratio = state.r;
-  return asked;
+  const how = state.c ? { cascade: parseCascade(state.c) } : { ratio: state.r };
+  const instruction = state.i.trim() ? state.i : null;
+  return { query: state.q, k: state.k, table: state.t, instruction, ...how };
 }
 
-let timer;
-function askSoon() {
-  clearTimeout(timer);
-  timer = setTimeout(ask, DEBOUNCE_MS);
-}
+// ---- The state, in the address and in the controls
 
-function complain(message) {
-  $("problem").textContent = message;
-  $("problem").hidden = !message;
-}
-
-// ---- State, address and controls
-
-function parseCascade(text) {
-  return text.split(",").map((stage) => {
+const parseCascade = (text) =>
+  text.split(",").map((stage) => {
     const [ratio, keep] = stage.split(":").map(Number);
     return [ratio, keep ?? null];
   });
-}
 
 const writeCascade = (stages) =>
   stages.map(([ratio, keep]) => (keep === null ? ratio : `${ratio}:${keep}`)).join(",");
 
-function nameCascade(text) {
-  const stages = parseCascade(text);
-  return stages
-    .map(([ratio], n) => `${n ? `best ${stages[n - 1][1]}` : "all"} at ${ratio}`)
-    .join(", ");
-}
+const nameCascade = (stages) =>
+  stages.map(([ratio], n) => `${n ? `best ${stages[n - 1][1]}` : "all"} at ${ratio}`).join(", ");
 
 function readAddress() {
-  const given = new URLSearchParams(location.hash.slice(1));
-  for (const name of Object.keys(state)) {
-    if (given.has(name)) {
-      const value = given.get(name);
-      state[name] = typeof state[name] === "number" ? Number(value) || state[name] : value;
-    }
+  for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
+    if (name in state) state[name] = typeof state[name] === "number" ? Number(value) : value;
   }
   if (!/^\d+:\d+(,\d+:\d+)*,\d+$/.test(state.c)) state.c = "";
   if (!(Number.isInteger(state.k) && state.k > 0)) state.k = 50;
-  if (!["first", "reranked", "fused"].includes(state.list)) state.list = "reranked";
+  if (!(state.list in LISTS)) state.list = "reranked";
 }
 
 function writeAddress() {
   const said = new URLSearchParams(Object.entries(state).filter(([, value]) => value !== ""));
   history.replaceState(null, "", `#${said}`);
-}
-
-const table = () => about.tables.find(({ name }) => name === state.t) ?? about.tables[0];
-
-function fill(select, choices, chosen) {
-  select.replaceChildren(...choices.map(([value, text]) => new Option(text, value)));
-  select.value = chosen;
-}
-
-function setControls() {
-  const { name, ratios, stored, cascades } = table();
-  state.t = name;
-  if (!ratios.includes(state.r)) state.r = ratios[0];
-  state.k = Math.min(state.k, about.max_k);
-  const depths = [10, 20, 50, 100, 200, state.k].filter((k) => k <= about.max_k);
-  const presets = [...new Set([...cascades.map(writeCascade), state.c])].filter(Boolean);
-  fill($("table"), about.tables.map((t) => [t.name, t.name]), name);
-  fill($("cascade"), [["", "off"], ...presets.map((c) => [c, nameCascade(c)])], state.c);
-  fill($("depth"), [...new Set(depths)].sort((a, b) => a - b).map((k) => [k, k]), state.k);
-  $("query").value = state.q;
-  $("instruction").value = state.i;
-  $("instruction").placeholder = about.instruction;
-  $("ratio").max = ratios.length - 1;
-  $("ratio").value = ratios.indexOf(state.r);
-  const kind = stored.includes(state.r) ? "stored" : "made on read";
-  $("ratio-value").textContent = state.c ? "set by the cascade" : `${state.r} · ${kind}`;
-  $("ratio").setAttribute("aria-valuetext", $("ratio-value").textContent);
-  $("ratio").closest(".ratio").classList.toggle("idle", Boolean(state.c));
-  $("ticks").replaceChildren(
-    ...ratios.map((r) => make("span", stored.includes(r) ? "stored" : "", String(r))),
-  );
-  if (wide.matches && state.list === "first") state.list = "reranked";
-  for (const radio of document.getElementsByName("list")) radio.checked = radio.value === state.list;
 }
 
 function change(changes, then = ask) {
@@ -158,125 +117,151 @@ function change(changes, then = ask) {
   then();
 }
 
-// ---- Showing an answer
-
-const formatMs = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms).toLocaleString("en")} ms`;
-const signed = (x, digits) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
-
-function formatBytes(bytes) {
-  const [size, unit] = bytes < 1e6 ? [bytes / 1e3, "kB"] : [bytes / 1e6, "MB"];
-  return `${size < 100 ? size.toFixed(1) : Math.round(size)} ${unit}`;
+function relist() {
+  writeAddress();
+  if (shown) render();
 }
+
+function fill(select, choices, chosen) {
+  select.replaceChildren(...choices.map(([value, text = value]) => new Option(text, value)));
+  select.value = chosen;
+}
+
+function setControls() {
+  const { name, ratios, stored, cascades } = table();
+  state.t = name;
+  if (!ratios.includes(state.r)) state.r = ratios[0];
+  state.k = Math.min(state.k, about.max_k);
+  if (wide.matches && state.list === "first") state.list = "reranked";
+  const offered = [...new Set([...cascades.map(writeCascade), state.c])].filter(Boolean);
+  const depths = new Set([10, 20, 50, 100, 200, state.k].filter((k) => k <= about.max_k));
+  fill($("table"), about.tables.map((t) => [t.name]), name);
+  fill($("cascade"), [["", "off"], ...offered.map((c) => [c, nameCascade(parseCascade(c))])], state.c);
+  fill($("depth"), [...depths].sort((a, b) => a - b).map((k) => [k]), state.k);
+  $("query").value = state.q;
+  $("instruction").value = state.i;
+  $("search").elements.list.value = state.list;
+  $("instruction").placeholder = about.instruction;
+  $("ratio").max = ratios.length - 1;
+  $("ratio").value = ratios.indexOf(state.r);
+  const kind = stored.includes(state.r) ? "stored" : "made on read";
+  const ratio = state.c ? "set by the cascade" : `${state.r} · ${kind}`;
+  write({ "ratio-value": ratio });
+  $("ratio").setAttribute("aria-valuetext", ratio);
+  $("ratio").classList.toggle("idle", Boolean(state.c));
+  $("ticks").replaceChildren(...ratios.map((r) => make(stored.includes(r) ? "b" : "span", r)));
+}
+
+// ---- An answer
+
+const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
+const whole = (x) => Math.round(x).toLocaleString("en");
+const short = (x, limit) => (x < limit ? x.toFixed(1) : whole(x));
+const formatMs = (ms) => `${short(ms, 10)} ms`;
+const formatBytes = (n) => (n < 1e6 ? `${short(n / 1e3, 100)} kB` : `${short(n / 1e6, 100)} MB`);
 
 function show(asked, answer) {
   shown = { asked, ...answer };
-  complain("");
+  const { bytes, ms } = answer;
+  const share = bytes.finest ? bytes.read / bytes.finest : 0;
+  write({
+    problem: "",
+    "ms-search": formatMs(ms.search),
+    "ms-read": formatMs(ms.read),
+    "ms-decode": formatMs(ms.decode),
+    bytes: formatBytes(bytes.read),
+    "bytes-share": `${whole(100 * share)} % of ${formatBytes(bytes.finest)} at ratio ${table().stored[0]}`,
+    states: `· ${whole(answer.states)} states decoded`,
+    status: summary(),
+  });
+  $("bytes-bar").style.width = `${100 * Math.min(share, 1)}%`;
   $("hint").hidden = true;
   $("answer").hidden = false;
-  for (const step of ["search", "read", "decode"]) {
-    $(`ms-${step}`).textContent = formatMs(answer.ms[step]);
-  }
-  const { read, finest } = answer.bytes;
-  const share = finest ? read / finest : 0;
-  $("bytes").textContent = formatBytes(read);
-  $("bytes-share").textContent =
-    `${Math.round(100 * share)} % of ${formatBytes(finest)} at ratio ${table().stored[0]}`;
-  $("states").textContent = `· ${answer.states.toLocaleString("en")} states decoded`;
-  $("bytes-bar").style.width = `${100 * Math.min(share, 1)}%`;
-  $("status").textContent = summary();
   render();
 }
 
 function summary() {
   const { first, reranked, asked, ms } = shown;
-  if (!first.length) return "No stored passage holds a word of this query.";
+  if (!first.length) return NOTHING_FOUND;
   const how = asked.cascade ? "by the cascade" : `at ratio ${asked.ratio}`;
-  const best = reranked.reduce((a, b) => (b.movement > a.movement ? b : a));
-  const place = reranked.indexOf(best) + 1;
-  const climb = best.movement
-    ? ` ${best.id} climbed most, from ${place + best.movement} to ${place}.`
-    : " None moved.";
   const took = formatMs(ms.search + ms.read + ms.decode);
-  return `${first.length} passages reranked ${how} in ${took}.${climb}`;
+  const { id, movement } = reranked.reduce((a, b) => (b.movement > a.movement ? b : a));
+  const place = reranked.findIndex((entry) => entry.id === id) + 1;
+  const climb = movement ? `${id} climbed most, from ${place + movement} to ${place}.` : "None moved.";
+  return `${first.length} passages reranked ${how} in ${took}. ${climb}`;
 }
 
 function render() {
+  const before = new Map(results("second").map((b) => [b.dataset.id, b.offsetTop]));
   const second = state.list === "fused" ? "fused" : "reranked";
-  const count = showAll ? Infinity : AT_FIRST;
-  const before = places();
-  const none = make("li", "hint", "No stored passage holds a word of this query.");
-  $("first").replaceChildren(
-    ...(shown.first.length ? shown.first.slice(0, count).map((e, n) => row("first", e, n)) : [none]),
-  );
-  $("second").replaceChildren(...shown[second].slice(0, count).map((e, n) => row(second, e, n)));
-  $("second").setAttribute("aria-label", second === "fused" ? "Fused" : "Reranked");
+  const { length } = shown.first;
+  const rows = (list) =>
+    shown[list].slice(0, showAll ? length : NUM_AT_FIRST).map((entry, n) => row(list, entry, n));
+  const none = Object.assign(make("li", NOTHING_FOUND), { className: "hint" });
+  $("first").replaceChildren(...(length ? rows("first") : [none]));
+  $("second").replaceChildren(...rows(second));
+  $("second").setAttribute("aria-label", LISTS[second].name);
   $("lists").dataset.list = state.list;
-  $("scale").textContent = { first: "BM25", reranked: "P(yes)", fused: "BM25 + margin, z-scores" }[state.list];
-  $("more").hidden = shown.first.length <= AT_FIRST;
-  $("more").textContent = showAll ? `Show the first ${AT_FIRST}` : `Show all ${shown.first.length}`;
+  $("more").hidden = length <= NUM_AT_FIRST;
+  write({
+    scale: LISTS[state.list].scale,
+    more: showAll ? `Show the first ${NUM_AT_FIRST}` : `Show all ${length}`,
+  });
   drawLines();
   glide(before);
 }
 
 function row(list, entry, index) {
-  const passage = shown.passages[entry.id];
-  const text = make("span", "text");
-  text.dir = "auto";
-  text.append(...highlighted(passage.text));
-  const id = make("span", "id", entry.id);
-  id.dir = "auto";
-  const facts = [`${passage.num_tokens} tokens`];
-  if (passage.truncated) facts.push("cut when encoded");
-  if (list === "reranked") facts.push(`ratio ${entry.ratio}`);
-  const place = make("span", "place", String(index + 1));
-  if (list !== "first") place.append(movement(entry.movement, index));
-  const button = make(
-    "button", "result", place,
-    make("span", "", make("span", "head", id, make("span", "meta", facts.join(" · "))), text),
-    score(list, entry),
-  );
-  button.type = "button";
-  button.dataset.id = entry.id;
-  return make("li", "", button);
+  const { num_tokens, truncated, text } = shown.passages[entry.id];
+  const node = $("row").content.cloneNode(true);
+  const part = (name) => node.querySelector(`.${name}`);
+  part("result").dataset.id = entry.id;
+  part("number").textContent = index + 1;
+  part("id").textContent = entry.id;
+  part("text").append(...highlighted(text));
+  part("points").textContent = LISTS[list].score(entry.score);
+  const facts = [`${num_tokens} tokens`];
+  if (truncated) facts.push("cut when encoded");
+  if (list === "first") part("moved").remove();
+  else setMovement(part("moved"), entry.movement, index);
+  if (list === "reranked") {
+    facts.push(`ratio ${entry.ratio}`);
+    part("bar").firstChild.style.width = `${100 * entry.score}%`;
+    part("margin").textContent = signed(entry.margin);
+  } else {
+    part("bar").remove();
+    part("margin").remove();
+  }
+  part("meta").textContent = facts.join(" · ");
+  return node;
 }
 
 const direction = (moved) => (moved > 0 ? "up" : moved < 0 ? "down" : "level");
 
-function movement(moved, index) {
-  const arrow = make("span", "", moved ? `${moved > 0 ? "▲" : "▼"} ${Math.abs(moved)}` : "=");
-  arrow.setAttribute("aria-hidden", "true");
-  const said = moved ? `${direction(moved)} ${Math.abs(moved)}, was ${index + 1 + moved}` : "same place";
-  const node = make("span", `moved ${direction(moved)}`, arrow, make("span", "hidden", `, ${said}, `));
+function setMovement(node, moved, index) {
+  const by = Math.abs(moved);
+  const said = moved ? `${direction(moved)} ${by}, was ${index + 1 + moved}` : "same place";
   node.title = said;
-  return node;
-}
-
-function score(list, entry) {
-  if (list === "first") return make("span", "score", entry.score.toFixed(2));
-  if (list === "fused") return make("span", "score", signed(entry.score, 2));
-  const fill = make("span", "");
-  fill.style.width = `${100 * entry.score}%`;
-  const margin = make("small", "", signed(entry.margin, 2));
-  margin.title = "margin: logit of yes minus logit of no";
-  return make("span", "score", entry.score.toFixed(4), make("span", "bar", fill), margin);
+  node.classList.add(direction(moved));
+  node.firstChild.textContent = moved ? `${moved > 0 ? "▲" : "▼"} ${by}` : "=";
+  node.lastChild.textContent = `, ${said}, `;
 }
 
 // Words of scripts without spaces match anywhere, long ones at the beginning of a word, short ones
-// whole; a single letter is no help to a reader.
+// only whole words; a single letter is no help to a reader.
 function highlighted(text) {
   const joined = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]/u;
-  const words = new Set(shown.asked.query.match(/[\p{L}\p{M}\p{N}]+/gu));
-  const parts = [...words]
+  const patterns = [...new Set(shown.asked.query.match(/[\p{L}\p{M}\p{N}]+/gu))]
     .filter((word) => word.length > 1 || joined.test(word))
     .sort((a, b) => b.length - a.length)
     .map((word) => {
       if (joined.test(word)) return word;
       return `(?<![\\p{L}\\p{N}])${word}${word.length < 4 ? "(?![\\p{L}\\p{N}])" : ""}`;
     });
-  if (!parts.length) return [text];
+  if (!patterns.length) return [text];
   return text
-    .split(new RegExp(`(${parts.join("|")})`, "giu"))
-    .map((part, n) => (n % 2 ? make("mark", "", part) : part));
+    .split(new RegExp(`(${patterns.join("|")})`, "giu"))
+    .map((part, n) => (n % 2 ? make("mark", part) : part));
 }
 
 // ---- Movement between the lists, and from one answer to the next
@@ -286,35 +271,32 @@ function drawLines() {
   svg.replaceChildren();
   if (!wide.matches || !shown) return;
   const middle = (button) => button.offsetTop + button.offsetHeight / 2;
-  const from = new Map([...$("first").querySelectorAll(".result")].map((b) => [b.dataset.id, b]));
+  const from = new Map(results("first").map((button) => [button.dataset.id, button]));
   const { clientWidth: width, clientHeight: height } = svg;
-  for (const [n, button] of [...$("second").querySelectorAll(".result")].entries()) {
-    const entry = shown[state.list][n];
-    const left = from.get(entry.id);
+  for (const [n, button] of results("second").entries()) {
+    const { id, movement } = shown[state.list][n];
+    const left = from.get(id);
     const [y1, y2] = [left ? middle(left) : height, middle(button)];
     const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
     path.setAttribute("d", `M4 ${y1}C${width / 2} ${y1} ${width / 2} ${y2} ${width - 4} ${y2}`);
-    path.setAttribute("class", `${direction(entry.movement)}${left ? "" : " below"}`);
-    path.dataset.id = entry.id;
+    path.setAttribute("class", `${direction(movement)}${left ? "" : " below"}`);
+    path.dataset.id = id;
     svg.append(path);
   }
 }
 
-const places = () =>
-  new Map([...$("second").querySelectorAll(".result")].map((b) => [b.dataset.id, b.offsetTop]));
-
 function glide(before) {
   if (calm.matches) return;
-  for (const button of $("second").querySelectorAll(".result")) {
+  for (const button of results("second")) {
     const moved = (before.get(button.dataset.id) ?? button.offsetTop) - button.offsetTop;
-    if (moved) {
-      const steps = [{ transform: `translateY(${moved}px)` }, { transform: "none" }];
-      button.animate(steps, { duration: 260, easing: "ease-out" });
-    }
+    if (!moved) continue;
+    const steps = { transform: [`translateY(${moved}px)`, "none"] };
+    button.animate(steps, { duration: 260, easing: "ease-out" });
   }
 }
 
-function point(id) {
+function point(event) {
+  const id = event.target.closest(".result")?.dataset.id;
   for (const node of document.querySelectorAll(".result, #lines path")) {
     node.classList.toggle("same", node.dataset.id === id);
   }
@@ -323,21 +305,24 @@ function point(id) {
 // ---- One passage
 
 async function open(id) {
-  const passage = shown.passages[id];
-  const scored = shown.reranked.find((r) => r.id === id);
-  $("passage-id").textContent = id;
-  $("passage-facts").textContent =
-    `${passage.num_tokens} tokens${passage.truncated ? ", cut when encoded" : ""} · P(yes) ` +
-    `${scored.score.toFixed(4)}, margin ${signed(scored.margin, 2)} at ratio ${scored.ratio}`;
-  $("passage-text").replaceChildren(...highlighted(passage.text));
+  const { num_tokens, truncated, text, whole: complete } = shown.passages[id];
+  const { score, margin, ratio } = shown.reranked.find((entry) => entry.id === id);
+  const cut = truncated ? ", cut when encoded" : "";
+  write({
+    "passage-id": id,
+    "passage-facts":
+      `${num_tokens} tokens${cut} · P(yes) ${score.toFixed(4)}, margin ${signed(margin)} at ratio ${ratio}`,
+  });
+  $("passage-text").replaceChildren(...highlighted(text));
   $("passage").showModal();
-  if (passage.whole) return;
+  if (complete) return;
   try {
-    const { text } = await call("explore/passage", { id, table: state.t });
-    if ($("passage-id").textContent === id) $("passage-text").replaceChildren(...highlighted(text));
+    const passage = await call("explore/passage", { id, table: state.t });
+    if ($("passage-id").textContent !== id) return; // another one was opened meanwhile
+    $("passage-text").replaceChildren(...highlighted(passage.text));
   } catch (error) {
     $("passage").close();
-    complain(error.message);
+    write({ problem: error.message });
   }
 }
 
@@ -348,48 +333,45 @@ function step(event) {
   const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   const across = { ArrowLeft: "first", ArrowRight: "second" }[event.key];
   if (!button || !(by || across)) return;
-  const here = [...button.closest("ol").querySelectorAll(".result")];
-  const there = across && [...$(across).querySelectorAll(".result")];
+  const list = results(across ?? button.closest("ol").id);
   const next = by
-    ? here[here.indexOf(button) + by]
-    : there.find((b) => b.dataset.id === button.dataset.id);
+    ? list[list.indexOf(button) + by]
+    : list.find((other) => other.dataset.id === button.dataset.id);
   if (!next?.offsetParent) return;
   event.preventDefault();
   next.focus();
 }
 
 function listen() {
-  $("search").addEventListener("submit", (event) => {
+  let timer;
+  const on = (id, kind, handle) => $(id).addEventListener(kind, handle);
+  on("search", "submit", (event) => {
     event.preventDefault();
     showAll = false;
     change({ q: $("query").value.trim() });
   });
-  $("ratio").addEventListener("input", () => {
-    change({ r: table().ratios[$("ratio").value], c: "" }, askSoon);
+  on("ratio", "input", () => {
+    change({ r: table().ratios[$("ratio").value], c: "" }, () => {
+      clearTimeout(timer);
+      timer = setTimeout(ask, DEBOUNCE_MS);
+    });
   });
-  $("table").addEventListener("change", () => change({ t: $("table").value }));
-  $("cascade").addEventListener("change", () => change({ c: $("cascade").value }));
-  $("depth").addEventListener("change", () => change({ k: Number($("depth").value) }));
-  $("instruction").addEventListener("change", () => change({ i: $("instruction").value }));
-  for (const radio of document.getElementsByName("list")) {
-    radio.addEventListener("change", () => change({ list: radio.value }, relist));
-  }
-  $("more").addEventListener("click", () => {
+  addEventListener("change", ({ target: { name, value } }) => {
+    if (name in state) change({ [name]: value }, name === "list" ? relist : ask);
+  });
+  on("more", "click", () => {
     showAll = !showAll;
     render();
   });
-  $("lists").addEventListener("click", (event) => {
+  on("lists", "click", (event) => {
     const button = event.target.closest(".result");
     if (button) open(button.dataset.id);
   });
-  $("lists").addEventListener("keydown", step);
-  for (const kind of ["mouseover", "focusin"]) {
-    $("lists").addEventListener(kind, (e) => point(e.target.closest(".result")?.dataset.id));
-  }
-  $("lists").addEventListener("mouseleave", () => point(null));
-  $("close").addEventListener("click", () => $("passage").close());
+  on("lists", "keydown", step);
+  for (const kind of ["mouseover", "mouseleave", "focusin"]) on("lists", kind, point);
+  on("close", "click", () => $("passage").close());
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "/" || event.target.closest("input:not([type=range], [type=radio]), textarea, dialog")) return;
+    if (event.key !== "/" || event.target.matches("#query, textarea, dialog *")) return;
     event.preventDefault();
     $("query").focus();
   });
@@ -401,30 +383,21 @@ function listen() {
   new ResizeObserver(drawLines).observe($("lists"));
 }
 
-function relist() {
-  writeAddress();
-  if (shown) render();
-}
-
-function unlock(event) {
-  event.preventDefault();
-  sessionStorage.setItem("kalm-key", $("key").value);
-  location.reload();
-}
-
 async function start() {
   try {
     about = await call("explore/about");
   } catch (error) {
-    if (error.status !== 401) complain(`${error.message}; trying again`);
-    if (error.status !== 401) setTimeout(start, 1000);
+    if (error.status === 401) return;
+    write({ problem: `${error.message}; trying again` });
+    setTimeout(start, 1000);
     return;
   }
-  complain("");
-  const rows = table().rows.toLocaleString("en");
-  $("facts").textContent = `model ${about.model} · ${rows} passages · version ${table().version}`;
-  $("note").textContent = about.note ?? "";
-  $("note").hidden = !about.note;
+  const { rows, version } = table();
+  write({
+    problem: "",
+    note: about.note ?? "",
+    facts: `model ${about.model} · ${rows.toLocaleString("en")} passages · version ${version}`,
+  });
   readAddress();
   setControls();
   listen();
@@ -432,5 +405,9 @@ async function start() {
   else $("query").focus();
 }
 
-$("unlock").addEventListener("submit", unlock);
+$("unlock").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("kalm-key", $("key").value);
+  location.reload();
+});
 start();

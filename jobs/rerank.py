@@ -5,33 +5,43 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from jobs.options import StorageOptions, parse_storage_options
+from jobs import options
 from kalm_encoder.errors import InputError
 
 
 def rerank(
-    uri: Annotated[str, typer.Argument(help="The table.")],
-    query: Annotated[str, typer.Option(help="The query.")],
-    instruction: Annotated[str | None, typer.Option(help="The task, in words.")] = None,
-    ids: Annotated[str | None, typer.Option(help="Candidates, with commas.")] = None,
-    ids_file: Annotated[Path | None, typer.Option(help="Candidates, one a line.")] = None,
-    search: Annotated[int | None, typer.Option(help="Candidates: the best N by BM25.")] = None,
-    ratio: Annotated[int | None, typer.Option(help="Any multiple of a stored ratio.")] = None,
-    cascade: Annotated[
-        str | None, typer.Option(help="Stages ratio:keep, coarse first, such as 32:20,4.")
+    uri: options.Table,
+    query: Annotated[str, typer.Option(help="Text of the query.")],
+    instruction: options.Instruction = None,
+    ids: Annotated[str | None, typer.Option(help="Ids of the candidates, with commas.")] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option(help="File with the ids of the candidates, one per line.")
     ] = None,
-    max_ms: Annotated[float | None, typer.Option(help="Time budget in milliseconds.")] = None,
-    top_k: Annotated[int, typer.Option(help="How many to show; 0 shows all.")] = 10,
-    model: Annotated[str | None, typer.Option(help="Default: what the table records.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
-    version: Annotated[str | None, typer.Option(help="Version or tag; default live.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    storage_option: StorageOptions = None,
+    search: Annotated[
+        int | None, typer.Option(help="Take this many candidates from a full-text search (BM25).")
+    ] = None,
+    ratio: Annotated[
+        int | None, typer.Option(help="A multiple of a stored ratio. Raise it for speed.")
+    ] = None,
+    cascade: Annotated[
+        str | None, typer.Option(help="Stages ratio:keep, such as 32:20,4, for many candidates.")
+    ] = None,
+    max_ms: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds to spend: coarse states for all, finer ones for the best."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Number of results to print; 0 prints all.")] = 10,
+    model: options.TableModel = None,
+    revision: options.Revision = None,
+    version: options.Version = None,
+    as_json: options.AsJson = False,
+    storage_option: options.StorageOptions = None,
 ) -> None:
     """Rerank candidates by P(yes), from stored states: the encoder is never loaded."""
     from kalm_encoder.rerank.reranker import Reranker
@@ -42,8 +52,8 @@ def rerank(
         uri,
         model=model,
         revision=revision,
-        version=int(version) if version is not None and version.isdigit() else version,
-        storage_options=parse_storage_options(storage_option),
+        version=options.parse_version(version),
+        storage_options=options.parse_storage_options(storage_option),
     )
     began = time.perf_counter()
     if search is not None:
@@ -61,10 +71,8 @@ def rerank(
         cascade=None if cascade is None else parse_cascade(cascade),
         max_ms=max_ms,
     )
-    rows: list[dict[str, Any]] = [
-        {"id": r.id, "score": r.score, "margin": r.margin, "ratio": r.ratio} for r in results
-    ]
     if as_json:
+        rows = [asdict(result) for result in results]
         print(json.dumps({"query": query, "results": rows}, ensure_ascii=False))
         return
     seconds = time.perf_counter() - began
@@ -83,7 +91,7 @@ def parse_cascade(text: str) -> list[tuple[int, int | None]]:
     """Turn `32:20,4` into [(32, 20), (4, None)].
 
     Raises:
-        InputError: it has another form.
+        InputError: The text has another form.
     """
     stages: list[tuple[int, int | None]] = []
     try:
@@ -97,5 +105,5 @@ def parse_cascade(text: str) -> list[tuple[int, int | None]]:
 
 def _read_ids(file: Path | None) -> list[str]:
     if file is None or not file.is_file():
-        raise InputError(f"no file {file} with ids")
+        raise InputError(f"there is no file {file} with ids")
     return [line for line in file.read_text(encoding="utf-8").splitlines() if line]

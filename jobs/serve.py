@@ -3,80 +3,87 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import StorageOptions, parse_storage_options
-from kalm_encoder.errors import InputError
+from jobs import options
 
 if TYPE_CHECKING:
-    from kalm_encoder.service.app import Limits
-    from kalm_encoder.service.live import Settings
-
-KEY = "KALM_API_KEY"
+    from kalm_encoder.service.settings import Settings
 
 
 def serve(
-    uri: Annotated[str, typer.Argument(help="The table; its tag live is followed.")],
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port.")] = 8080,
-    model: Annotated[str | None, typer.Option(help="Default: what the table records.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cuda:1; default the first GPU.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the decoder.")] = None,
+    uri: options.Table,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8080,
+    model: options.TableModel = None,
+    revision: options.Revision = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     with_encoder: Annotated[
-        bool, typer.Option("--with-encoder", help="Encode candidates that come as texts.")
+        bool,
+        typer.Option("--with-encoder", help="Load the encoder too, for texts that are not stored."),
     ] = False,
-    hot_mb: Annotated[int, typer.Option(help="Memory for repeated passages.")] = 0,
+    hot_mb: options.HotMb = 0,
     index_mb: Annotated[
-        int, typer.Option(min=0, help="Memory for where each row lies; 0: look up on disk.")
+        int,
+        typer.Option(
+            min=0, help="Megabytes for an index of all rows, 29 bytes per row; 0 holds none."
+        ),
     ] = 512,
     compile: Annotated[
         bool,
-        typer.Option("--compile", help="torch.compile, on a GPU CUDA graphs; not with hot-mb."),
+        typer.Option("--compile", help="Use torch.compile, for small batches; without --hot-mb."),
     ] = False,
     filter_columns: Annotated[
-        str | None, typer.Option(help="Columns that requests may filter by, with commas.")
+        str | None, typer.Option(help="Columns that filters may name, with commas. Default: none.")
     ] = None,
-    tei: Annotated[bool, typer.Option("--tei", help="/rerank in TEI's shape.")] = False,
-    threads: Annotated[int, typer.Option(help="Requests worked on at once.")] = 16,
-    max_pending: Annotated[int, typer.Option(help="Requests at once; above it 429.")] = 128,
-    max_candidates: Annotated[int, typer.Option(help="Of one request.")] = 1000,
-    max_body_mb: Annotated[int, typer.Option(help="Of one request.")] = 8,
-    timeout_s: Annotated[float, typer.Option(help="Of one request.")] = 60.0,
-    refresh_s: Annotated[float, typer.Option(help="Between looks at the tag live.")] = 10.0,
-    on_ray: Annotated[bool, typer.Option("--ray", help="Replicas on Ray Serve.")] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="With --ray: one a device.")] = 1,
-    address: Annotated[
-        str | None, typer.Option(help="With --ray: the cluster; default RAY_ADDRESS, else local.")
-    ] = None,
-    storage_option: StorageOptions = None,
+    tei: Annotated[
+        bool, typer.Option("--tei", help="Give /rerank the shape that clients of TEI expect.")
+    ] = False,
+    threads: Annotated[
+        int, typer.Option(help="Requests worked on at once. Raise it when reads are slow.")
+    ] = 16,
+    max_pending: Annotated[
+        int, typer.Option(help="Requests worked on or waiting. Lower it to refuse (429) sooner.")
+    ] = 128,
+    max_candidates: Annotated[
+        int, typer.Option(help="Candidates per request. Raise it when clients send longer lists.")
+    ] = 1000,
+    max_body_mb: Annotated[
+        int, typer.Option(help="Megabytes per request. Raise it when clients send long texts.")
+    ] = 8,
+    timeout_s: Annotated[
+        float, typer.Option(help="Seconds until a 504. Keep it below the limit of your proxy.")
+    ] = 60.0,
+    refresh_s: Annotated[
+        float, typer.Option(help="Seconds between looks at the tag `live`. Raise it to read less.")
+    ] = 10.0,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Run replicas on Ray Serve, for several devices.")
+    ] = False,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="With --ray: number of replicas, one per device.")
+    ] = 1,
+    address: options.Address = None,
+    storage_option: options.StorageOptions = None,
 ) -> None:
     """Rerank over HTTP: Cohere, Jina, vLLM and TEI shapes, candidates by id or text.
 
-    KALM_API_KEY in the environment, if set, is the bearer key requests need.
+    The service follows the tag `live` of the table. If KALM_API_KEY is set in the environment,
+    requests need it as their bearer key.
     """
-    try:
-        from kalm_encoder.service.app import Limits, create_app, listen
-        from kalm_encoder.service.engine import Engine
-        from kalm_encoder.service.live import LiveTable, Settings
-        from kalm_encoder.service.metrics import Metrics
-    except ImportError as error:
-        raise InputError(
-            f"serving needs {error.name}: pip install 'kalm-preencode[serve]'"
-        ) from error
+    with options.needs_extra("serve"):
+        from kalm_encoder.service.app import create_app, listen
+        from kalm_encoder.service.live import open_live
+        from kalm_encoder.service.settings import Settings
 
-    columns = frozenset(filter(None, (filter_columns or "").split(",")))
-    metrics = Metrics()
     settings = Settings(
         uri,
-        parse_storage_options(storage_option),
+        options.parse_storage_options(storage_option),
         model=model,
         revision=revision,
         device=device,
@@ -85,45 +92,33 @@ def serve(
         hot_bytes=hot_mb << 20,
         index_bytes=index_mb << 20,
         compile=compile,
-        filter_columns=columns,
+        filter_columns=frozenset(filter(None, (filter_columns or "").split(","))),
         max_candidates=max_candidates,
         refresh_s=refresh_s,
+        threads=threads,
+        max_pending=max_pending,
+        timeout_s=timeout_s,
+        max_body=max_body_mb << 20,
+        api_key=os.environ.get("KALM_API_KEY") or None,
+        tei=tei,
     )
-    limits = Limits(threads, max_pending, timeout_s, max_body_mb << 20, os.environ.get(KEY) or None)
-    live = LiveTable(settings, metrics.batch.observe)
-    live.check()
+    open_live(settings)  # a bad table or column fails here, before a model or a cluster is started
     if on_ray:
-        _on_ray(settings, limits, address, host, port, replicas=replicas, tei=tei)
-        return
-    # The server handles both itself, and raises them again when all is answered.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    listen(create_app(Engine(live), limits, metrics, tei=tei), host, port)
+        _on_ray(settings, address, host, port, replicas)
+    else:
+        listen(create_app(settings), host, port)
 
 
-def _on_ray(
-    settings: Settings,
-    limits: Limits,
-    address: str | None,
-    host: str,
-    port: int,
-    *,
-    replicas: int,
-    tei: bool,
-) -> None:
-    try:
+def _on_ray(settings: Settings, address: str | None, host: str, port: int, replicas: int) -> None:
+    with options.needs_extra("serve-ray"):
         import ray
 
         from kalm_encoder.service import ray_serve
         from pipeline.workers.on_ray.cluster import RayOptions, connect
-    except ImportError as error:
-        raise InputError(
-            f"--ray needs {error.name}: pip install 'kalm-preencode[serve-ray]'"
-        ) from error
 
     with tempfile.TemporaryDirectory() as folder:
         connect(RayOptions(address), Path(folder), packages=("kalm_encoder",))
     try:
-        ray_serve.listen(settings, limits, host, port, replicas=replicas, tei=tei)
+        ray_serve.listen(settings, host, port, replicas=replicas)
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""What each request is answered with."""
+"""What each request is answered with, as plain dictionaries in the shapes that clients know."""
 
 from __future__ import annotations
 
@@ -7,115 +7,100 @@ import uuid
 from typing import Any
 
 from kalm_encoder import PassageTable, __version__
-from kalm_encoder.service.engine import Engine, Scored
-from kalm_encoder.service.shapes import Document, Options, RerankRequest, ScoreRequest, TeiRequest
+from kalm_encoder.service.live import Version
+from kalm_encoder.service.requests import Document, Options, RerankRequest, ScoreRequest, TeiRequest
+from kalm_encoder.service.scoring import check_count, score_candidates
 
 
-def rerank(engine: Engine, request: RerankRequest) -> dict[str, Any]:
+def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
     """Answer in the union of the shapes of Cohere, Jina and vLLM."""
-    candidates = request.candidates()
-    with engine.live.lease() as version:
-        scored, tokens = engine.rerank(version, request.query, candidates, request)
-        scored = scored[: request.top_n or None]
-        texts = _texts(version.table, candidates, scored) if request.return_documents else {}
+    candidates = request.candidates
+    scored, tokens = score_candidates(version, request.query, candidates, request)
+    scored = scored[: request.top_n or None]
+    places = [index for index, _ in scored]
+    texts = _texts(version.table, candidates, places) if request.return_documents else {}
     results = []
-    for one in scored:
-        result: dict[str, Any] = {"index": one.index, "relevance_score": one.score}
-        if one.id is not None:
-            result["id"] = one.id
+    for index, one in scored:
+        result: dict[str, Any] = {"index": index, "relevance_score": one.score}
+        if candidates[index].id is not None:
+            result["id"] = candidates[index].id
         if request.raw_scores:
             result["margin"] = one.margin
-        if one.index in texts:
-            result["document"] = {"text": texts[one.index]}
+        if index in texts:
+            result["document"] = {"text": texts[index]}
         results.append(result | {"ratio": one.ratio})
-    meta: dict[str, Any] = {
-        "api_version": {"version": "2"},
-        "billed_units": {"search_units": 1},
-    }
+    meta: dict[str, Any] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     if request.max_tokens_per_doc is not None or request.truncate_prompt_tokens is not None:
         meta["warnings"] = [
             f"passages are cut to {version.table.spec.max_length} tokens when they are encoded: "
             "max_tokens_per_doc and truncate_prompt_tokens are ignored"
         ]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {
-        "id": f"rerank-{uuid.uuid4().hex}",
-        "object": "list",
-        "model": request.model or version.model_name,
-        "results": results,
-        "usage": usage,
-        "meta": meta,
-    }
+    head = _head("rerank", request.model or version.model_name, tokens)
+    return head | {"results": results, "meta": meta}
 
 
-def _texts(table: PassageTable, candidates: list[Document], scored: list[Scored]) -> dict[int, str]:
-    """Return the texts of candidates by place: as sent, else as stored."""
-    stored = table.texts([s.id for s in scored if s.id and candidates[s.index].text is None])
-    found = {}
-    for one in scored:
-        text = candidates[one.index].text
-        if text is None and one.id is not None:
-            text = stored.get(one.id)
-        if text is not None:
-            found[one.index] = text
-    return found
-
-
-def tei(engine: Engine, request: TeiRequest) -> list[dict[str, Any]]:
-    """Answer in TEI's shape."""
+def tei(version: Version, request: TeiRequest) -> list[dict[str, Any]]:
+    """Answer in the shape of Text Embeddings Inference."""
     candidates = [Document(text=text) for text in request.texts]
-    with engine.live.lease() as version:
-        scored, _ = engine.rerank(version, request.query, candidates, Options())
-    results: list[dict[str, Any]] = []
-    for one in scored:
-        score = one.margin if request.raw_scores else one.score
-        results.append({"index": one.index, "score": score})
-        if request.return_text:
-            results[-1]["text"] = request.texts[one.index]
-    return results
+    scored, _ = score_candidates(version, request.query, candidates, Options())
+    return [
+        {"index": index, "score": one.margin if request.raw_scores else one.score}
+        | ({"text": request.texts[index]} if request.return_text else {})
+        for index, one in scored
+    ]
 
 
-def score(engine: Engine, request: ScoreRequest) -> dict[str, Any]:
-    """Answer in vLLM's shape; what a filter drops is missing from `data`."""
-    by_query: dict[str, list[tuple[int, Document]]] = {}
-    for place, (query, candidate) in enumerate(request.pairs()):
-        by_query.setdefault(query, []).append((place, candidate))
-    engine.check_count(sum(map(len, by_query.values())))
+def score(version: Version, request: ScoreRequest) -> dict[str, Any]:
+    """Answer in the shape of vLLM; what a filter drops is missing from `data`."""
+    pairs = request.pairs()
+    check_count(version, len(pairs))
+    by_query: dict[str, list[int]] = {}
+    for place, (query, _) in enumerate(pairs):
+        by_query.setdefault(query, []).append(place)
     scores: dict[int, float] = {}
     tokens = 0
-    with engine.live.lease() as version:
-        for query, members in by_query.items():
-            scored, used = engine.rerank(version, query, [c for _, c in members], request)
-            tokens += used
-            scores |= {members[one.index][0]: one.score for one in scored}
-    return {
-        "id": f"score-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": request.model or version.model_name,
-        "data": [
-            {"index": place, "object": "score", "score": scores[place]} for place in sorted(scores)
-        ],
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+    for query, places in by_query.items():
+        candidates = [pairs[place][1] for place in places]
+        scored, used = score_candidates(version, query, candidates, request)
+        tokens += used
+        scores |= {places[index]: one.score for index, one in scored}
+    data = [{"index": n, "object": "score", "score": s} for n, s in sorted(scores.items())]
+    head = _head("score", request.model or version.model_name, tokens)
+    return head | {"created": int(time.time()), "data": data}
 
 
-def info(engine: Engine, max_body: int) -> dict[str, Any]:
-    """Say what is served; no paths."""
-    with engine.live.lease() as version:
-        spec, rows = version.table.spec, len(version.table)
+def info(version: Version) -> dict[str, Any]:
+    """Say what is served, without any path."""
+    spec, settings = version.table.spec, version.settings
     return {
         "model": version.model_name,
         "revision": spec.revision,
         "fingerprint": spec.fingerprint,
         "table_version": version.table.version,
-        "rows": rows,
+        "rows": len(version.table),
         "ratios": list(spec.ratios),
         "store_dtype": spec.store_dtype,
         "max_length": spec.max_length,
-        "with_encoder": engine.settings.with_encoder,
-        "filter_columns": sorted(engine.settings.filter_columns),
-        "max_candidates": engine.settings.max_candidates,
-        "max_body": max_body,
+        "with_encoder": settings.with_encoder,
+        "filter_columns": sorted(settings.filter_columns),
+        "max_candidates": settings.max_candidates,
+        "max_body": settings.max_body,
         "version": __version__,
     }
+
+
+def _head(kind: str, model: str, tokens: int) -> dict[str, Any]:
+    return {
+        "id": f"{kind}-{uuid.uuid4().hex}",
+        "object": "list",
+        "model": model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _texts(table: PassageTable, candidates: list[Document], places: list[int]) -> dict[int, str]:
+    """Return the texts of candidates by place: the text that was sent, else the stored one."""
+    texts = {place: text for place in places if (text := candidates[place].text) is not None}
+    unsent = {place: i for place in places if place not in texts and (i := candidates[place].id)}
+    stored = table.texts(list(unsent.values()))
+    return texts | {place: stored[i] for place, i in unsent.items() if i in stored}

@@ -1,69 +1,50 @@
-"""What a request that fails is answered with: no error tells more than a message."""
+"""The answer to a request that fails: a status and a message, and never a traceback or a path."""
 
 from __future__ import annotations
 
 import logging
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import HTTPException
 
 from kalm_encoder.errors import InputError, MissingIdsError
-from kalm_encoder.service.shapes import problems
 
 logger = logging.getLogger(__name__)
 
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": HTTPStatus(status).phrase}
+    for status in (400, 401, 413, 422, 429, 503, 504)
+}
+"""The errors that the OpenAPI schema lists; the message of an answer says what went wrong."""
+HANDLED = (RequestValidationError, InputError, HTTPException, Exception)
+"""The exceptions that `answer_problem` is registered for."""
 
-def problem(status: int, message: str, headers: Any = None, **more: Any) -> JSONResponse:
-    """Return an error in the union of the shapes clients know."""
+
+async def answer_problem(_: Request, error: Exception) -> Response:
+    """Turn what went wrong into the union of the error shapes that clients know."""
+    status, headers, more = 422, None, {}
+    match error:
+        case RequestValidationError():
+            message = "; ".join(_invalid_field(e) for e in error.errors()[:5])
+        case MissingIdsError():
+            message = f"{len(error.ids)} ids have no stored states: {error.shown}"
+            more = {"missing_ids": error.ids}
+        case InputError():
+            message = str(error)
+        case HTTPException():
+            status, message, headers = error.status_code, str(error.detail), error.headers
+        case _:
+            logger.error("a request failed", exc_info=error)
+            status, message = 500, "the request failed; the log of the server says why"
     kind = {413: "Overloaded", 422: "Validation", 429: "Overloaded"}.get(status, "Backend")
     body = {"message": message, "detail": message, "error": message, "error_type": kind}
     return JSONResponse(body | more, status, headers)
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return problem(422, problems(list(error.errors())))
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    return problem(422, str(error))
-
-
-async def _missing(_: Request, error: Exception) -> Response:
-    assert isinstance(error, MissingIdsError)
-    message = f"{len(error.ids)} ids have no stored states: {error.shown}"
-    return problem(422, message, missing_ids=error.ids)
-
-
-async def _http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, StarletteHTTPException)
-    return problem(error.status_code, str(error.detail), error.headers)
-
-
-async def _broken(_: Request, error: Exception) -> Response:
-    logger.error("a request failed", exc_info=error)
-    return problem(500, "the request failed; the server's log says why")
-
-
-HANDLERS: dict[Any, Any] = {
-    RequestValidationError: _invalid,
-    InputError: _refused,
-    MissingIdsError: _missing,
-    StarletteHTTPException: _http,
-    Exception: _broken,
-}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
-    for status, text in {
-        400: "not JSON",
-        401: "no valid key",
-        413: "the request is too large",
-        422: "the request cannot be answered; the message says why",
-        429: "too many requests are waiting; see Retry-After",
-        503: "not loaded yet",
-        504: "not done in time",
-    }.items()
-}
+def _invalid_field(error: Any) -> str:
+    """Say what is wrong with one field, without repeating what the request held there."""
+    return f"{'.'.join(str(part) for part in error['loc'])[:200]}: {error['msg'][:200]}"

@@ -10,7 +10,6 @@ MODULES = (
     "kalm_encoder.model.encoder",
     "kalm_encoder.rerank.reranker",
     "kalm_encoder.service.app",
-    "kalm_encoder.service.engine",
     "kalm_encoder.service.explore.tables",
     "pipeline.run.driver",
     "pipeline.upkeep.sync",

@@ -1,8 +1,7 @@
-"""The explore page over HTTP: its routes, and its files as they lie in page/."""
+"""The explore page over HTTP: what the page asks for, and its files as they lie in page/."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from kalm_encoder.service.explore.comparing import Explorer
-from kalm_encoder.service.shapes import ExploreRequest, PassageRequest
+from kalm_encoder.service.limits import RequestThreads
+from kalm_encoder.service.requests import ExploreRequest, PassageRequest
 
-Run = Callable[[Callable[[], dict[str, Any]]], Awaitable[dict[str, Any]]]
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; form-action 'none'; frame-ancestors 'none'; "
     "base-uri 'none'",
@@ -22,11 +21,11 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-"""Everything the page needs comes from here, and it may run nothing else."""
+"""The page loads everything from this service and runs nothing else."""
 
 
 class Page(StaticFiles):
-    """The page's files; no key is needed to load them, as they hold no data."""
+    """The files of the page. They need no key, as they hold no data."""
 
     def __init__(self) -> None:
         super().__init__(directory=Path(__file__).parent / "page", html=True)
@@ -38,26 +37,26 @@ class Page(StaticFiles):
         return response
 
 
-def add_routes(router: APIRouter, explorer: Explorer, run: Run) -> None:
-    """Add what the page asks.
+def add_routes(router: APIRouter, explorer: Explorer, threads: RequestThreads) -> None:
+    """Add the routes that the page asks.
 
     Args:
-        router: of the routes that need the key.
-        explorer: what answers.
-        run: runs blocking work within the service's limits.
+        router: Router of the routes that need the key.
+        explorer: What answers.
+        threads: Runs the answers within the limits of the service.
     """
 
     @router.get("/explore/about")
     async def about() -> dict[str, Any]:
-        """What there is to choose from."""
-        return await run(explorer.about)
+        """Say what there is to choose from."""
+        return await threads.run(explorer.about)
 
     @router.post("/explore/search")
     async def search(request: ExploreRequest) -> dict[str, Any]:
-        """First stage, reranked and fused lists of one query, and what they cost."""
-        return await run(lambda: explorer.search(request))
+        """Return the first stage, the reranked and the fused list of a query, and their cost."""
+        return await threads.run(explorer.search, request)
 
     @router.post("/explore/passage")
     async def passage(request: PassageRequest) -> dict[str, Any]:
-        """The whole text of one passage."""
-        return await run(lambda: explorer.passage(request))
+        """Return the whole text of one passage."""
+        return await threads.run(explorer.passage, request)

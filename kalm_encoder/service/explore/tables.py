@@ -1,4 +1,4 @@
-"""Which tables the explore page compares, and which ratios and cascades it offers of each."""
+"""The tables that the explore page compares, and the ratios and cascades it offers for each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
-from kalm_encoder.table.spec import TableSpec
 
-COARSEST = 128
-"""The coarsest ratio of the paper; the page offers none beyond it."""
+COARSEST_RATIO = 128
+"""The coarsest ratio of the paper, and the coarsest that the page offers."""
 
 
 def open_tables(
@@ -18,16 +17,17 @@ def open_tables(
     """Open tables of one corpus and model, named by what tells them apart: dtype, then ratios.
 
     Raises:
-        TableError: one is not there, or not complete.
-        InputError: one stores no text, has another model than the first, or equals another.
+        TableError: One of them is not there, or not complete.
+        InputError: One of them stores no text, has another model than the first, or stores the same
+            as another one.
     """
-    opened = [PassageTable.open(uri, storage_options=storage_options) for uri in uris]
-    specs = [table.spec for table in opened]
-    alike = len({spec.store_dtype for spec in specs}) < len(specs)
+    tables = [PassageTable.open(uri, storage_options=storage_options) for uri in uris]
+    with_ratios = len({table.spec.store_dtype for table in tables}) < len(tables)
     named: dict[str, PassageTable] = {}
-    for table in opened:
-        _check(table, opened[0])
-        name = _name(table.spec, with_ratios=alike)
+    for table in tables:
+        _check(table, tables[0])
+        ratios = f" at {', '.join(map(str, table.spec.ratios))}" if with_ratios else ""
+        name = table.spec.store_dtype + ratios
         if name in named:
             raise InputError(
                 f"{named[name].uri} and {table.uri} both store {name}: give one of them"
@@ -43,30 +43,25 @@ def _check(table: PassageTable, first: PassageTable) -> None:
         one, other = getattr(first.spec, field), getattr(table.spec, field)
         if one != other:
             raise InputError(
-                f"{first.uri} has {field} {one!r}, {table.uri} {other!r}: give tables of one "
+                f"{first.uri} has {field} {one!r}, {table.uri} has {other!r}: give tables of one "
                 "model, such as `kalm truncate` makes"
             )
 
 
-def _name(spec: TableSpec, *, with_ratios: bool) -> str:
-    ratios = f" at {', '.join(map(str, spec.ratios))}" if with_ratios else ""
-    return spec.store_dtype + ratios
-
-
 def ratio_steps(stored: Sequence[int]) -> list[int]:
-    """Return the ratios the page's slider stops at: the stored ones and doublings of the finest.
+    """Return the ratios of the slider: the stored ones, and the finest one doubled repeatedly.
 
     Example: stored 4 and 32 give 4, 8, 16, 32, 64, 128.
     """
-    doublings = (stored[0] << n for n in range(COARSEST.bit_length()))
-    return sorted({*stored, *(r for r in doublings if r <= COARSEST)})
+    doublings = (stored[0] << n for n in range(COARSEST_RATIO.bit_length()))
+    return sorted({*stored, *(r for r in doublings if r <= COARSEST_RATIO)})
 
 
 def cascades(stored: Sequence[int]) -> list[list[tuple[int, int | None]]]:
-    """Return sensible cascades: coarse for all, the finest ratio for the best 10 or 20.
+    """Return sensible cascades: a coarse ratio for all, the finest for the best 10 or 20.
 
-    Coarse is the coarsest stored ratio, or 8 times the finest if that is more; where 4 times coarse
-    is still offered, it goes before both.
+    Coarse is the coarsest stored ratio, or 8 times the finest if that is more. If the page offers 4
+    times the coarse ratio, a third cascade scores all passages with it first.
 
     Example: stored 4 and 32 give 32:10,4 and 32:20,4 and 128:50,32:20,4; 128 alone gives none.
     """
@@ -76,6 +71,6 @@ def cascades(stored: Sequence[int]) -> list[list[tuple[int, int | None]]]:
         return []
     coarse = coarser[-1]
     made: list[list[tuple[int, int | None]]] = [[(coarse, keep), (fine, None)] for keep in (10, 20)]
-    if 4 * coarse <= COARSEST:
+    if 4 * coarse <= COARSEST_RATIO:
         made.append([(4 * coarse, 50), (coarse, 20), (fine, None)])
     return made

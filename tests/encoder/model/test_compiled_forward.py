@@ -12,7 +12,8 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.model.compiled_forward import CompiledForward
 from kalm_encoder.model.decoder_forward import PassageMemory
 from kalm_encoder.model.pairs import Pair
-from kalm_encoder.service.live import LiveTable, Settings
+from kalm_encoder.service.live import LiveTable
+from kalm_encoder.service.settings import Settings
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.random_model import Dimensions, make_checkpoint
 
@@ -105,10 +106,10 @@ def test_a_service_compiles_in_its_device_thread(compiled, two_layers, tmp_path)
     live = LiveTable(Settings(str(uri), compile=True))
     live.load()
     try:
-        with live.lease() as version:
-            assert version.decoder.decoder.compiled is not None
-            for result in version.reranker.rerank("token state", ids):
-                assert abs(result.score - right[result.id]) <= 1e-5
+        version = live.current
+        assert version.decoder.decoder.compiled is not None
+        for result in version.reranker.rerank("token state", ids):
+            assert abs(result.score - right[result.id]) <= 1e-5
     finally:
         live.close()
     assert counters["stats"]["unique_graphs"] == 1, "the same architecture compiles once a process"

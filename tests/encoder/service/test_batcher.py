@@ -25,10 +25,9 @@ def batching(decoder):
 
 def hold(batching):
     """Keep the device thread busy; returns what lets it go."""
-    let_go = threading.Event()
-    threading.Thread(target=lambda: batching.call(let_go.wait)).start()
-    while batching._queue:
-        time.sleep(0.001)
+    held, let_go = threading.Event(), threading.Event()
+    threading.Thread(target=batching.call, args=(lambda: held.set() or let_go.wait(),)).start()
+    held.wait()
     return let_go.set
 
 
@@ -101,7 +100,7 @@ def test_closing_finishes_what_is_queued(decoder, states):
     batching.close()
     thread.join()
     assert len(answers[0]) == 30
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match="shutdown"):
         batching.score_pairs([Pair(decoder.prompt("q"), states[0])])
     with pytest.raises(ZeroDivisionError):
         BatchingDecoder(decoder, lambda _: None).call(lambda: 1 // 0)

@@ -6,13 +6,12 @@ from fastapi.testclient import TestClient
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import InputError
 from kalm_encoder.rerank.fusion import fuse
-from kalm_encoder.service.app import Limits, create_app
-from kalm_encoder.service.engine import Engine
+from kalm_encoder.service.app import create_app
 from kalm_encoder.service.explore.comparing import Explorer
 from kalm_encoder.service.explore.tables import cascades, open_tables, ratio_steps
-from kalm_encoder.service.live import LiveTable, Settings
-from kalm_encoder.service.metrics import Metrics
-from kalm_encoder.service.shapes import ExploreRequest
+from kalm_encoder.service.live import LiveTable
+from kalm_encoder.service.requests import ExploreRequest
+from kalm_encoder.service.settings import Settings
 from pipeline.upkeep.truncate import truncate
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.random_model import make_checkpoint
@@ -184,9 +183,8 @@ def test_the_service_is_there_too(client):
 
 def app(table, *, key=None, page=True):
     """Return a client of the application, nothing loaded."""
-    engine = Engine(LiveTable(Settings(str(table))))
-    explorer = Explorer(engine, open_tables([str(table)])) if page else None
-    return TestClient(create_app(engine, Limits(api_key=key), Metrics(), explorer=explorer))
+    explored = open_tables([str(table)]) if page else None
+    return TestClient(create_app(Settings(str(table), api_key=key), explored=explored))
 
 
 def test_the_page_may_load_nothing_from_elsewhere_and_run_nothing_inline(small_table):
@@ -241,9 +239,9 @@ def test_a_live_version_of_another_model_is_not_asked(small_table, other_table):
     live = LiveTable(Settings(str(small_table)))
     live.load()
     try:
-        explorer = Explorer(Engine(live), open_tables([str(other_table)]))
+        explorer = Explorer(open_tables([str(other_table)]))
         with pytest.raises(InputError, match="another model than the tables shown"):
-            explorer.search(ExploreRequest(query=QUERY))
+            explorer.search(live.current, ExploreRequest(query=QUERY))
     finally:
         live.close()
 

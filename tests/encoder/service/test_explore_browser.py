@@ -10,12 +10,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from kalm_encoder.service.app import Limits, create_app
-from kalm_encoder.service.engine import Engine
-from kalm_encoder.service.explore.comparing import Explorer
+from kalm_encoder.service.app import create_app
 from kalm_encoder.service.explore.tables import open_tables
-from kalm_encoder.service.live import LiveTable, Settings
-from kalm_encoder.service.metrics import Metrics
+from kalm_encoder.service.settings import Settings
 from pipeline.upkeep.truncate import truncate
 from tests.conftest import SCRIPTS, encode_table, make_texts, write_corpus
 from tests.support.browser import chromium, console_errors, set_viewport
@@ -317,15 +314,13 @@ def test_what_is_refused_is_said(page):
 @contextlib.contextmanager
 def in_this_process(table, key):
     """The same application, without the start of another process; yields its address."""
-    engine = Engine(LiveTable(Settings(str(table))))
-    explorer = Explorer(engine, open_tables([str(table)]))
-    app = create_app(engine, Limits(api_key=key), Metrics(), explorer=explorer)
+    app = create_app(Settings(str(table), api_key=key), explored=open_tables([str(table)]))
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_until(lambda: server.started and engine.live.current)
+        wait_until(lambda: server.started and app.state.live.current)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True

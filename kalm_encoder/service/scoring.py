@@ -1,0 +1,102 @@
+"""Scores the candidates of a request with one version of the table. It knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kalm_encoder import PassageStates, RerankResult
+from kalm_encoder.errors import InputError
+from kalm_encoder.service.filters import check_filter
+from kalm_encoder.service.live import Version
+from kalm_encoder.service.requests import Document, Options
+
+
+def check_count(version: Version, count: int) -> None:
+    """Refuse a request with too many candidates.
+
+    Raises:
+        InputError: The message names the limit.
+    """
+    if count > (limit := version.settings.max_candidates):
+        raise InputError(f"the request has {count} candidates, at most {limit} can be in one")
+
+
+def score_candidates(
+    version: Version, query: str, candidates: Sequence[Document], options: Options
+) -> tuple[list[tuple[int, RerankResult]], int]:
+    """Score the candidates of one query.
+
+    Args:
+        version: The version to score from.
+        query: Raw text.
+        candidates: Stored ids, or texts if the encoder is loaded. One may occur several times.
+        options: Instruction, ratio, cascade, max_ms and filter.
+
+    Returns:
+        The place in the request and the result of each candidate that passes the filter, best first
+        as `Reranker.rerank` orders them; and the number of prompt tokens.
+
+    Raises:
+        InputError: There are too many candidates, a filter that is not allowed, an impossible
+            option, or a text without the encoder.
+        MissingIdsError: There are ids without stored states and without a text.
+    """
+    check_count(version, len(candidates))
+    keys = _keys(candidates)
+    allowed = set(keys)
+    if options.filter is not None:
+        where = check_filter(options.filter, version.settings.filter_columns)
+        if any(candidate.text is not None for candidate in candidates):
+            raise InputError("a filter applies to stored passages: give ids, not texts")
+        allowed = version.table.known(keys, where=where)
+    prompt = version.decoder.prompt(query, options.instruction)
+    results = version.reranker.rerank(
+        prompt,
+        [key for key in dict.fromkeys(keys) if key in allowed],
+        ratio=options.ratio,
+        cascade=options.cascade,
+        max_ms=options.max_ms,
+        passages=_encode(version, keys, candidates),
+    )
+    places: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        places.setdefault(key, []).append(index)
+    scored = [(index, result) for result in results for index in places[result.id]]
+    return scored, len(prompt.ids) * len(results)
+
+
+def _keys(candidates: Sequence[Document]) -> list[str]:
+    """Return a key for each candidate: its id, or a name that no other candidate has."""
+    taken = {candidate.id for candidate in candidates}
+    keys = []
+    for index, candidate in enumerate(candidates):
+        key = f"document {index}" if candidate.id is None else candidate.id
+        while candidate.id is None and key in taken:
+            key += "'"
+        keys.append(key)
+    return keys
+
+
+def _encode(
+    version: Version, keys: Sequence[str], candidates: Sequence[Document]
+) -> dict[str, PassageStates]:
+    """Encode the candidates that come as texts and are not stored; return their states by key.
+
+    Raises:
+        InputError: There are such candidates, and the encoder is not loaded.
+    """
+    texts = {k: c.text for k, c in zip(keys, candidates, strict=True) if c.text is not None}
+    named = [c.id for c in candidates if c.id is not None and c.text is not None]
+    for stored in version.table.known(named) if named else ():
+        del texts[stored]
+    if not texts:
+        return {}
+    if version.encoder is None:
+        shown = ", ".join(repr(text[:40]) for text in list(texts.values())[:3])
+        raise InputError(
+            f"{len(texts)} candidates are texts without stored states ({shown}): send "
+            "document_ids, or start the server with --with-encoder"
+        )
+    encoder, ratio = version.encoder, version.table.spec.ratios[0]
+    encoded = version.decoder.call(lambda: encoder.encode(list(texts.values()), ratio=ratio))
+    return dict(zip(texts, encoded, strict=True))

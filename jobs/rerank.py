@@ -21,7 +21,10 @@ def rerank(
     instruction: options.Instruction = None,
     ids: Annotated[str | None, typer.Option(help="Ids of the candidates, with commas.")] = None,
     ids_file: Annotated[
-        Path | None, typer.Option(help="File with the ids of the candidates, one per line.")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="File with the candidates, one id per line."
+        ),
     ] = None,
     search: Annotated[
         int | None, typer.Option(help="Take this many candidates from a full-text search (BM25).")
@@ -56,12 +59,14 @@ def rerank(
         storage_options=options.parse_storage_options(storage_option),
     )
     began = time.perf_counter()
-    if search is not None:
+    if ids is not None:
+        candidates = ids.split(",")
+    elif ids_file is not None:
+        candidates = list(filter(None, ids_file.read_text(encoding="utf-8").splitlines()))
+    else:
         candidates = [i for i, _ in reranker.table.search(query, search)]
         if not candidates:
             print(f"kalm: full-text search finds nothing for {query!r}", file=sys.stderr)
-    else:
-        candidates = ids.split(",") if ids is not None else _read_ids(ids_file)
     results = reranker.rerank(
         query,
         candidates,
@@ -101,9 +106,3 @@ def parse_cascade(text: str) -> list[tuple[int, int | None]]:
     except ValueError:
         raise InputError(f"a cascade has the form 32:20,4, not {text!r}") from None
     return stages
-
-
-def _read_ids(file: Path | None) -> list[str]:
-    if file is None or not file.is_file():
-        raise InputError(f"there is no file {file} with ids")
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line]

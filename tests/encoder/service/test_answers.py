@@ -1,16 +1,24 @@
 """Answers while the live version moves on: a request ends on the version it began with."""
 
+import gc
+import threading
+import weakref
+
 import pytest
 
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.service import answers
-from kalm_encoder.service.live import LiveTable
+from kalm_encoder.service.live import LiveTable, open_live
 from kalm_encoder.service.requests import RerankRequest, ScoreRequest
 from kalm_encoder.service.settings import Settings
+from kalm_encoder.table.location import Location
 from pipeline.run.job import EncodeJob
+from pipeline.table import finish as maintenance
 from pipeline.upkeep.sync import sync
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
+from tests.support.random_model import make_checkpoint
+from tests.support.serving import wait_until
 
 
 @pytest.fixture
@@ -58,3 +66,30 @@ def test_tokens_are_those_of_the_prompts(moving):
     request = RerankRequest(query="token state", document_ids=["p0", "p1", "p1"])
     tokens = answers.rerank(live.current, request)["usage"]["prompt_tokens"]
     assert tokens == 2 * len(live.current.decoder.prompt("token state").ids)
+
+
+def test_an_old_model_is_freed_when_the_last_request_lets_go(model_dir, tmp_path):
+    def device_threads():
+        return sum(t.name.startswith("kalm-device") for t in threading.enumerate())
+
+    corpus, uri = write_corpus(tmp_path / "c.jsonl", make_texts(5)), tmp_path / "t.lance"
+    encode_table(model_dir, corpus, uri)
+    before = device_threads()
+    live = LiveTable(Settings(str(uri), refresh_s=1000))
+    live.load()
+    version = live.current
+    old = weakref.ref(version.decoder)
+    encode_table(
+        make_checkpoint(tmp_path / "other", make_texts(5), seed=7), corpus, uri, new_generation=True
+    )
+    maintenance.publish(Location(str(uri)))
+    live._take_over(open_live(live.settings))
+    assert live.current.decoder.fingerprint != version.decoder.fingerprint
+    assert len(version.reranker.rerank("q", ["p0", "p1"])) == 2
+    assert device_threads() == before + 2
+    del version
+    gc.collect()
+    assert old() is None
+    wait_until(lambda: device_threads() == before + 1)
+    live.close()
+    assert device_threads() == before

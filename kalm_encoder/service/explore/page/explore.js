@@ -187,7 +187,7 @@ function summary() {
   const took = formatMs(ms.search + ms.read + ms.decode);
   const { id, movement } = reranked.reduce((a, b) => (b.movement > a.movement ? b : a));
   const place = reranked.findIndex((entry) => entry.id === id) + 1;
-  const climb = movement ? `${id} climbed most, from ${place + movement} to ${place}.` : "None moved.";
+  const climb = movement ? `${id} climbed most, from ${place + movement} to ${place}.` : "No passage moved.";
   return `${first.length} passages reranked ${how} in ${took}. ${climb}`;
 }
 

@@ -140,7 +140,7 @@ function setControls() {
   fill($("depth"), [...depths].sort((a, b) => a - b).map((k) => [k]), state.k);
   $("query").value = state.q;
   $("instruction").value = state.i;
-  $("search").elements.list.value = state.list;
+  document.querySelector(`input[value="${state.list}"]`).checked = true;
   $("instruction").placeholder = about.instruction;
   $("ratio").max = ratios.length - 1;
   $("ratio").value = ratios.indexOf(state.r);

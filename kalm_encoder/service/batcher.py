@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from typing import TypeVar
 
-from kalm_encoder.model.decoder import Pair, QueryDecoder
+from kalm_encoder.model.decoder import QueryDecoder
+from kalm_encoder.model.pairs import Pair
 
 Scores = list[tuple[float, float]]
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from kalm_encoder.service.requests import ExploreRequest, PassageRequest
 from kalm_encoder.service.scoring import check_count
 
 if TYPE_CHECKING:
-    from kalm_encoder.model.decoder import Pair
+    from kalm_encoder.model.pairs import Pair
     from kalm_encoder.rerank.reranker import Scorer
 
 NUM_SHOWN_CHARACTERS = 600

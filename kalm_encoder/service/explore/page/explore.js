@@ -113,13 +113,13 @@ function writeAddress() {
 
 function change(changes, then = ask) {
   Object.assign(state, changes);
-  setControls();
+  render();
   then();
 }
 
-function relist() {
-  writeAddress();
-  if (shown) render();
+function render() {
+  showControls();
+  if (shown) showLists();
 }
 
 function fill(select, choices, chosen) {
@@ -127,7 +127,7 @@ function fill(select, choices, chosen) {
   select.value = chosen;
 }
 
-function setControls() {
+function showControls() {
   const { name, ratios, stored, cascades } = table();
   state.t = name;
   if (!ratios.includes(state.r)) state.r = ratios[0];
@@ -191,7 +191,7 @@ function summary() {
   return `${first.length} passages reranked ${how} in ${took}. ${climb}`;
 }
 
-function render() {
+function showLists() {
   const before = new Map(results("second").map((b) => [b.dataset.id, b.offsetTop]));
   const second = state.list === "fused" ? "fused" : "reranked";
   const { length } = shown.first;
@@ -357,7 +357,7 @@ function listen() {
     });
   });
   addEventListener("change", ({ target: { name, value } }) => {
-    if (name in state) change({ [name]: value }, name === "list" ? relist : ask);
+    if (name in state) change({ [name]: value }, name === "list" ? writeAddress : ask);
   });
   on("more", "click", () => {
     showAll = !showAll;
@@ -379,7 +379,7 @@ function listen() {
     readAddress();
     change({});
   });
-  wide.addEventListener("change", () => change({}, relist));
+  wide.addEventListener("change", () => change({}, writeAddress));
   new ResizeObserver(drawLines).observe($("lists"));
 }
 
@@ -399,7 +399,7 @@ async function start() {
     facts: `model ${about.model} · ${rows.toLocaleString("en")} passages · version ${version}`,
   });
   readAddress();
-  setControls();
+  render();
   listen();
   if (state.q) ask();
   else $("query").focus();

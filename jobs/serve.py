@@ -36,7 +36,7 @@ def serve(
     ] = 512,
     compile: Annotated[
         bool,
-        typer.Option("--compile", help="Use torch.compile, for small batches; without --hot-mb."),
+        typer.Option("--compile", help="Use torch.compile. Try it on a GPU, without --hot-mb."),
     ] = False,
     filter_columns: Annotated[
         str | None, typer.Option(help="Columns that filters may name, with commas. Default: none.")

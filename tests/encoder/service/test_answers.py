@@ -13,7 +13,7 @@ from kalm_encoder.service.requests import RerankRequest, ScoreRequest
 from kalm_encoder.service.settings import Settings
 from kalm_encoder.table.location import Location
 from pipeline.run.job import EncodeJob
-from pipeline.table import finish as maintenance
+from pipeline.table.publish import publish
 from pipeline.upkeep.sync import sync
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
@@ -82,7 +82,7 @@ def test_an_old_model_is_freed_when_the_last_request_lets_go(model_dir, tmp_path
     encode_table(
         make_checkpoint(tmp_path / "other", make_texts(5), seed=7), corpus, uri, new_generation=True
     )
-    maintenance.publish(Location(str(uri)))
+    publish(Location(str(uri)))
     live._take_over(open_live(live.settings))
     assert live.current.decoder.fingerprint != version.decoder.fingerprint
     assert len(version.reranker.rerank("q", ["p0", "p1"])) == 2

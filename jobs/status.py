@@ -69,9 +69,9 @@ def status(
         shown = f"{value:,}" if isinstance(value, int) and value > 9999 else value
         print(f"{name:<{width}}  {shown}")
     if compared:
-        from jobs.plan_text import comparison_text
+        from jobs.plan_text import print_comparison
 
-        print("\n" + comparison_text(compared))
+        print_comparison(compared)
         if hint:
             print(f"\n{hint}")
 

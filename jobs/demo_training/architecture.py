@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from transformers import PreTrainedTokenizerFast, T5Gemma2Config
 
+from pipeline.estimate.flops import Dimensions
 
-@dataclass(frozen=True)
-class Dimensions:
-    """Sizes of a T5Gemma2; encoder and decoder have the same."""
-
-    hidden: int = 128
-    intermediate: int = 256
-    layers: int = 3
-    heads: int = 2
-    head_dim: int = 64
-    sliding_window: int = 64
-    vocabulary: int = 6144
-    full_attention_every: int = 6
-    kv_heads: int = 1
-
-
-TINY = Dimensions()
-NANO = Dimensions(640, 2048, 18, 4, 256, 512, 262144)
-"""Of KaLM-Reranker-V1-Nano: 100M parameters in each half and 168M in the embedding."""
-SMALL = Dimensions(1152, 6912, 26, 4, 256, 512, 262144)
-"""Of KaLM-Reranker-V1-Small: 698M parameters in each half and 302M in the embedding."""
-LARGE = Dimensions(2560, 10240, 34, 8, 256, 1024, 262144, kv_heads=4)
-"""Of KaLM-Reranker-V1-Large: 3,209M parameters in each half and 671M in the embedding. The window
-is that of the Gemma 3 model it was made from."""
-DEMO = Dimensions(192, 256, 2, 2, 128, 512, 12288, full_attention_every=1)
-"""Of the checkpoint that ships: 2.4M parameters in the embedding, 1.2M in the layers."""
+DEMO = Dimensions(192, 256, 2, 2, 128, 512, 12288, 2)
+"""Dimensions of the checkpoint that ships: 2.4M parameters in the embedding, 1.2M in the layers."""
 
 
 def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) -> T5Gemma2Config:
@@ -39,7 +15,7 @@ def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) ->
 
     Each sixth layer looks at everything, as published; of fewer layers the last one does.
     """
-    every = min(dimensions.full_attention_every, dimensions.layers)
+    every = dimensions.layers // dimensions.full_layers
     layer_types = [
         "sliding_attention" if (i + 1) % every else "full_attention"
         for i in range(dimensions.layers)

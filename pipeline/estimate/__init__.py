@@ -1,1 +1,1 @@
-"""What encoding will take, from a sample, before anything is spent."""
+"""Estimates what encoding a corpus will take, from a sample of it, before anything is spent."""

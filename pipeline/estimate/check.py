@@ -1,4 +1,4 @@
-"""A saved plan against what was really encoded."""
+"""A saved estimate against what was really encoded."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from kalm_encoder.errors import InputError, MismatchError
 from pipeline.run.records import RunTotals
 
 OTHER_CORPUS = 0.05
-"""Passages that differ from the plan by more than this, and lie outside of its interval."""
+"""If the passages differ from the estimate by more than this share, it is of another corpus."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One quantity, planned and actual.
+    """One quantity, estimated and actual.
 
     Attributes:
-        name: of the quantity.
-        planned: None where the plan does not know it.
-        actual: None where the table does not.
-        interval: of a plan that was extrapolated.
+        name: Name of the quantity.
+        planned: Estimated value; None if the estimate does not know it.
+        actual: Actual value; None if the table does not know it.
+        interval: Interval of the estimate; None if it was exact.
     """
 
     name: str
@@ -32,14 +32,12 @@ class Line:
 
     @property
     def difference(self) -> float | None:
-        """Actual less planned, relative to the plan."""
-        if self.planned is None or self.actual is None:
-            return None
-        return self.actual / self.planned - 1 if self.planned else None
+        """Difference of the actual value, relative to the estimate."""
+        return self.actual / self.planned - 1 if self.planned and self.actual is not None else None
 
     @property
     def inside(self) -> bool | None:
-        """Whether the actual number is in the interval; None without one."""
+        """Whether the actual value is in the interval; None without one."""
         if self.interval is None or self.actual is None:
             return None
         return self.interval[0] <= self.actual <= self.interval[1]
@@ -49,7 +47,7 @@ def read_plan(file: Path) -> dict[str, Any]:
     """Read what `kalm plan --out` saved.
 
     Raises:
-        InputError: it is not there, or is something else.
+        InputError: The file is not there, or it is something else.
     """
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
@@ -61,15 +59,15 @@ def read_plan(file: Path) -> dict[str, Any]:
 
 
 def compare(plan: dict[str, Any], facts: dict[str, Any], runs: RunTotals) -> list[Line]:
-    """Set a plan against a table.
+    """Compare a saved estimate with a table.
 
     Args:
-        plan: from `read_plan`.
-        facts: of the table, as `kalm status --json` prints them.
-        runs: totals of its run records.
+        plan: Saved estimate, from `read_plan`.
+        facts: Facts of the table, as `kalm status --json` prints them.
+        runs: Totals of the table's run records.
 
     Raises:
-        MismatchError: they were made with other settings, so that comparing them means nothing.
+        MismatchError: They were made with different settings, so that comparing them means nothing.
     """
     spec = {**plan["spec"], "ratios": ",".join(map(str, plan["spec"]["ratios"]))}
     for field in ("ratios", "store_dtype", "max_length", "dim", "keep_text"):
@@ -79,27 +77,29 @@ def compare(plan: dict[str, Any], facts: dict[str, Any], runs: RunTotals) -> lis
                 f"the plan has {field} {spec[field]}, the table {facts[field]}: plan again with "
                 "the table's settings",
             )
-    lines = [_line(plan, facts, name) for name in ("passages", "tokens", "truncated", "bytes")]
-    rate = plan["rate"]
-    planned = rate["tokens_per_s"] * plan["gpus"] if rate else None
-    lines.append(Line("tokens/s", planned, runs.tokens_per_s if runs.runs else None))
+    lines = []
+    for name in ("passages", "tokens", "truncated", "bytes"):
+        value, low, high = (plan[name][key] for key in ("value", "low", "high"))
+        lines.append(Line(name, value, facts[name], None if low == high else (low, high)))
+    rate = plan["rate"]["tokens_per_s"] * plan["gpus"] if plan["rate"] else None
     hours = next((w["hours"] for w in plan["work"] if w["model"] == plan["model"]), None)
     seconds = hours["value"] * 3600 if hours else None
+    lines.append(Line("tokens/s", rate, runs.tokens_per_s if runs.runs else None))
     lines.append(Line("seconds", seconds, runs.seconds if runs.runs else None))
     return lines
 
 
 def hint(lines: list[Line], facts: dict[str, Any]) -> str | None:
-    """Say what is behind large differences, where the passages tell; None where nothing does.
+    """Say what is behind large differences, if the passages tell it.
 
     Args:
-        lines: from `compare`.
-        facts: of the table.
+        lines: Lines from `compare`.
+        facts: Facts of the table.
     """
     if facts["shards_missing"]:
         return (
             f"the table is not complete ({facts['shards_missing']:,} of {facts['shards']:,} shards "
-            "are missing), the plan is for all of it: compare again when it is"
+            "are missing), but the plan is for all of it: compare again when it is complete"
         )
     line = next(line for line in lines if line.name == "passages")
     if line.difference is None or line.inside or abs(line.difference) < OTHER_CORPUS:
@@ -109,10 +109,3 @@ def hint(lines: list[Line], facts: dict[str, Any]) -> str | None:
         f"{facts['rows_planned']:,} rows: this looks like the plan of another corpus, or of one "
         "that has changed since. Plan again with the table's input (and its --limit)"
     )
-
-
-def _line(plan: dict[str, Any], facts: dict[str, Any], name: str) -> Line:
-    planned = plan[name]
-    exact = planned["low"] == planned["high"]
-    interval = None if exact else (planned["low"], planned["high"])
-    return Line(name, planned["value"], facts[name], interval)

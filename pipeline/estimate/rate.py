@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -9,21 +11,25 @@ from dataclasses import dataclass
 from functools import partial
 
 from kalm_encoder.model.encoder import PassageEncoder
+from pipeline.corpus.passages import Passage
+from pipeline.estimate.intervals import Estimate
 from pipeline.workers.device_threads import DeviceThreads
 
-LEAST_RUNS = 3
+MIN_RUNS = 3
+BATCHES_PER_THREAD = 4
+"""Full batches that each device thread gets in a run, so that starting and ending weigh little."""
 RATIO = 4
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens a second of one device.
+    """Tokens per second of one device.
 
     Attributes:
-        tokens_per_s: real tokens; of the measured runs the median.
-        low, high: slowest and fastest run; the same as `tokens_per_s` where a user entered it.
-        runs: measured; 0 where entered.
-        device: where.
+        tokens_per_s: Real tokens per second; the median of the measured runs.
+        low, high: Slowest and fastest run; equal to `tokens_per_s` if a user entered it.
+        runs: Number of measured runs; 0 if a user entered the rate.
+        device: Type of the device.
     """
 
     tokens_per_s: float
@@ -32,45 +38,44 @@ class Rate:
     runs: int = 0
     device: str = "entered"
 
+    def hours(self, tokens: Estimate, gpus: int) -> Estimate:
+        """Return the hours that `gpus` devices take; both the tokens and the rate may err."""
+        per_hour = 3600.0 * gpus
+        return Estimate(
+            tokens.value / (self.tokens_per_s * per_hour),
+            tokens.low / (self.high * per_hour),
+            tokens.high / (self.low * per_hour),
+        )
 
-def measure_rate(encoder: PassageEncoder, texts: Sequence[str], seconds: float) -> Rate:
-    """Time runs of about four full batches a lane each: tokenise, forward, pool.
+
+def measure_rate(
+    encoder: PassageEncoder, examples: Sequence[tuple[Passage, int]], seconds: float
+) -> Rate:
+    """Time the encoding of passages: tokenise, forward and pool, as a worker does.
 
     Args:
-        encoder: loaded, on the device to time.
-        texts: passages, used in turn, from the first again where they run out.
-        seconds: to spend; three runs are made in any case, after one that is not counted.
+        encoder: Encoder on the device to time.
+        examples: Passages and their tokens, used again from the first one when they run out.
+        seconds: Time to spend; MIN_RUNS are made in any case, after one that is not counted.
     """
-    lanes = DeviceThreads(encoder.device)
-    groups = _groups(encoder, texts, 4 * lanes.count * encoder.token_budget)
-    _encode(encoder, lanes, groups[0])
+    threads = DeviceThreads(encoder.device)
+    run_tokens = BATCHES_PER_THREAD * threads.count * encoder.token_budget
+    share = run_tokens / sum(min(tokens, encoder.max_length) for _, tokens in examples)
+    size = math.ceil(share * len(examples))
+    texts = itertools.cycle(passage.text for passage, _ in examples)
+
+    def run() -> float:
+        began = time.monotonic()
+        tokens = encoder.tokenise(list(itertools.islice(texts, size)))
+        lengths = [len(passage.ids) for passage in tokens]
+        batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
+        threads.map(partial(encoder.encode_batch, ratio=RATIO), batches)
+        return sum(lengths) / (time.monotonic() - began)
+
+    run()
     rates: list[float] = []
     end = time.monotonic() + seconds
-    while len(rates) < LEAST_RUNS or time.monotonic() < end:
-        began = time.monotonic()
-        tokens = _encode(encoder, lanes, groups[len(rates) % len(groups)])
-        rates.append(tokens / (time.monotonic() - began))
-    lanes.stop()
+    while len(rates) < MIN_RUNS or time.monotonic() < end:
+        rates.append(run())
+    threads.stop()
     return Rate(statistics.median(rates), min(rates), max(rates), len(rates), encoder.device.type)
-
-
-def _encode(encoder: PassageEncoder, lanes: DeviceThreads, texts: Sequence[str]) -> int:
-    """Encode texts as a worker does, but keep nothing; return their tokens."""
-    tokens = encoder.tokenise(texts)
-    lengths = [len(t.ids) for t in tokens]
-    batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
-    lanes.map(partial(encoder.encode_batch, ratio=RATIO), batches)
-    return sum(lengths)
-
-
-def _groups(encoder: PassageEncoder, texts: Sequence[str], size: int) -> list[list[str]]:
-    """Cut texts into runs of about so many tokens."""
-    groups: list[list[str]] = [[]]
-    tokens = 0
-    for text, counted in zip(texts, encoder.tokenise(texts), strict=True):
-        if tokens >= size:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(text)
-        tokens += len(counted.ids)
-    return groups[:-1] or groups  # the last one may be nearly empty

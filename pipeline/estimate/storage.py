@@ -1,8 +1,8 @@
-"""What a table of a corpus will take on disk, from a small real table of a sample.
+"""What a table of a corpus takes on disk beside its states, from a small real table of a sample.
 
-State bytes follow from the lengths alone. What lies beside them (text, ids, checksums, offsets, and
-how well Lance packs each) is measured: a sample is written as a table with random states, which are
-no more compressible than real ones.
+The bytes of the states follow from the lengths alone. What lies beside them (text, ids, checksums,
+offsets, and how well Lance packs each) is measured: a sample is written as a table with random
+states, which are no more compressible than real ones.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import lance
 import numpy as np
-import pyarrow as pa
 
 from kalm_encoder.matryoshka import PassageStates, num_groups
 from kalm_encoder.table.location import Location
@@ -23,69 +23,54 @@ from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.passages import Passage
 from pipeline.table.ledger import create_table
 
-SAMPLE_BYTES = 64 << 20
-"""Of states, in the sample table."""
+MAX_STATE_BYTES = 64 << 20
+"""Limits the states in the sample table."""
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Bytes a passage takes beside its states.
+    """Bytes that a passage takes beside its states.
 
     Attributes:
-        data: in the data files: what `kalm status` counts as bytes, less the states.
-        index: in the indexes of ids and text. A vocabulary grows more slowly than its corpus, so
-            this is too much for a corpus far bigger than the sample.
-        rows: passages measured.
+        data: Bytes in the data files: what `kalm status` counts, less the states.
+        index: Bytes in the indexes of ids and text. A vocabulary grows more slowly than its corpus,
+            so this is too much for a corpus far bigger than the sample.
     """
 
     data: float
     index: float
-    rows: int
 
 
-def measure_rows(
-    spec: TableSpec, examples: Sequence[tuple[Passage, int]], shard_size: int, seed: int
-) -> RowCost:
+def measure_rows(spec: TableSpec, examples: Sequence[tuple[Passage, int]], seed: int) -> RowCost:
     """Write passages as a table in a temporary folder and weigh it.
 
     Args:
-        spec: of the table to come.
-        examples: passages and their tokens, not cut; so many are used as fit in SAMPLE_BYTES.
-        shard_size: rows a shard; each has an id that its rows share.
-        seed: of the random states.
+        spec: Spec of the table to come.
+        examples: Passages and their tokens, not cut; as many are used as fit in MAX_STATE_BYTES,
+            but at least one.
+        seed: Seed of the random states.
     """
     rng = np.random.default_rng(seed)
-    tables: list[pa.Table] = []
-    states = used = 0
-    for start in range(0, len(examples), shard_size):
-        some = []
-        for passage, tokens in examples[start : start + shard_size]:
-            n = min(tokens, spec.max_length)
-            if used and states > SAMPLE_BYTES:
-                break
-            size = sum(num_groups(n, r) for r in spec.ratios) * spec.bytes_per_state
-            states, used = states + size, used + 1
-            shape = (num_groups(n, spec.ratios[0]), spec.dim)
-            made = rng.standard_normal(shape, np.float32)
-            some.append((passage, PassageStates(made, n, tokens > spec.max_length)))
-        if some:
-            ids, texts = [p.id for p, _ in some], [p.text for p, _ in some]
-            shard = f"{start // shard_size:06d}-{rng.bytes(6).hex()}"
-            tables.append(build_rows(spec, ids, texts, [s for _, s in some], shard))
+    kept = [min(tokens, spec.max_length) for _, tokens in examples]
+    sizes = [sum(num_groups(n, r) for r in spec.ratios) * spec.bytes_per_state for n in kept]
+    used = max(1, sum(size <= MAX_STATE_BYTES for size in accumulate(sizes)))
+    states = []
+    for n, (_, tokens) in zip(kept[:used], examples, strict=False):
+        made = rng.standard_normal((num_groups(n, spec.ratios[0]), spec.dim), np.float32)
+        states.append(PassageStates(made, n, tokens > spec.max_length))
+    passages = [passage for passage, _ in examples[:used]]
+    ids, texts = [p.id for p in passages], [p.text for p in passages]
+    rows = build_rows(spec, ids, texts, states, f"000000-{rng.bytes(6).hex()}")
     with tempfile.TemporaryDirectory() as folder:
-        data, index = _weigh(pa.concat_tables(tables), spec, Path(folder, "sample.lance"))
-    return RowCost((data - states) / used, index / used, used)
+        path = Path(folder, "sample.lance")
+        create_table(Location(str(path)), spec.schema())
+        dataset = lance.write_dataset(rows, str(path), mode="append")
+        dataset.create_scalar_index("id", "BTREE")
+        if spec.keep_text:
+            dataset.create_scalar_index("text", "INVERTED", with_position=False)
+        data, index = _folder_bytes(path / "data"), _folder_bytes(path / "_indices")
+    return RowCost((data - sum(sizes[:used])) / used, index / used)
 
 
-def _weigh(rows: pa.Table, spec: TableSpec, path: Path) -> tuple[int, int]:
-    """Write a table and its indexes as a job does; return the bytes of data and of indexes."""
-    create_table(Location(str(path)), spec.schema())
-    dataset = lance.write_dataset(rows, str(path), mode="append")
-    dataset.create_scalar_index("id", "BTREE")
-    if spec.keep_text:
-        dataset.create_scalar_index("text", "INVERTED", with_position=False)
-    return _size(path / "data"), _size(path / "_indices")
-
-
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -15,11 +15,11 @@ from typing import Any
 import psutil
 
 from jobs.demo import standard_library_docs
-from jobs.demo_training.architecture import NANO, TINY, Dimensions
+from pipeline.estimate.flops import MODELS, Dimensions
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.workers.local import encode_inline
-from tests.support.random_model import make_checkpoint
+from tests.support.random_model import TINY, make_checkpoint
 
 FOLDER = Path("bench-data")
 QUERY = "how do I read a compressed file line by line without loading all of it"
@@ -35,7 +35,7 @@ def checkpoint_of(name: str, dimensions: Dimensions) -> str:
 
 def nano_checkpoint() -> str:
     """Return Nano's dimensions: 100M parameters per half and 168M in the embedding."""
-    return checkpoint_of("nano", NANO)
+    return checkpoint_of("nano", MODELS["Nano"])
 
 
 def tiny_checkpoint() -> str:

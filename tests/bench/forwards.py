@@ -18,8 +18,9 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
     T5Gemma2TextEncoder,
 )
 
-from jobs.demo_training.architecture import Dimensions, configuration
+from jobs.demo_training.architecture import configuration
 from kalm_encoder.model.pooling import mean_pool
+from pipeline.estimate.flops import Dimensions
 
 RATIO = 4
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextEncoder
 
-from jobs.demo_training.architecture import LARGE, NANO, SMALL, TINY, configuration
+from jobs.demo_training.architecture import configuration
 from kalm_encoder.model.checkpoint import DEMO_NAME, resolve
 from kalm_encoder.model.encoder import passage_ids
 from pipeline.estimate import flops
@@ -21,6 +21,7 @@ from tests.bench.encode import read_records, run_ours, run_peer, run_process
 from tests.bench.forwards import ms_marco_lengths, plain_states, random_encoder
 from tests.bench.gpu_check import check, kernels
 from tests.conftest import make_texts
+from tests.support.random_model import TINY
 
 
 @pytest.fixture
@@ -105,9 +106,8 @@ def test_long_passages_are_timed_in_turn(model_dir, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Nano", "Small", "Large"])
 def test_dimensions_are_those_that_plans_count_with(name):
-    dimensions = {"Nano": NANO, "Small": SMALL, "Large": LARGE}[name]
-    config = configuration(dimensions, resolve(DEMO_NAME).tokenizer()).encoder.text_config
-    assert flops.Shape.of(config) == flops.MODELS[name]
+    config = configuration(flops.MODELS[name], resolve(DEMO_NAME).tokenizer()).encoder.text_config
+    assert flops.Dimensions.of(config) == flops.MODELS[name]
 
 
 def test_an_encoder_made_on_the_device_is_a_whole_one():

@@ -10,10 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.demo_training.architecture import TINY, Dimensions, configuration
+from jobs.demo_training.architecture import configuration
+from pipeline.estimate.flops import Dimensions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+TINY = Dimensions(128, 256, 3, 2, 64, 64, 6144, 1)
 
 
 def make_checkpoint(

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from jobs.demo_training.architecture import LARGE, NANO, SMALL, TINY, Dimensions
+from pipeline.estimate.flops import MODELS, Dimensions
 from tests.bench.forwards import random_encoder
+from tests.support.random_model import TINY
 
-SIZES = {"Nano": NANO, "Small": SMALL, "Large": LARGE}
+SIZES = MODELS
 TOY = {"Toy": replace(TINY, vocabulary=12288)}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -17,13 +17,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from jobs.demo import standard_library_docs
-from jobs.demo_training.architecture import Dimensions
 from kalm_encoder.matryoshka import num_groups
 from kalm_encoder.model import encoder as encoder_module
 from kalm_encoder.model.encoder import PassageEncoder
@@ -34,11 +33,11 @@ from pipeline.workers import device_threads, local, shard_encoder
 from pipeline.workers.shard_encoder import ShardEncoder
 from tests.bench.data import write_corpus
 from tests.bench.forwards import RATIO, ms_marco_lengths
-from tests.support.random_model import make_checkpoint
+from tests.support.random_model import TINY, make_checkpoint
 
 SHARD_SIZE = 1_000
 GPU_TOKEN_BUDGET = 65_536
-WIDE = Dimensions(hidden=640, intermediate=64, layers=1, heads=1, head_dim=64)
+WIDE = replace(TINY, hidden=640, intermediate=64, layers=1, heads=1)
 """States as wide as Nano's from a model that is loaded at once: it never runs."""
 
 

@@ -18,7 +18,7 @@ from kalm_encoder.model import decoder as decoder_module
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.pairs import Pair
-from pipeline.estimate.flops import Shape
+from pipeline.estimate.flops import Dimensions
 from tests.bench.forwards import RATIO, ms_marco_lengths, plain_states, random_decoder
 from tests.bench.gpu_check.device import CUDA, DEVICE, HALF, Setting, median_ms, say, seconds
 from tests.bench.gpu_check.kernels import batches_of, kernel_seconds
@@ -42,7 +42,7 @@ def measure_encoder(setting: Setting) -> list[str]:
     bars = []
     for size in setting.sizes:
         model = setting.encoder(size)
-        share = 2 * Shape.of(model.config).params / rate
+        share = 2 * Dimensions.of(model.config).params / rate
         best = 0.0
         for variant in ("eager", "compiled")[: 1 if setting.toy else 2]:
             if CUDA:

@@ -1,6 +1,7 @@
 """The compiled forward on a CPU: the same scores, few shapes. A GPU's CUDA graphs are not tried."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from kalm_encoder.model.pairs import Pair
 from kalm_encoder.service.live import LiveTable
 from kalm_encoder.service.settings import Settings
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.support.random_model import Dimensions, make_checkpoint
+from tests.support.random_model import TINY, make_checkpoint
 
-DIMENSIONS = Dimensions(hidden=64, intermediate=64, layers=2, heads=2, head_dim=32)
+DIMENSIONS = replace(TINY, hidden=64, intermediate=64, layers=2, head_dim=32)
 
 
 @pytest.fixture(scope="module")

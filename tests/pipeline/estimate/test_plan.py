@@ -19,8 +19,7 @@ from jobs.options import check_folder
 from kalm_encoder.errors import InputError, MismatchError
 from kalm_encoder.table.location import Location
 from pipeline.corpus.passages import FieldOptions
-from pipeline.estimate import sampling as corpus_sample
-from pipeline.estimate.census import Census
+from pipeline.estimate import sampling
 from pipeline.estimate.check import compare, read_plan
 from pipeline.estimate.sampling import sample_corpus
 from pipeline.run.driver import run
@@ -64,17 +63,15 @@ def made(corpus, model_dir, tmp_path_factory):
 
 
 def planned(corpus, model_dir, file, **options):
-    settings = {
-        "ratios": RATIOS, "max_length": MAX_LENGTH, "shard_size": SHARD_SIZE,
-    }  # fmt: skip
+    settings = {"ratios": RATIOS, "max_length": MAX_LENGTH}
     plan_command.plan(corpus, str(model_dir), out=file, **{**settings, **options})
     return read_plan(file)
 
 
 @pytest.fixture
 def few_blocks(monkeypatch):
-    """With no time to spend, this many blocks of each kind of files are read."""
-    monkeypatch.setattr(corpus_sample, "LEAST_BLOCKS", 12)
+    """With no time to spend, this many blocks are read."""
+    monkeypatch.setattr(sampling, "MIN_BLOCKS", 36)
 
 
 def test_a_small_corpus_is_read_whole_and_planned_exactly(
@@ -115,22 +112,11 @@ def test_intervals_of_most_seeds_hold_what_is_there(corpus, encoder, made, few_b
         sample = sample_corpus(
             corpus, encoder.tokenizer, fields=FieldOptions(), seconds=0.0, seed=seed
         )
-        census = Census(sample, None)
-        tokens = census.of(lambda b: np.minimum(b.lengths, MAX_LENGTH).sum())
-        inside["tokens"] += tokens.holds(facts["tokens"])
-        inside["passages"] += census.of(lambda b: len(b.lengths)).holds(facts["passages"])
+        kept = np.minimum(sample.lengths, MAX_LENGTH)
+        for name, values in {"tokens": kept, "passages": np.ones_like(kept)}.items():
+            found = sample.total(sample.per_block(values))
+            inside[name] += found.low <= facts[name] <= found.high
     assert min(inside.values()) >= 26, inside  # 28.5 expected
-
-
-def test_lines_are_counted_exactly_where_there_is_time(
-    corpus, model_dir, tmp_path, few_blocks, monkeypatch
-):
-    monkeypatch.setattr(corpus_sample, "MOST_BLOCKS", 12)
-    plan = planned([corpus[1], corpus[3]], model_dir, tmp_path / "plan.json")
-    assert not plan["exact"]
-    exact = {"value": 1300, "low": 1300, "high": 1300}
-    assert plan["passages"] == exact
-    assert plan["tokens"]["low"] < plan["tokens"]["high"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
@@ -144,7 +130,7 @@ def test_bytes_are_right_for_every_dtype(corpus, model_dir, tmp_path, dtype, no_
     run(job, encode_inline)
     plan = planned(
         some, model_dir, tmp_path / "plan.json", ratios="8", store_dtype=dtype, no_text=no_text,
-        max_length=1024, shard_size=1000,
+        max_length=1024,
     )  # fmt: skip
     found = plan["bytes"]["value"]
     assert found == pytest.approx(table_facts(Location(str(table)))["bytes"], rel=0.02)

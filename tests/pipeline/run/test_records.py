@@ -273,7 +273,7 @@ def test_what_cannot_be_drawn_says_why(made, tmp_path, monkeypatch):
 
 def test_the_plan_is_compared_by_status(made, model_dir, corpus, tmp_path, capsys):
     table, _ = made
-    plan([str(corpus)], str(model_dir), shard_size=10, out=tmp_path / "p.json")
+    plan([str(corpus)], str(model_dir), out=tmp_path / "p.json")
     capsys.readouterr()
     status(str(table), plan=tmp_path / "p.json", as_json=True)
     facts = json.loads(capsys.readouterr().out)
@@ -284,7 +284,7 @@ def test_the_plan_is_compared_by_status(made, model_dir, corpus, tmp_path, capsy
     status(str(table), plan=tmp_path / "p.json")
     assert "difference" in capsys.readouterr().out
     other = write_corpus(tmp_path / "other.jsonl", make_texts(500, seed=9))
-    plan([str(other)], str(model_dir), shard_size=10, out=tmp_path / "other.json")
+    plan([str(other)], str(model_dir), out=tmp_path / "other.json")
     capsys.readouterr()
     status(str(table), plan=tmp_path / "other.json")
     shown = capsys.readouterr().out

@@ -1,0 +1,128 @@
+"""All numbers of an estimate, from a sample of the corpus.
+
+Nano, Small and Large have the same tokenizer, so one sample serves the three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalm_encoder.table.codecs import CODECS
+from kalm_encoder.table.spec import TableSpec
+from pipeline.estimate.flops import Dimensions, decoder_flops, encoder_flops
+from pipeline.estimate.intervals import Estimate
+from pipeline.estimate.rate import Rate
+from pipeline.estimate.sampling import Sample
+from pipeline.estimate.storage import RowCost
+
+RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
+MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+QUANTILES = {"min": 0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+CANDIDATES = 100
+
+
+def estimate(
+    sample: Sample,
+    spec: TableSpec,
+    row_cost: RowCost,
+    *,
+    models: dict[str, Dimensions],
+    model: str,
+    prompt_tokens: int,
+    passages: int | None = None,
+    rate: Rate | None = None,
+    gpus: int = 1,
+) -> dict[str, Any]:
+    """Estimate what encoding a corpus will take.
+
+    Args:
+        sample: Sample of the corpus.
+        spec: Spec of the table to come.
+        row_cost: Bytes of a passage beside its states.
+        models: Dimensions of the models to compare, by name.
+        model: Name of the planned one.
+        prompt_tokens: Tokens of a query's whole prompt.
+        passages: Number of passages like those of the corpus to estimate for instead.
+        rate: Tokens per second of the planned model on one device.
+        gpus: Number of devices.
+
+    Returns:
+        What `kalm plan --json` prints, with an `Estimate` for each number that has an interval.
+        `passages`, `rejected`, `tokens` and `truncated` are at the planned max_length, and `cuts`
+        at others. `lengths` are quantiles of the uncut passages in tokens, and the longest seen.
+        `bytes` are those of the planned table's data files, with all its ratios, as `kalm status`
+        counts them; `storage` has those of other models, dtypes and ratios. `work` says what each
+        model takes to encode the corpus, and to score CANDIDATES passages of one query by ratio.
+
+    Raises:
+        InputError: Too little was read for an interval.
+    """
+    lengths = sample.lengths
+    cut = np.minimum(lengths, spec.max_length)
+
+    def total(values: NDArray[Any]) -> Estimate:
+        return sample.total(sample.per_block(values), passages)
+
+    count = total(np.ones_like(lengths))
+    states = {r: total(-(-cut // r)) for r in sorted({*RATIOS, *spec.ratios})}
+    mean_states = {ratio: number.value / count.value for ratio, number in states.items()}
+    beside_states = count.times(row_cost.data)
+    data = beside_states
+    for ratio in spec.ratios:
+        data = data.plus(states[ratio].times(spec.bytes_per_state))
+    cuts = {
+        longest: {
+            "tokens": total(np.minimum(lengths, longest)),
+            "truncated": total(lengths > longest),
+        }
+        for longest in sorted({*MAX_LENGTHS, spec.max_length})
+    }
+    flops = {name: total(encoder_flops(size, cut)) for name, size in models.items()}
+    storage, work = [], []
+    for name, dimensions in models.items():
+        for dtype in CODECS:
+            bytes_per_state = replace(
+                spec, dim=dimensions.hidden, store_dtype=dtype
+            ).bytes_per_state
+            for ratio, number in states.items():
+                size = number.times(bytes_per_state).plus(beside_states)
+                storage.append({"model": name, "store_dtype": dtype, "ratio": ratio, "bytes": size})
+        slower = flops[name].value / flops[model].value
+        bytes_per_query = CANDIDATES * replace(spec, dim=dimensions.hidden).bytes_per_state
+        work.append(
+            {
+                "model": name,
+                "encoder_flops": flops[name],
+                "hours": rate and rate.hours(cuts[spec.max_length]["tokens"].times(slower), gpus),
+                "query_flops": {
+                    ratio: decoder_flops(dimensions, prompt_tokens, number, CANDIDATES)
+                    for ratio, number in mean_states.items()
+                },
+                "query_bytes": {r: bytes_per_query * number for r, number in mean_states.items()},
+            }
+        )
+    quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
+    return {
+        "model": model,
+        "spec": spec,
+        "exact": sample.complete and passages is None,
+        "passages": count,
+        "rejected": sample.total(sample.rejected, passages),
+        **cuts[spec.max_length],
+        "lengths": {
+            **dict(zip(QUANTILES, map(int, quantiles), strict=True)),
+            "max": int(lengths.max()),
+        },
+        "cuts": [{"max_length": longest, **kept} for longest, kept in cuts.items()],
+        "bytes": data,
+        "index_bytes": count.times(row_cost.index),
+        "storage": storage,
+        "work": work,
+        "prompt_tokens": prompt_tokens,
+        "rate": rate,
+        "gpus": gpus,
+    }

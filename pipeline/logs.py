@@ -1,8 +1,11 @@
-"""How log lines look, and what each says of where it comes from: run, shard, worker.
+"""How log lines look, and where each says it comes from: run, shard and worker.
 
-Text or JSON lines on stderr, in the command and in its workers alike. A process works for one run
-at a time, so run and worker belong to the process; the shard belongs to the thread that works on
-it (a contextvar), or to a line of its own: `logger.warning(…, extra={"shard": shard.id})`.
+Lines are text or JSON on stderr, in the command and in its workers alike. A process works for one
+run at a time, so run and worker belong to the process. The shard belongs to the thread that works
+on it (a contextvar), or to one line: `logger.warning(…, extra={"shard": shard.id})`.
+
+The JSON formatter is our own, because a library would be one more dependency of the base install
+(`kalm --log-format json status` works there) and would save three lines.
 """
 
 from __future__ import annotations
@@ -22,18 +25,20 @@ from datetime import UTC, datetime
 TEXT, JSON = "text", "json"
 FORMATS = (TEXT, JSON)
 NOISY = ("httpx", "httpx2", "ray", "transformers", "filelock", "huggingface_hub")
+"""Loggers of libraries whose INFO lines would hide ours; --debug shows them."""
 FIELDS = ("run", "shard", "worker")
+"""What a line may say of its origin."""
 
 
 @dataclass(frozen=True)
 class LogOptions:
-    """How a process logs; travels to the workers.
+    """How a process logs. The driver sends it to its workers.
 
     Attributes:
         format: "text" or "json".
-        level: least level that is shown.
-        run: id of the run, "" outside of one.
-        worker: host and process of a worker, "" in the command itself.
+        level: Lowest level that is shown.
+        run: Id of the run, or "" outside of a run.
+        worker: Host and process of a worker, or "" in the command itself.
     """
 
     format: str = TEXT
@@ -47,7 +52,7 @@ _shard: ContextVar[str] = ContextVar("shard", default="")
 
 
 def current() -> LogOptions:
-    """Return how this process logs, for a worker to do the same."""
+    """Return how this process logs, so that a worker can do the same."""
     return _options
 
 
@@ -55,8 +60,9 @@ def configure(options: LogOptions, *, replace_handlers: bool = False) -> None:
     """Log to stderr as the options say.
 
     Args:
-        options: from the command line, or what `current` returned in the driver.
-        replace_handlers: of somebody else; otherwise they stay and nothing is added.
+        options: Those of the command line, or what `current` returned in the driver.
+        replace_handlers: Whether to replace the handlers that another library has set up. If not,
+            they stay and ours is not added.
     """
     global _options
     _options = options
@@ -69,21 +75,21 @@ def configure(options: LogOptions, *, replace_handlers: bool = False) -> None:
             logging.getLogger(noisy).setLevel(logging.ERROR)
     if as_json:
         logging.captureWarnings(True)
-        # Read when those libraries are imported: they write to stderr past the logging.
+        # These libraries write to stderr past the logging. They read this when they are imported.
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def configure_worker(options: LogOptions) -> None:
-    """Log in a worker's process as its driver does; what its framework set up goes."""
+    """Log in a worker's process as its driver does, and drop the handlers of its framework."""
     me = f"{socket.gethostname()}:{os.getpid()}"
     configure(replace(options, worker=me), replace_handlers=True)
 
 
 @contextlib.contextmanager
 def in_run() -> Iterator[str]:
-    """Give every line within it the id of a run, a new one unless there is one; yields the id."""
+    """Give every line within it the id of a run and yield that id. A run in a run keeps its id."""
     global _options
     outer = _options
     run = outer.run or f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}"
@@ -109,17 +115,17 @@ def in_shard(shard_id: str) -> Iterator[None]:
 
 
 def _origin(record: logging.LogRecord) -> dict[str, str]:
-    """Return what is known of where a line comes from."""
+    """Return what is known about where a line comes from."""
     shard = getattr(record, "shard", "") or _shard.get()
     values = zip(FIELDS, (_options.run, shard, _options.worker), strict=True)
     return {name: value for name, value in values if value}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and run, shard, worker, exception."""
+    """Writes one JSON object per line: time, level, logger, message, origin and exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; fields that are not known are left out."""
+        """Return the line without the fields that are not known."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -133,7 +139,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The usual line, with the same fields at its end."""
+    """Writes the usual line, with the fields of its origin at the end."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")

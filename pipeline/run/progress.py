@@ -112,18 +112,22 @@ class Progress:
         """Note a commit that has just ended, and how long its shards waited for it."""
         with self._lock:
             now_s = self._now_s()
-            shards = [self._uncommitted.pop(result.shard.number) for result in results]
+            numbers = [result.shard.number for result in results]
+            shards = [self._uncommitted.pop(n) for n in numbers if n in self._uncommitted]
             for shard in shards:
-                waited_s = max(0.0, now_s - seconds - shard.at_s)
-                self.files.note(replace(shard, waited_s=round(waited_s, 3)))
-            rows = sum(shard.rows for shard in shards)
-            waited_s, self._noted_wait_s = self._waited_s - self._noted_wait_s, self._waited_s
-            self.files.note(
-                CommitRecord(
-                    self._run, now_s, len(shards), rows, round(seconds, 4), version,
-                    results_s=round(waited_s, 3),
-                )
-            )  # fmt: skip
+                waited_s = round(max(0.0, now_s - seconds - shard.at_s), 3)
+                self.files.note(replace(shard, waited_s=waited_s))
+            commit = CommitRecord(
+                run=self._run,
+                at_s=now_s,
+                shards=len(shards),
+                rows=sum(shard.rows for shard in shards),
+                seconds=round(seconds, 4),
+                version=version,
+                results_s=round(self._waited_s - self._noted_wait_s, 3),
+            )
+            self.files.note(commit)
+            self._noted_wait_s = self._waited_s
             self._commits, self._commit_s = self._commits + 1, self._commit_s + seconds
 
     def encoded(self) -> None:
@@ -188,7 +192,13 @@ class Progress:
             self._uncommitted[record.shard] = record
             self._left -= size
             self.totals.add(record)
+            self.totals.seconds = record.at_s
             self._workers.setdefault(record.worker or "driver", WorkerSpeed()).add(record, size)
+        self._bar.set_postfix_str(
+            f"{self.totals.tokens_per_s:,.0f} tokens/s, {self.totals.padding:.1%} padding, "
+            f"{self.totals.truncated:,} truncated, {self.totals.rejected:,} rejected",
+            refresh=False,
+        )
         self._bar.update(record.rows + record.rejected)
         if self._bar.disable and time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()

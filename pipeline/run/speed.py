@@ -21,7 +21,8 @@ LEAST_SHARDS = 4
 MOST_SHARDS = 64
 """Shards remembered per worker. The window of a fast worker is therefore shorter than WINDOW_S."""
 ERRORS = 3.0
-"""Standard errors on each side of an ETA, which with few shards is an interval of about 95 %."""
+"""Standard errors on each side of an ETA. Two would do after many shards; after a few, three make
+an interval of about 95 %."""
 
 
 @dataclass(frozen=True)

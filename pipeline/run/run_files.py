@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -71,7 +70,7 @@ class RunFiles:
     def note(self, record: ShardRecord | CommitRecord) -> None:
         """Keep a record for the next write."""
         kind = {"kind": COMMIT} if isinstance(record, CommitRecord) else {}
-        self._lines.append(json.dumps({**kind, **asdict(record)}) + "\n")
+        self._lines.append(json.dumps({**kind, **vars(record)}) + "\n")
 
     def write_view(self) -> None:
         """Write the run view of now."""

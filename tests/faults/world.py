@@ -44,7 +44,7 @@ class Tally:
 
     @property
     def bad(self) -> int:
-        """Number of rows that are not what they should be, and of steps that a person had to take."""
+        """Number of wrong rows, and of steps that a person had to take."""
         return self.lost + self.doubled + self.different + self.manual_steps
 
     def line(self) -> str:

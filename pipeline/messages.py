@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard
@@ -19,25 +20,23 @@ class WorkerConfig:
     """What every worker needs to encode any shard of a job.
 
     Attributes:
-        uri: Path or URL of the table.
+        table: Address of the table. Its storage options serve for the inputs too; they are passed
+            in memory and never written.
         spec: Spec of the table. Its fingerprint must be that of the model this worker finds.
         token_budget: Number of tokens per forward pass. None chooses it from the device and its
             free memory.
         threads: Number of CPU threads of the model. None leaves torch's own choice.
         compile: Whether the encoder runs through torch.compile.
         gpu_share: Share of a GPU's memory that this worker may use.
-        storage_options: Options of the object store, for table and inputs. They are passed in
-            memory and never written.
         logs: How a worker logs, and the id of the run.
     """
 
-    uri: str
+    table: Location
     spec: TableSpec
     token_budget: int | None = None
     threads: int | None = None
     compile: bool = False
     gpu_share: float = 1.0
-    storage_options: dict[str, str] | None = field(default=None, repr=False)
     logs: LogOptions = field(default_factory=LogOptions)
 
 

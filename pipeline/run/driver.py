@@ -124,11 +124,10 @@ def load(
         job.uri, plan.num_rows, len(plan.shards), len(ledger.done), len(pending),
     )  # fmt: skip
     config = WorkerConfig(
-        job.table.uri,
+        job.table,
         spec,
         token_budget=job.token_budget,
         compile=job.compile,
-        storage_options=job.storage_options,
         logs=logs.current(),
     )
     with Progress(job.table, plan, pending) as progress:

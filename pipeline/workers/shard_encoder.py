@@ -20,7 +20,6 @@ from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
-from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Shard, ShardReader
@@ -74,8 +73,8 @@ class ShardEncoder:
             )
         ).result()
         self._on_gpu: deque[BatchInFlight] = deque()
-        self._dataset = open_to_write(Location(config.uri, config.storage_options))
-        self._storage_options = config.storage_options
+        self._dataset = open_to_write(config.table)
+        self._storage_options = config.table.options
         self._per_thread = threading.local()
         self._stopped = threading.Event()
         budget = self.encoder.token_budget

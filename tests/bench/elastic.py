@@ -16,6 +16,7 @@ from pathlib import Path
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import RowRange
 from pipeline.corpus.passages import Fields
@@ -36,7 +37,7 @@ class Sleeping(Worker):
         import threading
 
         self._device = threading.Lock()
-        self._folder = Path(config.uri)
+        self._folder = Path(config.table.uri)
 
     def encode(self, shard: Shard) -> ShardResult:
         (self._folder / f"{shard.number}-{os.getpid()}").touch()
@@ -76,7 +77,7 @@ def _join_and_leave(cluster: Cluster) -> tuple[float, float, int]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         options = RayOptions(address=cluster.address, cpus_per_worker=1)
-        with closing(on_ray(options)(WorkerConfig(folder, SPEC), shards)) as outcomes:
+        with closing(on_ray(options)(WorkerConfig(Location(folder), SPEC), shards)) as outcomes:
             before = _rate(outcomes, WORKERS_PER_NODE)
             joined = cluster.add_node(num_cpus=WORKERS_PER_NODE)
             after = _rate(outcomes, 2 * WORKERS_PER_NODE)

@@ -90,7 +90,9 @@ class _Fake:
 
     def __call__(self, config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
         self.first = time.perf_counter()
-        dataset = lance.dataset(config.uri, version=1)  # empty: a worker's is not the driver's
+        dataset = lance.dataset(
+            config.table.uri, version=1
+        )  # empty: a worker's is not the driver's
         reader = ShardReader()
         for shard in shards:
             if shard.number == self._stop_at:

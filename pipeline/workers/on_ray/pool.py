@@ -95,7 +95,7 @@ class WorkerPool:
         self._ready: set[WorkerHandle] = set()
         self._deaths: list[str] = []  # nodes of the dead, since a worker was last seen to work
         self._ready_at = self._looked_at = time.monotonic()
-        self._metrics = RunMetrics(config.uri)
+        self._metrics = RunMetrics(config.table.uri)
 
     @property
     def size(self) -> int:

@@ -9,6 +9,7 @@ import pytest
 from ray import cloudpickle
 
 from kalm_encoder.errors import InputError, KalmError
+from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
@@ -17,7 +18,7 @@ from pipeline.workers.on_ray import actor as workers
 from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
 from tests.pipeline.table.test_ledger import SPEC
 
-CONFIG = WorkerConfig("unused", SPEC)
+CONFIG = WorkerConfig(Location("unused"), SPEC)
 # The workers get our packages, not this one.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

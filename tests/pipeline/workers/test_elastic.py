@@ -43,7 +43,7 @@ class Noting(Worker):
     """Notes what it does; encodes nothing before as many workers run as the shard's lines say."""
 
     def load(self, config):
-        self._folder = Path(config.uri)
+        self._folder = Path(config.table.uri)
         (self._folder / f"worker-{os.getpid()}").touch()
 
     def encode(self, shard):
@@ -80,7 +80,7 @@ def start(cluster, monkeypatch, tmp_path):
 
     def run(shards, **options):
         execute = on_ray(RayOptions(address=cluster.address, **options))
-        return closing(execute(WorkerConfig(str(tmp_path), SPEC), shards))
+        return closing(execute(WorkerConfig(Location(str(tmp_path)), SPEC), shards))
 
     yield run
     for node in list(cluster.worker_nodes):
@@ -131,7 +131,7 @@ def test_workers_without_a_place_are_given_up_when_no_longer_wanted(cluster, sta
     connect(options, tmp_path)
     try:
         answers = SimpleQueue()
-        pool = WorkerPool(Noting, options, WorkerConfig(str(tmp_path), SPEC), answers)
+        pool = WorkerPool(Noting, options, WorkerConfig(Location(str(tmp_path)), SPEC), answers)
         pool.adjust(3)
         assert len(pool.workers) == 3
         while not any(worker.node for worker in pool.workers):

@@ -66,15 +66,13 @@ def score_candidates(
 
 
 def _keys(candidates: Sequence[Document]) -> list[str]:
-    """Return a key for each candidate: its id, or a name that no other candidate has."""
-    taken = {candidate.id for candidate in candidates}
-    keys = []
-    for index, candidate in enumerate(candidates):
-        key = f"document {index}" if candidate.id is None else candidate.id
-        while candidate.id is None and key in taken:
-            key += "'"
-        keys.append(key)
-    return keys
+    """Return a key for each candidate: its id, or a name that no id of the request begins with."""
+    name = "document "
+    while any(
+        candidate.id is not None and candidate.id.startswith(name) for candidate in candidates
+    ):
+        name += "'"
+    return [f"{name}{n}" if c.id is None else c.id for n, c in enumerate(candidates)]
 
 
 def _encode(

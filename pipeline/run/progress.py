@@ -15,7 +15,6 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
@@ -59,7 +58,8 @@ class Progress:
         self.totals = RunTotals()
         self._workers: dict[str, WorkerSpeed] = {}
         self._uncommitted: dict[int, ShardRecord] = {}
-        self._commits, self._commit_s, self._waited_s, self._noted_wait_s = 0, 0.0, 0.0, 0.0
+        self._commits: list[CommitRecord] = []
+        self._waited_s = 0.0  # for results, since the last commit
         self._state, self._reason, self._lock = run_view.ENCODING, "", threading.Lock()
         self._began = self._logged = time.monotonic()
         self._began_at = datetime.now(UTC)
@@ -77,12 +77,7 @@ class Progress:
             self.files.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        _t: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.files.stop()
         if self._state == run_view.ENCODING:
             self.encoded()
@@ -124,11 +119,11 @@ class Progress:
                 rows=sum(shard.rows for shard in shards),
                 seconds=round(seconds, 4),
                 version=version,
-                results_s=round(self._waited_s - self._noted_wait_s, 3),
+                results_s=round(self._waited_s, 3),
             )
             self.files.note(commit)
-            self._noted_wait_s = self._waited_s
-            self._commits, self._commit_s = self._commits + 1, self._commit_s + seconds
+            self._commits.append(commit)
+            self._waited_s = 0.0
 
     def encoded(self) -> None:
         """Note that all shards are there; what follows is the table's time, not the workers'."""
@@ -143,6 +138,7 @@ class Progress:
             if self._state == run_view.ENCODING:
                 totals.seconds = now_s
             ends = eta(self._workers.values(), self._left, now_s)
+            waited_s = self._waited_s + sum(commit.results_s for commit in self._commits)
             latest = sorted(self._workers, key=lambda name: self._workers[name].seen_at_s)
             return {
                 "run": self._run,
@@ -163,9 +159,9 @@ class Progress:
                 "padding": round(totals.padding, 4),
                 "truncated": totals.truncated,
                 "rejected": totals.rejected,
-                "commits": self._commits,
-                "commit_s": round(self._commit_s, 2),
-                "results_s": round(self._waited_s, 2),
+                "commits": len(self._commits),
+                "commit_s": round(sum(commit.seconds for commit in self._commits), 2),
+                "results_s": round(waited_s, 2),
                 "eta_s": ends and {name: round(s, 1) for name, s in vars(ends).items()},
                 "num_workers": len(self._workers),
                 "workers": [

@@ -13,7 +13,7 @@ import pytest
 
 from kalm_encoder import PassageTable
 from tests.conftest import make_texts, write_corpus
-from tests.support.commands import kalm
+from tests.support.commands import HANG_S, kalm
 
 PASSAGES, SHARD_SIZE = 2400, 80
 ON_RAY = ("--cpus-per-worker", 1, "--commit-every", 0)
@@ -49,7 +49,7 @@ def start(arguments):
 
 def wait_for_shards(table, count, process):
     """Wait until so many shards are committed."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         if (table / "_versions").exists():
@@ -86,7 +86,7 @@ def test_a_killed_driver_is_resumed_to_the_same_table(corpus, model_dir, tmp_pat
     process.communicate()
     assert done < PASSAGES // SHARD_SIZE, "killed too late to prove anything"
     assert kalm("rerank", table, "--query", "q", "--ids", "p1").returncode == 2  # not complete
-    _, alive = psutil.wait_procs(orphans, timeout=30)
+    _, alive = psutil.wait_procs(orphans, timeout=HANG_S)
     assert orphans and not alive, "workers outlive their driver"
     again = kalm(*arguments, check=0)
     encoded = int(again.stdout.split("encoded ")[1].split()[0])
@@ -101,7 +101,7 @@ def test_a_killed_worker_costs_nothing(corpus, model_dir, tmp_path, unbroken):
     wait_for_shards(table, 3, process)
     victim, *_ = workers_of(process)
     victim.send_signal(signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=200)
+    stdout, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, stdout + stderr
     assert "a worker died" in stderr
     assert_equal_to(table, unbroken)
@@ -113,7 +113,7 @@ def test_sigterm_commits_what_is_there(corpus, model_dir, tmp_path, unbroken):
     process = start(arguments)
     wait_for_shards(table, 2, process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == 143, stderr
     assert "run again to resume" in stderr
     kalm(*arguments, check=0)
@@ -132,7 +132,7 @@ def test_a_users_own_pipeline_folder_does_not_shadow_ours(model_dir, tmp_path):
     arguments = ["encode", "c.jsonl", "--to", "t.lance", "--model", str(model_dir)]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+        cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,7 +23,7 @@ from pipeline.run.run_view import read_view
 from pipeline.table.side_files import RUN_VIEW
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.support.commands import Command, kalm
+from tests.support.commands import HANG_S, Command, kalm
 from tests.support.s3_server import serve
 
 ROWS = 600
@@ -47,7 +47,7 @@ def encode(corpus, table, model_dir):
 
 
 def wait_for_a_shard(table, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not (table / "_versions").exists() or not lance.dataset(str(table)).get_fragments():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
@@ -59,9 +59,9 @@ def test_a_run_is_watched_from_beside_until_it_ends(corpus, model_dir, tmp_path)
     watches = [
         Command("status", table, "--watch", "--interval", 0.2, *form) for form in ([], ["--json"])
     ]
-    (text, _), (lines, errors) = (w.communicate(timeout=200) for w in watches)
+    (text, _), (lines, errors) = (w.communicate(timeout=HANG_S) for w in watches)
     assert [w.returncode for w in watches] == [0, 0], errors
-    assert run_of.wait(60) == 0
+    assert run_of.wait(HANG_S) == 0
     seen = [json.loads(one) for one in lines.splitlines()]
     assert {s["run"] for s in seen} == {r.run for r in read_records(Location(str(table)))}
     assert "encoding" in {s["state"] for s in seen}, "it ended before anybody looked"
@@ -84,10 +84,10 @@ def test_a_killed_run_is_said_to_be_silent_and_a_resumed_one_is_seen(corpus, mod
     run_of = encode(corpus, table, model_dir)
     wait_for_a_shard(table, run_of)
     os.kill(run_of.pid, signal.SIGKILL)
-    run_of.wait(10)
+    run_of.wait(HANG_S)
     seen = read_view(Location(str(table)))
     beside = Command("status", table, "--watch", "--interval", 0.2, "--json")
-    out, errors = beside.communicate(timeout=60)
+    out, errors = beside.communicate(timeout=HANG_S)
     assert beside.returncode == 1
     assert f"process {run_of.pid} on {seen['host']} died" in errors
     assert "has not been heard of for 1" in errors  # 15 s or a little more
@@ -95,7 +95,7 @@ def test_a_killed_run_is_said_to_be_silent_and_a_resumed_one_is_seen(corpus, mod
     assert last["silent_s"] >= run_view.SILENT_AFTER_S and last["state"] == "encoding"
     # The run that takes the work up counts what was there, and has a name of its own.
     again = encode(corpus, table, model_dir)
-    assert again.wait(120) == 0
+    assert again.wait(HANG_S) == 0
     resumed = read_view(Location(str(table)))
     assert resumed["state"] == "complete" and resumed["run"] != seen["run"]
     assert resumed["rows_done"] == ROWS

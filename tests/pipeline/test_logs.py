@@ -19,7 +19,7 @@ from pipeline.run.records import read_records
 from pipeline.run.run_view import read_view
 from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
-from tests.support.commands import kalm
+from tests.support.commands import HANG_S, kalm
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_lines_of_ray_workers_come_in_the_same_form(corpus, model_dir, tmp_path)
     command = arguments(corpus, table, model_dir, "--workers", 2, "--cpus-per-worker", 1)
     done = subprocess.run(
         [sys.executable, "-m", "jobs", "--debug", "--log-format", "json", *map(str, command)],
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = check_lines(done.stderr, table)

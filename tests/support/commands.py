@@ -14,6 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+HANG_S = 600
+"""How long tests wait for something: so long that only what hangs reaches it, on any machine."""
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.support.commands_imports"])
 
@@ -62,7 +65,7 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
 
-def kalm(*arguments, cwd=None, env=None, check=None, timeout=240):
+def kalm(*arguments, cwd=None, env=None, check=None, timeout=HANG_S):
     """Run `kalm` to its end; `check` is the exit code that is expected."""
     command = Command(*arguments, cwd=cwd, env=env)
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.support.commands import HANG_S
 from tests.support.serving import free_port, wait_until
 
 FOLDER = "RAY_TMPDIR"
@@ -36,7 +37,7 @@ class Raylets:
         """Return what the cluster knows of its nodes, actors or tasks."""
         token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         url = f"{self.dashboard}/api/v0/{what}"
-        answer = httpx.get(url, params={"limit": 1000}, headers=token, timeout=30)
+        answer = httpx.get(url, params={"limit": 1000}, headers=token, timeout=HANG_S)
         answer.raise_for_status()
         return answer.json()["data"]["result"]["result"]
 

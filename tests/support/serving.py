@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.commands import Command
+from tests.support.commands import HANG_S, Command
 
 
 def free_port() -> int:
@@ -24,7 +24,7 @@ def serving(uri, *arguments, log=None, command="serve", **environment):
     port = free_port()
     environment = {**os.environ, **environment}
     process = Command(command, uri, "--port", port, *arguments, env=environment, log=log)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANG_S)
     client.process = process
     try:
         wait_until(lambda: ready(client) or process.poll() is not None)
@@ -33,7 +33,7 @@ def serving(uri, *arguments, log=None, command="serve", **environment):
     finally:
         client.close()
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(HANG_S)
 
 
 def ready(client) -> bool:
@@ -43,8 +43,8 @@ def ready(client) -> bool:
         return False
 
 
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
+def wait_until(condition):
+    deadline = time.monotonic() + HANG_S
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.05)

@@ -10,7 +10,8 @@ import pytest
 
 from kalm_encoder import Reranker
 from tests.jobs.recipes.test_nginx import IDS, ended, load, wait_until_ready
-from tests.support.serving import free_port
+from tests.support.commands import HANG_S
+from tests.support.serving import free_port, wait_until
 
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.slow
@@ -24,17 +25,17 @@ def service(small_table):
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment["HF_HUB_OFFLINE"] = "1"
     with ended(subprocess.Popen([*command, str(port)], env=environment)) as process:
-        wait_until_ready(port, timeout_s=120)
+        wait_until_ready(port)
         yield process, port
 
 
 def test_scores_are_those_of_a_reranker_and_sigterm_answers_what_was_accepted(service, small_table):
     process, port = service
     with load(port, "states of a table") as answers:
-        time.sleep(1)
+        wait_until(lambda: len(answers) >= 16)
         process.send_signal(signal.SIGTERM)
         stopped = time.monotonic()
-        assert process.wait(60) == 0
+        assert process.wait(HANG_S) == 0
     accepted = [a for a in answers if a.began < stopped]
     assert len(accepted) >= 16
     assert {a.status for a in accepted} == {200}

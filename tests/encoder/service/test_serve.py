@@ -17,6 +17,7 @@ from pipeline.table.publish import publish, rollback
 from pipeline.upkeep.sync import sync
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
+from tests.support.commands import HANG_S
 from tests.support.random_model import make_checkpoint
 from tests.support.serving import serving, wait_until
 
@@ -313,7 +314,7 @@ def test_sigterm_answers_what_was_accepted(small_table, reranker, tmp_path):
         wait_until(lambda: "kalm_pending_requests 16.0" in client.get("/metrics").text)
         client.process.send_signal(signal.SIGTERM)
         thread.join()
-        assert client.process.wait(30) == 0
+        assert client.process.wait(HANG_S) == 0
     scores = {r.id: r.score for r in reranker.rerank(query, IDS[:30])}
     assert [reply.status_code for reply in replies] == [200] * 16
     for reply in replies:
@@ -387,7 +388,7 @@ def test_another_model_is_taken_over_and_a_broken_one_is_not(model_dir, tmp_path
 def at_once(client, count, ask):
     """Post the same request from many threads; None where the connection was refused."""
     replies = [None] * count
-    clients = [httpx.Client(base_url=client.base_url, timeout=60) for _ in range(count)]
+    clients = [httpx.Client(base_url=client.base_url, timeout=HANG_S) for _ in range(count)]
 
     def post(i):
         refused = contextlib.suppress(httpx.ConnectError)  # the listening socket was closed

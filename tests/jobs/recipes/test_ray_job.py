@@ -10,6 +10,7 @@ import lance
 import pytest
 
 from tests.conftest import encode_table, make_texts, write_corpus
+from tests.support.commands import HANG_S
 from tests.support.raylets import raylets
 from tests.support.serving import wait_until
 
@@ -31,14 +32,14 @@ def test_a_submitted_job_uses_every_node_and_survives_a_stop(cluster, model_dir,
     first, log = submit(cluster, corpus, table, model_dir, tmp_path / "first.log")
     nodes = {node["node_id"] for node in cluster.listed("nodes")}
     assert len(nodes) == 2
-    wait_until(lambda: encoding_nodes(cluster, first, log) == nodes, 120)
+    wait_until(lambda: encoding_nodes(cluster, first, log) == nodes)
     stop = ["ray", "job", "stop", re.search(r"raysubmit_\w+", log.read_text())[0]]
-    subprocess.run(stop, env=cluster.environment, check=True, timeout=60)
-    first.wait(60)
+    subprocess.run(stop, env=cluster.environment, check=True, timeout=HANG_S)
+    first.wait(HANG_S)
     assert 0 < lance.dataset(str(table)).count_rows() < SHARDS * SHARD_SIZE
 
     again, log = submit(cluster, corpus, table, model_dir, tmp_path / "again.log")
-    assert again.wait(120) == 0, log.read_text()
+    assert again.wait(HANG_S) == 0, log.read_text()
     undisturbed = tmp_path / "inline.lance"
     encode_table(model_dir, corpus, undisturbed, shard_size=SHARD_SIZE)
     assert lance.dataset(str(table)).to_table() == lance.dataset(str(undisturbed)).to_table()

@@ -12,6 +12,7 @@ import lance
 import pytest
 
 from tests.conftest import encode_table, make_texts, write_corpus
+from tests.support.commands import HANG_S
 from tests.support.raylets import own_environment
 from tests.support.serving import wait_until
 
@@ -79,16 +80,16 @@ def test_a_job_is_requeued_before_its_time_is_up_and_then_completes(
             nodes = log.read_text().count("Ray runtime started")
             return nodes == NODES and committed(table) >= 3 * SHARD_SIZE
 
-        wait_until(under_way, 120)
+        wait_until(under_way)
         script.send_signal(signal.SIGUSR1)
-        assert script.wait(90) == 0, log.read_text()
+        assert script.wait(HANG_S) == 0, log.read_text()
     assert "run again to resume" in log.read_text()
     assert requests.read_text() == f"requeue {allocation['SLURM_JOB_ID']}\n"
     assert committed(table) < SHARDS * SHARD_SIZE
 
     log = tmp_path / "again.log"
     with batch(allocation, arguments, log) as script:
-        assert script.wait(120) == 0, log.read_text()
+        assert script.wait(HANG_S) == 0, log.read_text()
     assert len(requests.read_text().splitlines()) == 1
     undisturbed = tmp_path / "inline.lance"
     encode_table(model_dir, corpus, undisturbed, shard_size=SHARD_SIZE)
@@ -99,7 +100,7 @@ def test_a_job_whose_ray_cannot_start_fails(allocation, tmp_path):
     log = tmp_path / "log"
     broken = {**allocation, "SLURM_CPUS_PER_TASK": "many"}
     with batch(broken, ["corpus.jsonl", "--to", "t.lance", "--model", "m"], log) as script:
-        assert script.wait(120) == 1, log.read_text()
+        assert script.wait(HANG_S) == 1, log.read_text()
     assert "'many' is not a valid integer" in log.read_text()
 
 

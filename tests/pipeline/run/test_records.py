@@ -29,6 +29,7 @@ from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.verify import verify
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
+from tests.support.commands import HANG_S
 from tests.support.s3_server import serve
 
 
@@ -169,7 +170,7 @@ def test_records_are_written_while_the_run_goes_on(model_dir, corpus, tmp_path, 
 
     def waits(config, shards):
         yield from encode_inline(config, shards[:2])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while len(read_records(table)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -16,7 +16,7 @@ from pipeline.upkeep.sync import sync
 from pipeline.upkeep.verify import verify
 from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
-from tests.support.commands import Command
+from tests.support.commands import HANG_S, Command
 
 ROWS = 1500
 
@@ -42,7 +42,7 @@ def assert_right(table):
 def test_two_drivers_started_at_once(corpus, model_dir, tmp_path):
     table = tmp_path / "t.lance"
     both = [start(corpus, table, model_dir) for _ in range(2)]
-    ends = [(p.communicate(timeout=200), p.returncode) for p in both]
+    ends = [(p.communicate(timeout=HANG_S), p.returncode) for p in both]
     codes = sorted(code for _, code in ends)
     assert codes in ([0, 0], [0, 1]), ends
     for (_, stderr), code in ends:
@@ -54,16 +54,16 @@ def test_two_drivers_started_at_once(corpus, model_dir, tmp_path):
 def test_a_stopped_driver_that_wakes_up_is_fenced(corpus, model_dir, tmp_path):
     table = tmp_path / "t.lance"
     first = start(corpus, table, model_dir)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while not (table / "_versions").exists() or not lance.dataset(str(table)).get_fragments():
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGSTOP)
     second = start(corpus, table, model_dir)
-    _, stderr = second.communicate(timeout=200)
+    _, stderr = second.communicate(timeout=HANG_S)
     assert second.returncode == 0, stderr
     os.kill(first.pid, signal.SIGCONT)
-    _, stderr = first.communicate(timeout=60)
+    _, stderr = first.communicate(timeout=HANG_S)
     assert first.returncode == 1, stderr
     assert "another command took" in stderr
     assert_right(table)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.workers.device_threads import MOST_DEVICE_THREADS, DeviceThreads
+from tests.support.commands import HANG_S
 
 CPU = torch.device("cpu")
 
@@ -27,11 +28,11 @@ def test_device_threads_share_the_cores_and_run_at_once(device, threads, count, 
     meet = threading.Barrier(count)
 
     def look():
-        meet.wait(10)  # passed only if all threads are in here
+        meet.wait(HANG_S)  # passed only if all threads are in here
         torch.ones(1 << 20).sum()  # a parallel region must not bring back the default
         return torch.get_num_threads()
 
-    assert [f.result(10) for f in [pool.submit(look) for _ in range(count)]] == [width] * count
+    assert [f.result(HANG_S) for f in [pool.submit(look) for _ in range(count)]] == [width] * count
     assert pool.count == count
     pool.stop()
     with pytest.raises(RuntimeError, match="shutdown"):

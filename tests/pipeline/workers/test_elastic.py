@@ -33,6 +33,7 @@ from pipeline.workers.on_ray.cluster import connect
 from pipeline.workers.on_ray.pool import WorkerPool
 from tests.conftest import make_texts, write_corpus
 from tests.pipeline.table.test_ledger import SPEC
+from tests.support.commands import HANG_S
 
 # The workers get our packages, not this one.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -135,7 +136,7 @@ def test_workers_without_a_place_are_given_up_when_no_longer_wanted(cluster, sta
         pool.adjust(3)
         assert len(pool.workers) == 3
         while not any(worker.node for worker in pool.workers):
-            pool.started(answers.get(timeout=120))
+            pool.started(answers.get(timeout=HANG_S))
         pool.adjust(1)
         assert [bool(worker.node) for worker in pool.workers] == [True]
     finally:
@@ -183,7 +184,7 @@ def test_the_metrics_pages_of_the_nodes_say_what_the_run_did(cluster, start, mod
         want.update({f"seconds {stage}": spent for stage, spent in record.seconds.items()})
     assert want["rejected"] == 1
     assert want["truncated"] > 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while (seen := read_metrics(cluster, table))["shards"] < 5 and time.monotonic() < deadline:
         time.sleep(0.5)
     assert seen == pytest.approx({**want, "workers": 0}, rel=0.01, abs=0.001)
@@ -195,7 +196,7 @@ def read_metrics(cluster, table):
     for node in cluster.global_state.node_table():
         if node["Alive"]:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-            with urllib.request.urlopen(url, timeout=10) as reply:
+            with urllib.request.urlopen(url, timeout=HANG_S) as reply:
                 page = reply.read().decode()
             pattern = r"^ray_kalm_encode_(\w+)\{(.*)\} (\S+)$"
             for name, tags, value in re.findall(pattern, page, re.MULTILINE):

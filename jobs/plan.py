@@ -117,9 +117,7 @@ def plan(
     )
     rate = Rate(tokens_per_s, tokens_per_s, tokens_per_s) if tokens_per_s else None
     if measure:
-        device = checkpoint.choose_device(None)
-        text_encoder = files.load_text_encoder(device, checkpoint.choose_dtype(None, device))
-        encoder = PassageEncoder(text_encoder, tokenizer, max_length=max_length)
+        encoder = PassageEncoder.load(files, max_length=max_length)
         rate = measure_rate(encoder, sample.examples, MEASURE_S)
     facts = {
         "inputs": inputs,

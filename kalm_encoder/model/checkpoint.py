@@ -52,6 +52,10 @@ STORED_NAME = re.compile(r"(?:model\.)?(encoder|decoder)\.(?:text_model\.)?(.+)"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+Device = str | torch.device | None
+Dtype = str | torch.dtype | None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The files of one model revision on this machine.
@@ -59,8 +63,7 @@ class Checkpoint:
     Attributes:
         path: Directory that holds config, tokenizer and weights.
         name: Name that the user gave, a hub id or the directory.
-        revision: Hub commit that the files come from. It is the version of this package for
-            `kalm-demo`, and None for a local directory.
+        revision: Hub commit; the version of this package for `kalm-demo`, None for a directory.
     """
 
     path: Path
@@ -69,11 +72,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> T5Gemma2Config:
-        """The model's configuration.
-
-        Raises:
-            CheckpointError: If it cannot be read or is of another architecture.
-        """
+        """The model's configuration; a CheckpointError if it is not that of a KaLM reranker."""
         try:
             config = T5Gemma2Config.from_pretrained(self.path)
         except (OSError, ValueError) as error:
@@ -113,20 +112,22 @@ class Checkpoint:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> T5Gemma2TextEncoder:
+    def load_text_encoder(self, device: Device, dtype: Dtype) -> T5Gemma2TextEncoder:
         """Load the text encoder alone: embedding, encoder layers, final norm."""
         return self._load_half(T5Gemma2TextEncoder, "encoder", device, dtype)
 
-    def load_decoder(self, device: torch.device, dtype: torch.dtype) -> T5Gemma2Decoder:
+    def load_decoder(self, device: Device, dtype: Dtype) -> T5Gemma2Decoder:
         """Load the decoder alone. The model ties its embedding to the LM head, so it is both."""
         return self._load_half(T5Gemma2Decoder, "decoder", device, dtype)
 
-    def _load_half(self, kind: Any, half: str, device: torch.device, dtype: torch.dtype) -> Any:
+    def _load_half(self, kind: Any, half: str, device: Device, dtype: Dtype) -> Any:
         """Build one half without weights and fill it with copies of the stored ones.
 
         Raises:
             CheckpointError: If weights are missing, damaged or of other shapes than the config's.
         """
+        place = choose_device(device)
+        chosen = choose_dtype(dtype, place)
         config = self.config.decoder if half == "decoder" else self.config.encoder.text_config
         with torch.device("meta"):
             model = kind(config, int(self.config.eoi_token_index))
@@ -140,7 +141,7 @@ class Checkpoint:
                         # The tied embedding is stored once, under either half.
                         tied = name.startswith("embed_tokens.") and name not in found
                         if name in wanted and (owner == half or tied):
-                            found[name] = weights.get_tensor(key).to(device, dtype, copy=True)
+                            found[name] = weights.get_tensor(key).to(place, chosen, copy=True)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{file.name} of {self.name} is damaged ({error}). Download it again."
@@ -159,26 +160,23 @@ class Checkpoint:
         # These buffers are derived and not stored, so they are still on the meta device.
         model.rotary_emb = T5Gemma2RotaryEmbedding(model.config)
         model.embed_tokens.embed_scale = torch.tensor(model.embed_tokens.scalar_embed_scale)
-        return model.to(device).requires_grad_(False).eval()
+        return model.to(place).requires_grad_(False).eval()
 
     def _weight_files(self) -> list[Path]:
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"no .safetensors file in {self.name}: no other weight format is ever loaded"
-            )
-        return files
+        if files := sorted(self.path.glob("*.safetensors")):
+            return files
+        raise CheckpointError(f"no .safetensors file in {self.name}; no other format is loaded")
 
 
 def resolve(
-    model_name_or_path: str, revision: str | None = None, *, weights: bool = True
+    model_name_or_path: str | Checkpoint, revision: str | None = None, *, weights: bool = True
 ) -> Checkpoint:
     """Find a checkpoint: a local directory, `kalm-demo`, or a hub id that is downloaded once.
 
     Weights, config and tokenizer all come from one snapshot, so a revision pins all three.
 
     Args:
-        model_name_or_path: Hub id or directory.
+        model_name_or_path: Hub id or directory; a Checkpoint is returned as it is.
         revision: Revision of the hub id.
         weights: Whether to download the weights too; counting tokens does not need them.
 
@@ -186,6 +184,8 @@ def resolve(
         CheckpointError: If this is neither a directory nor a hub id that can be fetched, or if a
             directory is given with a revision.
     """
+    if isinstance(model_name_or_path, Checkpoint):
+        return model_name_or_path
     path = Path(model_name_or_path)
     if path.is_dir():
         if revision is not None:
@@ -210,7 +210,7 @@ def resolve(
     return Checkpoint(Path(snapshot), model_name_or_path, Path(snapshot).name)
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: Device) -> torch.device:
     """Return the wanted device. None chooses the first GPU, or the CPU if there is no GPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,7 +220,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """Return the wanted compute dtype. None chooses bfloat16 on a GPU and float32 on a CPU."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError, NonFiniteError
-from kalm_encoder.model import checkpoint
 from kalm_encoder.model.batching import make_batches
+from kalm_encoder.model.checkpoint import Checkpoint, Device, Dtype, answer_token_id, resolve
 from kalm_encoder.model.compiled_forward import CompiledForward
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 from kalm_encoder.model.pairs import HotPassages, Pair, Prompt, memory_of
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION, before_query, render_query
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["Pair", "Prompt", "QueryDecoder"]
 CPU_TOKEN_BUDGET = 4096
@@ -72,23 +70,23 @@ class QueryDecoder:
             raise InputError("compile and hot_bytes cannot be combined: choose one")
         self.hot = HotPassages(hot_bytes) if hot_bytes else None
         self.compiled = CompiledForward(model, self.token_budget) if compile else None
-        answers = [checkpoint.answer_token_id(tokenizer, answer) for answer in ("yes", "no")]
+        answers = [answer_token_id(tokenizer, answer) for answer in ("yes", "no")]
         self._answers = model.embed_tokens.weight[answers].float()  # (2, d)
 
     @classmethod
     def load(
         cls,
-        model_name_or_path: str,
+        model_name_or_path: str | Checkpoint,
         *,
         revision: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
         query_max_length: int = 512,
         token_budget: int | None = None,
         hot_bytes: int = 0,
         compile: bool = False,
     ) -> QueryDecoder:
-        """Load the decoder of a hub id or a local directory, and no other part of the model.
+        """Load the decoder of a hub id, directory or Checkpoint, and no other part of it.
 
         With `compile` the forward goes through torch.compile: batches are padded to a few shapes,
         and the first one waits for the compiler unless `warm_up` ran before.
@@ -97,11 +95,9 @@ class QueryDecoder:
             CheckpointError: If it is missing, incomplete, damaged or not a KaLM reranker.
             InputError: If the device or the dtype is impossible.
         """
-        files = checkpoint.resolve(model_name_or_path, revision)
-        place = checkpoint.choose_device(device)
-        model = files.load_decoder(place, checkpoint.choose_dtype(dtype, place))
+        files = resolve(model_name_or_path, revision)
         return cls(
-            model,
+            files.load_decoder(device, dtype),
             files.tokenizer(),
             fingerprint=files.fingerprint,
             query_max_length=query_max_length,

@@ -16,8 +16,8 @@ import torch
 
 from kalm_encoder.errors import CheckpointError, InputError
 from kalm_encoder.matryoshka import PassageStates
-from kalm_encoder.model import checkpoint
 from kalm_encoder.model.batching import Packed, make_packed_batches, send
+from kalm_encoder.model.checkpoint import Checkpoint, Device, Dtype, resolve
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens, mark
 from kalm_encoder.model.pooling import pool_packed
@@ -73,25 +73,24 @@ class PassageEncoder:
     @classmethod
     def load(
         cls,
-        model_name_or_path: str,
+        model_name_or_path: str | Checkpoint,
         *,
         revision: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
         max_length: int = 1024,
         token_budget: int | None = None,
         compile: bool = False,
     ) -> PassageEncoder:
-        """Load the text encoder of a hub id or a local directory, and no other part of the model.
+        """Load the text encoder of a hub id, directory or Checkpoint, and no other part of it.
 
         Raises:
             CheckpointError: If it is missing, incomplete, damaged or not a KaLM reranker.
             InputError: If the device, the dtype or a length is impossible.
         """
-        files = checkpoint.resolve(model_name_or_path, revision)
-        place = checkpoint.choose_device(device)
+        files = resolve(model_name_or_path, revision)
         return cls(
-            files.load_text_encoder(place, checkpoint.choose_dtype(dtype, place)),
+            files.load_text_encoder(device, dtype),
             files.tokenizer(),
             max_length=max_length,
             token_budget=token_budget,
@@ -198,7 +197,7 @@ class PassageEncoder:
         before = getattr(self._last, "ended", self._loaded)
         marks = (before, began, forwarded, mark(self.device))
         self._last.ended = marks[-1]
-        return BatchInFlight(tokens, ratio, pooled, len(hidden), marks)
+        return BatchInFlight(tokens, len(hidden), ratio, pooled, marks)
 
     @torch.inference_mode()
     def _fitting_budget(self) -> int:

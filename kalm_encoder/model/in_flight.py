@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -28,33 +28,26 @@ class PassageTokens:
     truncated: bool
 
 
+@dataclass(eq=False)
 class BatchInFlight:
     """A batch that was sent to the device.
 
-    Args:
+    Attributes:
         tokens: Tokens of its passages.
-        ratio: Ratio at which it is pooled.
-        pooled: (G, d) float32 on the CPU; the values are valid once the device is done.
         computed: Number of tokens that the encoder computed, with padding.
+        ratio: Ratio at which it is pooled.
+        pooled: (G, d) float32 on the CPU, valid once the device is done; None after `result`.
         marks: The device's clock at four moments: the end of the thread's previous batch, the begin
             of this one, the end of its forward, and the end of its pooling.
     """
 
-    def __init__(
-        self,
-        tokens: Sequence[PassageTokens],
-        ratio: int,
-        pooled: torch.Tensor,
-        computed: int,
-        marks: tuple[Any, Any, Any, Any],
-    ) -> None:
-        self.tokens = tokens
-        self.computed = computed
-        self._ratio = ratio
-        self._pooled: torch.Tensor | None = pooled
-        self._marks = marks
-        self._states: list[PassageStates] = []
-        self._taking = threading.Lock()
+    tokens: Sequence[PassageTokens]
+    computed: int
+    ratio: int
+    pooled: torch.Tensor | None
+    marks: tuple[Any, Any, Any, Any]
+    _states: list[PassageStates] = field(default_factory=list)
+    _taking: threading.Lock = field(default_factory=threading.Lock)
 
     def result(self) -> list[PassageStates]:
         """Wait for the device and return one PassageStates per passage.
@@ -62,12 +55,12 @@ class BatchInFlight:
         Any thread may call it, and every call returns the same objects.
         """
         with self._taking:
-            if self._pooled is not None:
-                rows = self._pooled.numpy()
-                if not isinstance(self._marks[-1], float):
-                    self._marks[-1].synchronize()
+            if self.pooled is not None:
+                rows = self.pooled.numpy()
+                if not isinstance(self.marks[-1], float):
+                    self.marks[-1].synchronize()
                     rows = rows.copy()  # the next batches need the pinned memory, which is scarce
-                self._states, self._pooled = self._cut(rows), None
+                self._states, self.pooled = self._cut(rows), None
             return self._states
 
     def _cut(self, rows: NDArray[np.float32]) -> list[PassageStates]:
@@ -75,7 +68,7 @@ class BatchInFlight:
         start = 0
         for passage in self.tokens:
             length = len(passage.ids)
-            end = start + num_groups(length, self._ratio)
+            end = start + num_groups(length, self.ratio)
             states.append(PassageStates(rows[start:end], length, passage.truncated))
             start = end
         return states
@@ -83,7 +76,7 @@ class BatchInFlight:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of the device (idle before the batch, forward, pool); call `result` first."""
-        spans = (_between(a, b) for a, b in pairwise(self._marks))
+        spans = (_between(a, b) for a, b in pairwise(self.marks))
         return dict(zip(("idle", "forward", "pool"), spans, strict=True))
 
 

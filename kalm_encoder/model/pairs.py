@@ -10,16 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from cachetools import LRUCache
+from numpy.typing import NDArray
 
 from kalm_encoder.model.decoder_forward import KeptMemory, PassageMemory
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)

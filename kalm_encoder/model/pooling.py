@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from kalm_encoder.matryoshka import num_groups
-
-if TYPE_CHECKING:
-    import torch
-
-    from kalm_encoder.model.batching import Packed
+from kalm_encoder.model.batching import Packed
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> torch.Tensor:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from kalm_encoder.prompts import render_passage
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def text_hash(text: str) -> bytes:

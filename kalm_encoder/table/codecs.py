@@ -14,12 +14,10 @@ Values are rounded to nearest and clipped to +-127 or +-7. A scale of zero stand
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from numpy.typing import NDArray
 
 INT4_GROUP = 64
 """Number of dimensions that share a scale. Smaller groups are more exact and need more scales."""

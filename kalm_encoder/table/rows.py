@@ -6,18 +6,16 @@ spec.py describes the columns. This module knows nothing of torch, files or comm
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from kalm_encoder.errors import CorruptRowError
 from kalm_encoder.matryoshka import PassageStates, coarsen, num_groups
 from kalm_encoder.table.checksums import row_checksum, states_checksum, text_hash
 from kalm_encoder.table.spec import TableSpec
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def build_rows(

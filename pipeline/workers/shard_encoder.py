@@ -64,9 +64,9 @@ class ShardEncoder:
             keep_freed_memory()
         self._threads = DeviceThreads(place, config.threads)
         self.encoder = self._threads.submit(
-            lambda: PassageEncoder(
-                files.load_text_encoder(place, checkpoint.choose_dtype(None, place)),
-                files.tokenizer(),
+            lambda: PassageEncoder.load(
+                files,
+                device=place,
                 max_length=spec.max_length,
                 token_budget=config.token_budget,
                 compile=config.compile,

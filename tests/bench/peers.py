@@ -45,8 +45,7 @@ class PlainEncoder:
 
     def __init__(self, model: str) -> None:
         files = checkpoint.resolve(model)
-        device = checkpoint.choose_device(None)
-        self.model = files.load_text_encoder(device, checkpoint.choose_dtype(None, device))
+        self.model = files.load_text_encoder(None, None)
         self.tokenizer = files.tokenizer()
 
     @torch.inference_mode()

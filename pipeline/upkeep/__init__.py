@@ -1,1 +1,6 @@
-"""What happens to a table afterwards: verify, sync, truncate, delete, collect garbage."""
+"""What happens to a table afterwards.
+
+`facts` describes it, `verify` checks it, `sync` brings it up to date with its corpus as `compare`
+finds, `truncate` makes a smaller one of it, `delete` removes passages and compacts, and `garbage`
+removes what nobody needs.
+"""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 15.0
+"""Least number of seconds between two log lines about the progress of a run."""
 MOST_WORKERS = 500
 """Workers in the run view, those seen last: this bounds a file that is written often."""
 

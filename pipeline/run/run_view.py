@@ -12,6 +12,7 @@ from kalm_encoder.table.location import Location
 from pipeline.table.side_files import RUN_VIEW, read_text
 
 WRITE_EVERY_S = 3.0
+"""Seconds between two writes of the run view, so that who watches is not far behind."""
 SILENT_AFTER_S = 15.0
 """A run that has not written for this long has died, stands still, or cannot reach the store."""
 ENCODING, FINISHING = "encoding", "finishing"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pipeline.run.records import RunTotals, ShardRecord
 
 WINDOW_S = 60.0
+"""Seconds whose shards make up the speed of now: long enough to even out single shards."""
 LEAST_SHARDS = 4
 """Shards that a worker's speed comes from, if it has so many, and that an ETA needs in all."""
 MOST_SHARDS = 64

@@ -23,7 +23,6 @@ from jobs.rerank import parse_cascade
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
-    from jobs.evaluation.collection import Collection
     from jobs.evaluation.results import Evaluation
 
 DEMO_RATIOS = "1,2,4,8,16,32,64"
@@ -31,92 +30,53 @@ DEMO_RATIOS = "1,2,4,8,16,32,64"
 
 def evaluate(
     folder: Annotated[
-        Path | None,
-        typer.Argument(help="Collection: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."),
+        Path | None, typer.Argument(help="Collection: corpus.jsonl, queries.jsonl, qrels/*.tsv.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or directory of a KaLM reranker.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or directory of the model.")] = None,
     revision: Revision = None,
-    split: Annotated[
-        str, typer.Option(help="Split of the judgements. Give it for another one, such as dev.")
-    ] = "test",
+    split: Annotated[str, typer.Option(help="Split of the judgements, such as dev.")] = "test",
     corpus: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Passages, in any format that `kalm encode` reads. Give it with --queries and "
-            "--qrels where there is no collection folder."
-        ),
+        list[str] | None, typer.Option(help="Passages, where there is no collection folder.")
     ] = None,
-    queries: Annotated[
-        Path | None, typer.Option(help="Queries without a collection folder: JSONL or TSV.")
-    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="Queries to --corpus: JSONL or TSV.")] = None,
     qrels: Annotated[
-        Path | None,
-        typer.Option(help="Judgements without a collection folder, in BEIR's or TREC's format."),
+        Path | None, typer.Option(help="Judgements to --corpus, in BEIR's or TREC's format.")
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(
-            help="TREC run file with the candidates of your own first stage. Default: full-text "
-            "search (BM25)."
-        ),
+        typer.Option(help="TREC run file of your own first stage. Default: full-text search."),
     ] = None,
     depth: Annotated[
         int | None,
-        typer.Option(
-            help="Candidates per query. Set it to what production reranks. Default: 100; 50 with "
-            "--demo."
-        ),
+        typer.Option(help="Candidates per query, as in production. Default: 100, demo 50."),
     ] = None,
     ratios: Annotated[
-        str | None,
-        typer.Option(
-            help="Ratios to store and to score, to compare quality and size. Default: 4,32; 1 to "
-            "64 with --demo."
-        ),
+        str | None, typer.Option(help="Ratios to compare. Default: 4,32; all of the demo.")
     ] = None,
     store_dtypes: Annotated[
-        str,
-        typer.Option(
-            help=f"Types of the stored numbers to compare, with commas: {STORE_DTYPES}. The first "
-            "is encoded, the others are made from it."
-        ),
+        str, typer.Option(help=f"Types to compare: {STORE_DTYPES}; the first one is encoded.")
     ] = "float16",
     cascade: Annotated[
-        list[str] | None,
-        typer.Option(help="Cascade to score as well, such as 32:20,4. May be repeated."),
+        list[str] | None, typer.Option(help="Cascade to compare, such as 32:20,4. May be repeated.")
     ] = None,
-    fuse: Annotated[
-        bool,
-        typer.Option(help="Also add each reranking to the first stage; --no-fuse saves the time."),
-    ] = True,
+    fuse: Annotated[bool, typer.Option(help="Also add each reranking to the first stage.")] = True,
     instruction: Instruction = None,
     instructions: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON file {collection: instruction}, for scripts that evaluate many collections."
-        ),
+        Path | None, typer.Option(help="JSON {collection: instruction}, to evaluate several.")
     ] = None,
     max_length: MaxLength = 1024,
     measure: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Metric as ir-measures spells it, where nDCG@10, RR@10, R@100 and AP are not what "
-            "you report. May be repeated."
-        ),
+        list[str] | None, typer.Option(help="Metric that ir-measures knows. May be repeated.")
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for tables, TREC run files and results.")
     ] = Path("evaluation"),
     workers: Annotated[
-        int | None,
-        typer.Option(help="Ray workers, for a large corpus; 0 encodes in this process."),
+        int | None, typer.Option(help="Ray workers, for a large corpus; 0 uses this process.")
     ] = 0,
     address: Address = None,
     demo: Annotated[
-        bool,
-        typer.Option("--demo", help="Evaluate the shipped checkpoint on held-out documentation."),
+        bool, typer.Option("--demo", help="Evaluate the demo model on held-out documentation.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -126,6 +86,7 @@ def evaluate(
     execute = executor(workers, None, address)
     with needs_extra("batch,eval"):
         from jobs.evaluation import experiment as experiments
+        from jobs.evaluation.collection import read_files, read_folder
         from jobs.evaluation.rankings import DEFAULT_MEASURES
         from jobs.evaluation.report import write_report
     if demo:
@@ -138,7 +99,12 @@ def evaluate(
         model = model or DEMO_NAME
     if model is None:
         raise InputError("give the model with --model")
-    collection = _collection(folder, split, corpus, queries, qrels)
+    if folder is not None and not (corpus or queries or qrels):
+        collection = read_folder(folder, split)
+    elif folder is None and corpus and queries and qrels:
+        collection = read_files(tuple(corpus), queries, qrels, qrels.stem, split)
+    else:
+        raise InputError("give a collection's folder, or --corpus, --queries and --qrels")
     if instructions is not None:
         if instruction is not None:
             raise InputError("give --instruction or --instructions, not both")
@@ -172,24 +138,6 @@ def evaluate(
     print_evaluation(evaluation)
     print(f"\n{out / 'report.html'} shows it, {out / 'evaluation.json'} has the rest, "
           f"{out / 'runs'} the TREC run files.")  # fmt: skip
-
-
-def _collection(
-    folder: Path | None,
-    split: str,
-    corpus: list[str] | None,
-    queries: Path | None,
-    qrels: Path | None,
-) -> Collection:
-    from jobs.evaluation.collection import read_files, read_folder
-
-    if folder is not None:
-        if corpus or queries or qrels:
-            raise InputError("give a folder, or --corpus, --queries and --qrels")
-        return read_folder(folder, split)
-    if not corpus or queries is None or qrels is None:
-        raise InputError("give a collection's folder, or --corpus, --queries and --qrels")
-    return read_files(tuple(corpus), queries, qrels, qrels.stem, split)
 
 
 def _instruction(file: Path, collection: str) -> str:

@@ -116,7 +116,8 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
             f"{label} found no stored passage for any query. Full-text search splits at spaces: "
             "where the language has none, give the candidates of another first stage with --run"
         )
-    rankings = [_rank_first(first, name)]
+    ranked = {query: list(scores.items()) for query, scores in first.items()}
+    rankings = [Ranking(name=name, kind="first stage", ranked=ranked)]
     decoder = QueryDecoder.load(experiment.model, revision=experiment.revision)
     for dtype in experiment.store_dtypes:
         reranker = Reranker(tables[dtype], decoder, max_length=experiment.max_length)
@@ -216,11 +217,6 @@ def _gaps(found: Scores, first: Scores, relevant: set[str], stored: Mapping[str,
             f"{len(gone)} of {len(relevant)} relevant passages are not in the corpus: {shown}"
         )
     return gaps
-
-
-def _rank_first(first: Scores, name: str) -> Ranking:
-    ranked = {query: list(scores.items()) for query, scores in first.items()}
-    return Ranking(name=name, kind="first stage", ranked=ranked)
 
 
 def _rank(

@@ -43,7 +43,7 @@ class Row:
         difference: Its difference in the primary metric; None for the first setting.
         verdict: What the difference allows to say; None for the first setting.
         strip: Places of low, mean and high on a strip of 100 units with 0 in the middle.
-        ms_median: Median of its milliseconds per query; None where nothing was timed.
+        ms_median: Median of its milliseconds per query; 0 where nothing was timed.
         ms_p95: Their 95th percentile.
     """
 
@@ -51,8 +51,8 @@ class Row:
     difference: Difference | None
     verdict: str | None
     strip: tuple[float, float, float]
-    ms_median: float | None
-    ms_p95: float | None
+    ms_median: float
+    ms_p95: float
 
 
 def write_report(evaluation: Evaluation, file: Path) -> None:
@@ -132,8 +132,7 @@ def _rows(evaluation: Evaluation, metric: str) -> list[Row]:
         ends = (difference.low, difference.mean, difference.high) if difference else (0, 0, 0)
         low, mean, high = (50 + 48 * end / reach for end in ends)
         said = findings.verdict(difference) if difference else None
-        ms = setting.ms_per_query
-        median, p95 = map(float, np.percentile(ms, [50, 95])) if ms else (None, None)
+        median, p95 = map(float, np.percentile(setting.ms_per_query or [0.0], [50, 95]))
         rows.append(Row(setting, difference, said, (low, mean, high), median, p95))
     return rows
 

@@ -15,7 +15,6 @@ from typing import Any
 import altair as alt
 import numpy as np
 import vl_convert
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from jobs.evaluation.figures import chart_of, theme
@@ -36,21 +35,13 @@ STAGES = {  # in the order of the work; the colours differ for those who confuse
 }
 INK = "#33383d"
 THEME = theme(INK, "#e6e8ea", font="sans-serif", size=13) | {"background": "white"}
-PAGE = Markup("""<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ margin: 2rem auto; max-width: 46rem; padding: 0 1rem; color: #33383d;
-  font: 16px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.25rem; overflow-wrap: anywhere; }}
-div {{ overflow-x: auto; }}
-svg {{ display: block; width: 100%; min-width: 22rem; height: auto; }}
-</style>
-<h1>{title}</h1>
-<p>{summary}</p>
-<div>{svg}</div>
+<title>Runs of a table</title>
+<style>svg {{ display: block; margin: auto; max-width: 100%; height: auto }}</style>
+{}
 </html>
-""")
+"""
 
 
 @dataclass(frozen=True)
@@ -84,27 +75,25 @@ def draw_runs(records: Sequence[ShardRecord], uri: str, file: Path) -> None:
         raise InputError(f"{file} must end in {', '.join(SUFFIXES)}")
     if not records:
         raise InputError(f"{uri} has no run records: it was made before they were kept")
-    chart = _chart(bin_records(records)).to_dict()
+    heading = alt.Title(f"Encoding {uri}", subtitle=summary(records), offset=24)
+    chart = _chart(bin_records(records)).properties(title=heading).to_dict()
     if file.suffix == ".png":
         file.write_bytes(vl_convert.vegalite_to_png(chart, config=THEME, scale=2))
         return
     drawn = vl_convert.vegalite_to_svg(chart, config=THEME)
-    if file.suffix == ".html":
-        title = f"Encoding {uri}"
-        drawn = PAGE.format(title=title, summary=summary(records), svg=Markup(drawn))
-    file.write_text(drawn, encoding="utf-8")
+    file.write_text(PAGE.format(drawn) if file.suffix == ".html" else drawn, encoding="utf-8")
 
 
-def summary(records: Sequence[ShardRecord]) -> str:
-    """Return the runs in one sentence."""
+def summary(records: Sequence[ShardRecord]) -> list[str]:
+    """Return the runs in two lines."""
     found = totals(records)
     rows = sum(record.rows for record in records)
     workers = len({record.worker for record in records})
-    return (
+    return [
         f"{rows:,} passages, {found.tokens:,} tokens in {found.seconds:,.0f} s: "
-        f"{found.tokens_per_s:,.0f} tokens/s, {found.padding:.1%} padding, "
-        f"{len(records):,} shards, {_counted(workers, 'worker')}, {_counted(found.runs, 'run')}."
-    )
+        f"{found.tokens_per_s:,.0f} tokens/s, {found.padding:.1%} padding",
+        f"{len(records):,} shards, {_counted(workers, 'worker')}, {_counted(found.runs, 'run')}",
+    ]
 
 
 def bin_records(records: Sequence[ShardRecord]) -> Bins:

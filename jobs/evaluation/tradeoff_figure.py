@@ -1,6 +1,6 @@
 """Figure of quality against cost: what a byte or a millisecond buys.
 
-Altair does not keep names from covering each other, so `_place_names` finds a place for each.
+Altair does not keep names from covering each other, so `_placed_names` finds a place for each.
 """
 
 from __future__ import annotations
@@ -14,25 +14,13 @@ import altair as alt
 import numpy as np
 from markupsafe import Markup
 
-from jobs.evaluation.figures import (
-    BLUE,
-    COLOUR,
-    DASHES,
-    GREEN,
-    MUTED,
-    ORANGE,
-    PAPER,
-    WITHOUT_ZERO,
-    Label,
-    chart_of,
-    inline_svg,
-    labels,
-)
+from jobs.evaluation import figures
+from jobs.evaluation.figures import chart_of
 from jobs.evaluation.findings import milliseconds, value
 from jobs.evaluation.results import SettingResult
 
-KIND_COLOURS = {"first stage": MUTED, "fused": GREEN, "cascade": ORANGE}
-DTYPE_COLOURS = (BLUE, "var(--violet)", "var(--rose)", MUTED)
+KIND_COLOURS = {"first stage": figures.MUTED, "fused": figures.GREEN, "cascade": figures.ORANGE}
+DTYPE_COLOURS = (figures.BLUE, "var(--violet)", "var(--rose)", figures.MUTED)
 SHAPES = {"fused": "square", "cascade": "M0,-1.2L1.2,0L0,1.2L-1.2,0Z"}
 TICKS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 """Multiples of powers of ten that may be marked; the most numerous that have room are."""
@@ -90,24 +78,24 @@ def tradeoff_figure(
 
     costs_shown = alt.Axis(values=_ticks(left, right, width), format=",~r", labelFlush=False)
     x = alt.X("cost:Q", axis=costs_shown, scale=alt.Scale(type="log", domain=[left, right]))
-    axis = alt.Axis(tickCount=6, labelExpr=WITHOUT_ZERO)
+    axis = alt.Axis(tickCount=6, labelExpr=figures.WITHOUT_ZERO)
     scale = alt.Scale(domain=[low, high], nice=False)
     y, ends = (alt.Y(f"{field}:Q", axis=axis, scale=scale) for field in ("mean", "low"))
     band = chart_of([first])
-    points = chart_of(rows).encode(x=x, y=y, color=COLOUR)
+    points = chart_of(rows).encode(x=x, y=y, color=figures.COLOUR)
     layers = alt.layer(
         band.mark_rect(color="var(--band)").encode(y=ends, y2="high:Q"),
-        band.mark_rule(color=MUTED, strokeDash=DASHES).encode(y=y),
+        band.mark_rule(color=figures.MUTED, strokeDash=figures.DASHES).encode(y=y),
         points.mark_rule(opacity=0.45, strokeWidth=1.5).encode(y=ends, y2="high:Q"),
         points.mark_line(strokeWidth=1.5)
         .transform_filter("datum.kind != 'cascade'")
         .encode(detail="series:N"),
-        points.mark_point(filled=True, opacity=1, size=60, stroke=PAPER, strokeWidth=1).encode(
-            shape=alt.Shape("shape:N", scale=None)
-        ),
-        labels(
-            (metric, 0, -18, "left", MUTED),
-            (cost, width, HEIGHT_PX + 30, "right", MUTED),
+        points.mark_point(
+            filled=True, opacity=1, size=60, stroke=figures.PAPER, strokeWidth=1
+        ).encode(shape=alt.Shape("shape:N", scale=None)),
+        figures.labels(
+            (metric, 0, -18, "left", figures.MUTED),
+            (cost, width, HEIGHT_PX + 30, "right", figures.MUTED),
             *_placed_names(first, rows, pixels, width),
         ),
         width=width,
@@ -116,7 +104,9 @@ def tradeoff_figure(
     listed = "; ".join(
         f"{row['name']} {value(row['mean'])} at {milliseconds(costs[row['name']])}" for row in rows
     )
-    return inline_svg(layers, name, f"{metric} against {cost}", f"{first['name']}; {listed}.")
+    return figures.inline_svg(
+        layers, name, f"{metric} against {cost}", f"{first['name']}; {listed}."
+    )
 
 
 def _rows(settings: Sequence[SettingResult], costs: Mapping[str, float], metric: str) -> list[Row]:
@@ -152,8 +142,10 @@ def _ticks(low: float, high: float, width: int) -> list[float]:
     return ticks
 
 
-def _placed_names(first: Row, rows: Sequence[Row], pixels: Pixels, width: int) -> list[Label]:
-    """Return where names are written, as `labels` takes it.
+def _placed_names(
+    first: Row, rows: Sequence[Row], pixels: Pixels, width: int
+) -> list[figures.Label]:
+    """Return where names are written, as `figures.labels` takes it.
 
     Each name in turn, from the best setting down, takes the place of NEAR_PX where it covers the
     least. To cover another name, or to leave the plot, counts ten times.

@@ -198,6 +198,7 @@ def _first_stage(experiment: Experiment, table: PassageTable) -> tuple[Scores, s
 
 def _lengths(table: PassageTable, ids: Iterable[str]) -> dict[str, int]:
     """Return the number of tokens by id of those passages that are stored."""
+    # Two light columns are read in full: there may be a million candidates, too many for a filter.
     rows = table.dataset.to_table(columns=["id", "num_tokens"])
     rows = rows.filter(pc.is_in(rows["id"], pa.array(ids, pa.string())))
     return dict(zip(rows["id"].to_pylist(), rows["num_tokens"].to_pylist(), strict=True))

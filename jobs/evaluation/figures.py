@@ -24,11 +24,13 @@ MAX_BARS = 400
 MUTED, PAPER, BLUE = "var(--muted)", "var(--paper)", "var(--blue)"
 GREEN, ORANGE = "var(--green)", "var(--orange)"
 DASHES = [4, 3]
+"""Lengths in pixels of a dash and of the gap after it."""
 UNIT = alt.Scale(domain=[0, 1])
 Label = tuple[str, float, float, str, str]
 """A text, its x and y in pixels of the plot, the side of it that is there, and its colour."""
 COLOUR = alt.Color("colour:N", scale=None)
 """The colour of a row is what its field `colour` holds."""
+# Expressions of Vega for the labels of an axis: .475 instead of 0.475, and 20 % instead of -0.2.
 WITHOUT_ZERO = "datum.value ? replace(datum.label, '0.', '.') : '0'"
 PERCENT = "format(100 * abs(datum.value), '.0f') + ' %'"
 
@@ -39,6 +41,7 @@ def theme(colour: str, grid: str, *, font: str, size: int) -> dict[str, Any]:
     return {
         "axis": text | {"domain": False, "gridColor": grid, "labelPadding": 6, "ticks": False},
         "axisX": {"domain": True, "domainColor": grid, "grid": False},
+        # All plots begin at the same distance from the left edge, whatever their labels.
         "axisY": {"maxExtent": 3.5 * size, "minExtent": 3.5 * size},
         "background": None,
         "font": font,
@@ -89,6 +92,7 @@ def inline_svg(chart: alt.Chart, name: str, title: str, description: str) -> Mar
     """
     config = theme(MUTED, "var(--rule)", font="inherit", size=12)
     drawn = vl_convert.vegalite_to_svg(chart.to_dict(), config=config)
+    # The root is written anew: the page sets the size, and a screen reader needs title and <desc>.
     _, width, height, inside = re.split(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)">', drawn, maxsplit=1)
     return Markup(
         '<svg viewBox="0 0 {1} {2}" style="max-width: {1}px" role="img" '

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from markupsafe import Markup
 
 from jobs.evaluation import findings
 from jobs.evaluation.figures import MAX_BARS, change_figure, score_figure
-from jobs.evaluation.results import Difference, Evaluation, SettingResult
+from jobs.evaluation.results import Evaluation, SettingResult
 from jobs.evaluation.tradeoff_figure import tradeoff_figure
 
 MAX_QUERIES = 300
@@ -32,27 +31,6 @@ MAX_TEXT = 700
 """Characters shown of a passage in an example; a third of them of a query in the table."""
 WIDTHS_PX = {"wide": (540, 760), "narrow": (350, 350)}
 """Widths of the figures of cost and of changes on a desktop and on a phone."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A setting in the tables.
-
-    Attributes:
-        setting: The setting.
-        difference: Its difference in the primary metric; None for the first setting.
-        verdict: What the difference allows to say; None for the first setting.
-        strip: Places of low, mean and high on a strip of 100 units with 0 in the middle.
-        ms_median: Median of its milliseconds per query; 0 where nothing was timed.
-        ms_p95: Their 95th percentile.
-    """
-
-    setting: SettingResult
-    difference: Difference | None
-    verdict: str | None
-    strip: tuple[float, float, float]
-    ms_median: float
-    ms_p95: float
 
 
 def write_report(evaluation: Evaluation, file: Path) -> None:
@@ -73,7 +51,7 @@ def render_report(evaluation: Evaluation) -> str:
         query: values[metric] - first.per_query[query][metric]
         for query, values in (main.per_query if main else {}).items()
     }
-    rows = _rows(evaluation, metric)
+    differences = [s.differences[metric] for s in evaluation.settings[1:]]
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -85,6 +63,7 @@ def render_report(evaluation: Evaluation) -> str:
         "size": findings.size,
         "ms": findings.milliseconds,
         "verdict": findings.verdict,
+        "percentile": _percentile,
         "cut": _cut,
     }
     return environment.from_string(_package_text("report.html")).render(
@@ -94,8 +73,8 @@ def render_report(evaluation: Evaluation) -> str:
         main=main,
         headline=[_unbroken(sentence) for sentence in findings.headline(evaluation)],
         meanings=findings.meanings(evaluation),
-        rows=rows,
-        tradeoffs=_tradeoffs(rows, metric),
+        reach=max((max(-d.low, d.high) for d in differences), default=0.0) or 1.0,
+        tradeoffs=_tradeoffs(evaluation.settings, metric),
         scores=[(s, score_figure(s, name=f"scores{n}")) for n, s in enumerate(evaluation.scores)],
         changes=changes,
         change_figures=_change_figures(changes, main, first, metric) if main else {},
@@ -124,45 +103,34 @@ def _unbroken(sentence: str) -> str:
     return re.sub(r"\[[^\]]*\]|p [=<] \.\d+", lambda m: m[0].replace(" ", "\u00a0"), sentence)
 
 
-def _rows(evaluation: Evaluation, metric: str) -> list[Row]:
-    found = [s.differences.get(metric) for s in evaluation.settings]
-    reach = max((max(-d.low, d.high) for d in found if d), default=0.0) or 1.0
-    rows = []
-    for setting, difference in zip(evaluation.settings, found, strict=True):
-        ends = (difference.low, difference.mean, difference.high) if difference else (0, 0, 0)
-        low, mean, high = (50 + 48 * end / reach for end in ends)
-        said = findings.verdict(difference) if difference else None
-        median, p95 = map(float, np.percentile(setting.ms_per_query or [0.0], [50, 95]))
-        rows.append(Row(setting, difference, said, (low, mean, high), median, p95))
-    return rows
+def _percentile(values: list[float], rank: int) -> float:
+    """Return a percentile; 0 where nothing was measured."""
+    return float(np.percentile(values or [0.0], rank))
 
 
-def _tradeoffs(rows: list[Row], metric: str) -> list[tuple[str, dict[str, Markup]]]:
+def _tradeoffs(settings: list[SettingResult], metric: str) -> list[tuple[str, dict[str, Markup]]]:
     """Return the figures of quality against each cost that was measured, in two widths."""
-    settings = [row.setting for row in rows]
-    costs = {
-        "bytes": {s.name: s.bytes_per_token for s in settings[1:] if s.bytes_per_token},
-        "ms": {row.setting.name: row.ms_median for row in rows[1:] if row.ms_median},
-    }
     labels = {"bytes": "bytes per passage token (log)", "ms": "median ms per query (log)"}
-    return [
-        (
-            key,
-            {
+    found = {
+        "bytes": {s.name: s.bytes_per_token for s in settings[1:]},
+        "ms": {s.name: _percentile(s.ms_per_query, 50) for s in settings[1:]},
+    }
+    drawn = []
+    for key, costs in found.items():
+        if measured := {name: cost for name, cost in costs.items() if cost}:
+            figures = {
                 kind: tradeoff_figure(
                     settings,
-                    cost,
+                    measured,
                     name=f"{key}-{kind}",
                     metric=metric,
                     cost=labels[key],
                     width=width,
                 )
                 for kind, (width, _) in WIDTHS_PX.items()
-            },
-        )
-        for key, cost in costs.items()
-        if cost
-    ]
+            }
+            drawn.append((key, figures))
+    return drawn
 
 
 def _change_figures(

@@ -128,7 +128,7 @@ def _chart(bins: Bins) -> alt.VConcatChart:
     edges, restarts = (bins.edges / unit).tolist(), [{"at": at / unit} for at in bins.restarts]
     rate = bins.tokens / np.diff(bins.edges)
     padding = [1 - t / p if p else None for t, p in zip(bins.tokens, bins.padded, strict=True)]
-    shards = np.where(bins.shards == 0, 1, bins.shards)
+    shards = np.where(bins.shards == 0, 1, bins.shards)  # an empty bin has 0 seconds, not 0/0
     whole = sum(float(seconds.sum()) for seconds in bins.seconds.values()) or 1.0
     parts = {stage: float(seconds.sum()) / whole for stage, seconds in bins.seconds.items()}
     labels = {s: f"{s} {part:.0%}" if part >= 0.01 else f"{s} <1%" for s, part in parts.items()}

@@ -23,14 +23,16 @@ KIND_COLOURS = {"first stage": figures.MUTED, "fused": figures.GREEN, "cascade":
 DTYPE_COLOURS = (figures.BLUE, "var(--violet)", "var(--rose)", figures.MUTED)
 SHAPES = {"fused": "square", "cascade": "M0,-1.2L1.2,0L0,1.2L-1.2,0Z"}
 TICKS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
-"""Multiples of powers of ten that may be marked; the most numerous that have room are."""
+"""Multiples of powers of ten that may be marked on the axis of costs; the first list that has room
+is used."""
 HEIGHT_PX = 286
 """Height of the plot."""
 NEAR_PX = [(8, 1), (-8, 1), *((dx, dy) for dy in (-11, 13, -22, 24) for dx in (5, -5))]
 """Where a name may begin (right of its point) or end (left of it), by the middle of its height. The
 best places come first."""
 LETTER_PX, LINE_PX = 7.8, 14
-"""Width of a letter and height of a line, about: the font of the page is not known here."""
+"""Width of a letter and height of a line. The font of the page is not known here, so these are on
+the generous side."""
 
 Row = dict[str, Any]
 """What is drawn of a setting."""
@@ -63,7 +65,9 @@ def tradeoff_figure(
     (first,) = _rows(settings[:1], {settings[0].name: 1.0}, metric)
     first["name"] += f" {value(first['mean'])}"
     rows = _rows(settings[1:], costs, metric)
-    margin = max((rows[-1]["cost"] / rows[0]["cost"]) ** 0.18, 1.2)  # names need room at the sides
+    # Names are written beside the points, so the scale is wider than the costs; one ratio alone
+    # would have no width.
+    margin = max((rows[-1]["cost"] / rows[0]["cost"]) ** 0.18, 1.2)
     left, right = rows[0]["cost"] / margin, rows[-1]["cost"] * margin
     for before, row in pairwise(rows):  # points of (nearly) one cost stand side by side
         row["cost"] = max(row["cost"], before["cost"] * (right / left) ** (9 / width))

@@ -1,5 +1,5 @@
-"""A made-up evaluation: random numbers and invented texts, the same every time. It proves that
-reports hold what they are given, and nothing about any model."""
+"""A made-up evaluation: random numbers and invented texts, the same every time. It serves to test
+that reports hold what they are given; it says nothing about any model."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from jobs.evaluation.results import Candidate, Evaluation, Example, ScoreSample,
 from jobs.evaluation.statistics import bootstrap_interval, compare, score_sample
 
 SPREAD = 0.16
-"""Of the difference of one query between two settings."""
+"""Standard deviation of the difference of one query between two settings."""
 
 SETTINGS = {  # name: (kind, ratio, dtype, true effect on nDCG@10, bytes a token, median ms)
     "bm25": ("first stage", None, None, 0.0, 0.0, 0.0),

@@ -10,15 +10,13 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import StorageOptions, Table, location
+from jobs.options import AsJson, StorageOptions, Table, location
 from kalm_encoder.errors import InputError
 
 
 def rejects(
     uri: Table,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per line, for a script.")
-    ] = False,
+    as_json: AsJson = False,
     storage_option: StorageOptions = None,
 ) -> None:
     """List the input rows that were not encoded, with file, line and reason."""

@@ -27,9 +27,9 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
-BLOCK = 128
+BLOCK_QUERIES = 128
 """Number of queries of a sliding layer that are computed together. A larger block needs fewer
-products, but masks more keys: up to BLOCK - 1 for each query."""
+products, but masks more keys: up to BLOCK_QUERIES - 1 for each query."""
 
 Attention = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Packed, float, int | None], torch.Tensor
@@ -207,8 +207,8 @@ def _blocks(
     if length <= min(left, right) + 1:
         return [(0, length, 0, length, None)]
     blocks: list[tuple[int, int, int, int, torch.Tensor | None]] = []
-    for first in range(0, length, BLOCK):
-        last = min(first + BLOCK, length)
+    for first in range(0, length, BLOCK_QUERIES):
+        last = min(first + BLOCK_QUERIES, length)
         begin, end = max(0, first - left), min(length, last + right)
         distance = torch.arange(first, last, device=device)[:, None]
         distance = distance - torch.arange(begin, end, device=device)

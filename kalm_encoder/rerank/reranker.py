@@ -1,30 +1,28 @@
 """Ranks passages by id: it takes their stored states from the table and scores them.
 
-This is the only place where table and decoder meet; neither knows of the other.
+Table and decoder meet only in this package; neither knows of the other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from kalm_encoder.errors import InputError, MismatchError
+from kalm_encoder.errors import InputError
 from kalm_encoder.matryoshka import PassageStates, coarsen
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.pairs import Pair, Prompt
-from kalm_encoder.prompts import TEMPLATE
 from kalm_encoder.rerank.cascade import Stage, choose_stages
+from kalm_encoder.rerank.scorer import Scorer, check_match
 from kalm_encoder.table.reader import PassageTable
-from kalm_encoder.table.spec import FORMAT_VERSION
 
-CHUNK = 128
+CHUNK_CANDIDATES = 128
 """Number of candidates that are read together while the decoder scores those before them."""
-TIMED_CHUNK = 16
+TIMED_CHUNK_CANDIDATES = 16
 """The same with a time budget, which is checked between two chunks: smaller chunks keep it more
 exactly, larger ones use the decoder better."""
 
@@ -45,27 +43,6 @@ class RerankResult:
     score: float
     margin: float
     ratio: int
-
-
-class Scorer(Protocol):
-    """What a reranker needs of a decoder; see QueryDecoder, which is one."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the checkpoint."""
-
-    @property
-    def dim(self) -> int:
-        """Width of the states."""
-
-    def prompt(self, query: str, instruction: str | None = None) -> Prompt:
-        """Return a query as the decoder reads it."""
-
-    def recall(self, prompt: Prompt, key: Hashable) -> torch.Tensor | None:
-        """Return what is kept of a passage, or None."""
-
-    def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
-        """Return the score and the margin of each pair."""
 
 
 class Reranker:
@@ -198,7 +175,7 @@ class Reranker:
         given: Mapping[str, PassageStates],
     ) -> list[RerankResult]:
         """Score candidates until the deadline and return those that were scored."""
-        size = CHUNK if deadline is None else TIMED_CHUNK
+        size = CHUNK_CANDIDATES if deadline is None else TIMED_CHUNK_CANDIDATES
         chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
         results: list[RerankResult] = []
         took, began = 0.0, time.monotonic()
@@ -244,31 +221,3 @@ class Reranker:
                 states = coarsen(given[i].states, given[i].num_tokens, finest, ratio)
                 pairs[i] = Pair(prompt, states)
         return [pairs[i] for i in ids]
-
-
-def check_match(table: PassageTable, decoder: Scorer, *, max_length: int | None = None) -> None:
-    """Refuse a table that this decoder cannot score.
-
-    Raises:
-        MismatchError: If they differ; it names the first field, both values and the remedy.
-    """
-    spec = table.spec
-    again = "encode the corpus again"
-    expected = [
-        ("format_version", spec.format_version, FORMAT_VERSION, again),
-        ("template", spec.template, TEMPLATE, again),
-        ("dim", spec.dim, decoder.dim, f"load {spec.model}, or {again}"),
-        ("max_length", spec.max_length, max_length or spec.max_length, again),
-        (
-            "fingerprint",
-            spec.fingerprint,
-            decoder.fingerprint,
-            f"load the model the table was made with ({spec.model}, revision "
-            f"{spec.revision or 'local'}), or {again} with this one",
-        ),
-    ]
-    for field, stored, wanted, remedy in expected:
-        if stored != wanted:
-            raise MismatchError(
-                field, f"{table.uri} has {field} {stored!r}, the query side {wanted!r}: {remedy}"
-            )

@@ -23,7 +23,7 @@ from kalm_encoder.service.scoring import check_count
 
 if TYPE_CHECKING:
     from kalm_encoder.model.pairs import Pair
-    from kalm_encoder.rerank.reranker import Scorer
+    from kalm_encoder.rerank.scorer import Scorer
 
 NUM_SHOWN_CHARACTERS = 600
 """Number of characters of each text in a list. The page asks for a whole text by its id."""

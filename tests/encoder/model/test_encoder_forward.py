@@ -12,7 +12,7 @@ from kalm_encoder import PassageEncoder
 from kalm_encoder.model import checkpoint, onednn
 from kalm_encoder.model.batching import Packed
 from kalm_encoder.model.encoder_forward import (
-    BLOCK,
+    BLOCK_QUERIES,
     PackedForward,
     _attend_blocks,
     _attend_varlen,
@@ -72,8 +72,8 @@ def test_any_lengths_give_what_the_padded_forward_gives(plain, packed, lengths, 
     torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 64, 65, 2 * BLOCK, 512, 513])
-@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 700])
+@pytest.mark.parametrize("window", [1, 2, 3, 64, 65, 2 * BLOCK_QUERIES, 512, 513])
+@pytest.mark.parametrize("length", [1, BLOCK_QUERIES - 1, BLOCK_QUERIES, BLOCK_QUERIES + 1, 700])
 def test_a_sliding_layer_sees_exactly_its_window(model_dir, window, length):
     model = load(model_dir, sliding_window=window)
     ids = random_ids([length])

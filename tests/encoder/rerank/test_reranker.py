@@ -4,7 +4,7 @@ import pytest
 
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
-from kalm_encoder.rerank.reranker import check_match
+from kalm_encoder.rerank.scorer import check_match
 
 IDS = [f"p{i}" for i in range(60)]
 
@@ -74,7 +74,7 @@ def test_another_max_length_is_refused(small_table):
 
 def test_chunks_read_ahead_and_hot_passages_change_nothing(small_table, reranker, monkeypatch):
     expected = {r.id: r.score for r in reranker.rerank("token state", IDS, ratio=4)}
-    monkeypatch.setattr("kalm_encoder.rerank.reranker.CHUNK", 7)
+    monkeypatch.setattr("kalm_encoder.rerank.reranker.CHUNK_CANDIDATES", 7)
     hot = Reranker.open(str(small_table), hot_bytes=1 << 28)
     reads = []
     take = hot.table.take

@@ -107,10 +107,11 @@ def sample_corpus(
     began, rng = time.monotonic(), random.Random(seed)
     found = [s for path in files for s in open_sources(path, fields, storage_options)]
     sources = _bounded(found, rng)
-    size = sum(source.size for source in sources)
+    size = sum(source.size * source.stands_for for source in sources)
     block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, size / TYPICAL_BLOCKS))
     counts = [math.ceil(source.size / block_bytes) for source in sources]
-    starts = list(accumulate(counts, initial=0))
+    drawable = [math.ceil(s.size * s.stands_for / block_bytes) for s in sources]
+    starts = list(accumulate(drawable, initial=0))
     read: Counter[int] = Counter()
     sizes: list[float] = []
     rejected: list[int] = []
@@ -132,8 +133,8 @@ def sample_corpus(
     if not any(lengths):
         raise InputError(f"no passage found in {', '.join(files[:3])}")
     complete = read.total() == starts[-1] and len(sources) == len(found)
+    finished = sum(s.in_order and read[i] >= counts[i] for i, s in enumerate(sources))
     in_order = sum(source.in_order for source in found)
-    finished = sum(s.in_order and read[i] == counts[i] for i, s in enumerate(sources))
     note = (
         f"{in_order} compressed or quoted files can only be read from their start, and "
         f"{finished} were read to the end: their intervals hold if the rest is alike"
@@ -159,4 +160,4 @@ def _bounded(sources: list[BlockSource], rng: random.Random) -> list[BlockSource
     kept = rng.sample(in_order, MAX_IN_ORDER)
     factor = sum(source.size for source in in_order) / sum(source.size for source in kept)
     others = [source for source in sources if not source.in_order]
-    return others + [replace(source, size=source.size * factor) for source in kept]
+    return others + [replace(source, stands_for=factor) for source in kept]

@@ -52,6 +52,7 @@ class BlockSource:
         size: Bytes of text in it, as far as they are known without reading it.
         read: Reads a block: `read(k, n)` returns block k of n equal ones.
         in_order: Whether `read` can only return the next block, whatever k is.
+        stands_for: Number of files, with itself, that it stands for in the sample.
     """
 
     path: str
@@ -59,6 +60,7 @@ class BlockSource:
     size: float
     read: Callable[[int, int], Block]
     in_order: bool = False
+    stands_for: float = 1.0
 
 
 def open_sources(
@@ -136,7 +138,8 @@ def _text_bytes(raw: Any, size: int, compression: str | None) -> float:
     measured = len(stream.read(MEASURED_BYTES))
     if measured < MEASURED_BYTES:
         return warm_up + measured
-    return warm_up + (size - begin) * measured / (int(raw.tell()) - begin)
+    taken = max(1, int(raw.tell()) - begin)  # one read may hold text without end
+    return warm_up + (size - begin) * measured / taken
 
 
 def _records(

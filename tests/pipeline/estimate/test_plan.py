@@ -172,6 +172,20 @@ def test_a_compressed_file_is_read_from_its_start_and_the_plan_says_so(
         assert found["low"] <= whole[name]["value"] <= found["high"], name
 
 
+def test_of_many_compressed_files_some_stand_for_all(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "MAX_IN_ORDER", 12)
+    files = []
+    for i in range(24):
+        plain = write_corpus(tmp_path / f"{i}.jsonl", make_texts(100, seed=i), prefix=f"{i}-")
+        files.append(f"{plain}.gz")
+        (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    sample = sample_corpus(files, encoder.tokenizer, fields=FieldOptions(), seconds=60.0, seed=0)
+    assert len(sample.lengths) == 1200 and not sample.complete
+    assert "24 compressed or quoted files" in sample.notes[0] and "12 were read" in sample.notes[0]
+    found = sample.total(sample.per_block(np.ones_like(sample.lengths)))
+    assert found.low <= 2400 <= found.high < 1.2 * found.low
+
+
 def test_a_passage_longer_than_many_blocks_is_counted_once(model_dir, tmp_path):
     texts = [*make_texts(50, seed=7), "long " * 20_000, *make_texts(50, seed=8)]
     plan = planned([str(write_corpus(tmp_path / "c.jsonl", texts))], model_dir, tmp_path / "p.json")

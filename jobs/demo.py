@@ -1,6 +1,7 @@
 """`kalm demo`: the whole path on this Python's own documentation, offline, with real rankings.
 
-Collects docstrings, encodes them with the checkpoint that ships, reranks questions about Python.
+It collects docstrings, encodes them with the checkpoint that ships, and answers questions about
+Python from the table.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.options import Workers
+
 if TYPE_CHECKING:
     from kalm_encoder.rerank.reranker import Reranker
 
@@ -23,11 +26,14 @@ QUESTIONS = (
     "How do I read a compressed file line by line?",
 )
 CANDIDATES, SHOWN = 50, 3
+"""Passages per question that full-text search finds, and that are printed."""
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where to put everything.")] = Path("demo"),
-    workers: Annotated[int | None, typer.Option(help="As in `kalm encode`.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder for the corpus and the table.")] = Path(
+        "demo"
+    ),
+    workers: Workers = None,
 ) -> None:
     """Encode the standard library's documentation and answer questions from the table."""
     from transformers.utils import logging as transformers_logging
@@ -59,7 +65,7 @@ def demo(
 
 
 def _answer(reranker: Reranker, question: str) -> None:
-    """Print the first passages of full-text search, and of both stages together."""
+    """Print the first passages of full-text search alone, and of search and reranker together."""
     from jobs.rerank import beginning
     from kalm_encoder.rerank.fusion import fuse
 
@@ -89,7 +95,7 @@ def quality(checkpoint: Path) -> str:
 
 
 def standard_library_docs() -> Iterator[dict[str, str]]:
-    """Yield {_id, title, text} for each docstring of the standard library, repeated texts once."""
+    """Yield {_id, title, text} of each docstring of the standard library; repeated texts once."""
     from jobs.demo_training.documentation import standard_library, without_copies
 
     for document in without_copies(standard_library(), of=()):

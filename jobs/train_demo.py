@@ -10,10 +10,18 @@ import typer
 
 
 def train_demo(
-    to: Annotated[Path, typer.Option(help="Folder for the checkpoint and what it needs.")],
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads; more than one gains little.")] = 1,
+    to: Annotated[
+        Path, typer.Option(help="Folder for the checkpoint and the files that training needs.")
+    ],
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps; fewer of them make a quick trial.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of all that is random; another one makes another checkpoint.")
+    ] = 0,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; more than one of them gains little.")
+    ] = 1,
 ) -> None:
     """Train a small reranker on the documentation of this Python and its packages, on CPU."""
     import torch

@@ -13,7 +13,8 @@ DEMO = Dimensions(192, 256, 2, 2, 128, 512, 12288, 2)
 def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) -> T5Gemma2Config:
     """Return the configuration of a checkpoint with these sizes and this tokenizer's specials.
 
-    Each sixth layer looks at everything, as published; of fewer layers the last one does.
+    The layers that look at everything are spread evenly, and the last layer of each run is one: for
+    the published models, each sixth layer.
     """
     every = dimensions.layers // dimensions.full_layers
     layer_types = [
@@ -32,7 +33,7 @@ def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) ->
         "sliding_window": dimensions.sliding_window,
         "layer_types": layer_types,
     }
-    # Text reranking never sees an image: the smallest vision tower that can be built.
+    # Text reranking never sees an image: this is the smallest vision tower that can be built.
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": 1,
@@ -42,19 +43,15 @@ def configuration(dimensions: Dimensions, tokenizer: PreTrainedTokenizerFast) ->
         "image_size": 1,
         "patch_size": 1,
     }
-    begin, end, soft = (
-        tokenizer.convert_tokens_to_ids(t)
-        for t in ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+    begin, end, soft = tokenizer.convert_tokens_to_ids(
+        ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
     )
-    return T5Gemma2Config(
-        encoder={
-            "text_config": dict(text),
-            "vision_config": vision,
-            "mm_tokens_per_image": 1,
-            "boi_token_index": begin,
-            "eoi_token_index": end,
-            "image_token_index": soft,
-        },
-        decoder=dict(text),
-        image_token_index=soft,
-    )
+    encoder = {
+        "text_config": dict(text),
+        "vision_config": vision,
+        "mm_tokens_per_image": 1,
+        "boi_token_index": begin,
+        "eoi_token_index": end,
+        "image_token_index": soft,
+    }
+    return T5Gemma2Config(encoder=encoder, decoder=dict(text), image_token_index=soft)

@@ -1,7 +1,7 @@
 """The documentation on this machine: docstrings of the standard library and of installed packages.
 
 Sources are parsed, not imported; only a few modules written in C are imported for their docstrings.
-A source (a top-level module or package) is trained on, or held out as a whole.
+A source (a top-level module or package) is trained on as a whole or held out as a whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import xxhash
 
@@ -23,8 +22,10 @@ C_MODULES = ("builtins", "itertools", "math", "time", "zlib")
 """Modules without Python source whose docstrings people ask about."""
 SKIPPED = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "turtledemo"}
 SENTENCE = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`*'\"(])|\n\s*\n")
-MIN_SHARED = 40
-"""Characters from which on a sentence that stands in two documents makes one a copy."""
+MIN_SHARED_CHARACTERS = 40
+"""A sentence of this length that stands in two documents makes one of them a copy."""
+PART_CHARACTERS = 600
+"""A part of a package's description ends with the paragraph that goes beyond this length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,8 @@ class Document:
     """A docstring, or a part of a package's description.
 
     Attributes:
-        name: qualified name.
-        text: of the docstring, indentation removed.
+        name: Qualified name.
+        text: Text of the docstring without its indentation.
     """
 
     name: str
@@ -46,16 +47,15 @@ class Document:
 
     @property
     def sentences(self) -> list[str]:
-        """The text in sentences and paragraphs, white space joined."""
-        parts = (" ".join(part.split()) for part in SENTENCE.split(self.text))
-        return [part for part in parts if part]
+        """The text in sentences and paragraphs, with single spaces."""
+        return [" ".join(part.split()) for part in SENTENCE.split(self.text) if part.strip()]
 
 
 def standard_library() -> Iterator[Document]:
-    """Yield each module, class and function docstring of this Python, sorted by name of file."""
+    """Yield each module, class and function docstring of this Python, sorted by file name."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for name in C_MODULES:
-        yield from _of_c_module(importlib.import_module(name))
+        yield from _of_c_module(name)
     yield from _of_sources(library, sorted(library.rglob("*.py")))
 
 
@@ -64,29 +64,29 @@ def installed_packages() -> Iterator[Document]:
     found = {d.metadata["Name"].lower(): d for d in metadata.distributions()}
     for _, package in sorted(found.items()):
         files = [Path(str(package.locate_file(f))) for f in package.files or ()]
-        root = Path(str(package.locate_file("")))
         yield from _description(package)
-        yield from _of_sources(root, sorted(f for f in files if f.suffix == ".py" and f.is_file()))
+        yield from _of_sources(
+            Path(str(package.locate_file(""))),
+            sorted(f for f in files if f.suffix == ".py" and f.is_file()),
+        )
 
 
 def held_out(source: str, one_in: int) -> bool:
-    """Whether a source is never trained on: decided by its name alone, on every machine alike."""
+    """Whether a source is never trained on; its name alone decides, on every machine alike."""
     return xxhash.xxh3_64_intdigest(source.encode()) % one_in == 0
 
 
 def without_copies(documents: Iterable[Document], of: Iterable[Document]) -> list[Document]:
-    """Drop documents that share a long sentence with those `of`, and repeated texts.
+    """Drop documents that share a long sentence with those in `of`, and repeated texts.
 
-    Packages carry copies of standard library modules: trained on, they would leak what is held out.
+    Packages carry copies of standard library modules. Training on them would leak what is held out.
     """
-    known = {s for document in of for s in document.sentences if len(s) >= MIN_SHARED}
-    seen: set[str] = set()
-    kept = []
+    known = {s for document in of for s in document.sentences if len(s) >= MIN_SHARED_CHARACTERS}
+    kept: dict[str, Document] = {}
     for document in documents:
-        if document.text not in seen and known.isdisjoint(document.sentences):
-            seen.add(document.text)
-            kept.append(document)
-    return kept
+        if known.isdisjoint(document.sentences):
+            kept.setdefault(document.text, document)
+    return list(kept.values())
 
 
 def _of_sources(root: Path, files: Iterable[Path]) -> Iterator[Document]:
@@ -101,42 +101,40 @@ def _of_sources(root: Path, files: Iterable[Path]) -> Iterator[Document]:
         except (SyntaxError, ValueError, RecursionError):
             continue  # templates and deliberately broken files
         seen: set[str] = set()
-        for name, node in _documented(tree, ".".join(p for p in parts if p != "__init__")):
-            doc = (ast.get_docstring(node) or "").strip()
+        for name, doc in _docstrings(tree, ".".join(p for p in parts if p != "__init__")):
             if name and doc and name not in seen:
                 seen.add(name)
                 yield Document(name, doc)
 
 
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def _documented(node: Documented, name: str) -> Iterator[tuple[str, Documented]]:
-    yield name, node
+def _docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str]]:
+    yield name, (ast.get_docstring(node) or "").strip()
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _documented(child, f"{name}.{child.name}")
+            yield from _docstrings(child, f"{name}.{child.name}")
 
 
-def _of_c_module(module: ModuleType) -> Iterator[Document]:
-    for name, value in sorted(vars(module).items()):
+def _of_c_module(module: str) -> Iterator[Document]:
+    for name, value in sorted(vars(importlib.import_module(module)).items()):
         if name.startswith("_") or inspect.ismodule(value) or not callable(value):
             continue
         members = sorted(vars(value).items()) if inspect.isclass(value) else []
         for path, item in [(name, value), *((f"{name}.{m}", v) for m, v in members)]:
             doc = getattr(item, "__doc__", None)
             if isinstance(doc, str) and doc.strip() and "._" not in path:
-                yield Document(f"{module.__name__}.{path}", inspect.cleandoc(doc))
+                yield Document(f"{module}.{path}", inspect.cleandoc(doc))
 
 
 def _description(package: metadata.Distribution) -> Iterator[Document]:
-    """Yield a package's long description in parts of about 600 characters."""
-    text = str(package.metadata.json.get("description", ""))
+    """Yield a package's long description in parts."""
+    paragraphs = re.split(r"\n\s*\n", str(package.metadata.json.get("description", "")))
+    name = package.metadata["Name"].replace("-", "_")
     part: list[str] = []
     number = 0
-    name = package.metadata["Name"].replace("-", "_")
-    for paragraph in [*re.split(r"\n\s*\n", text), ""]:
-        if part and (not paragraph or sum(map(len, part)) > 600):
+    for paragraph in [*paragraphs, ""]:
+        if part and (not paragraph or sum(map(len, part)) > PART_CHARACTERS):
             number += 1
             yield Document(f"{name}.readme{number}", "\n\n".join(part))
             part = []

@@ -3,48 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
 
 from jobs.demo_training.documentation import held_out, standard_library, without_copies
-from jobs.demo_training.questions import KINDS, collection
+from jobs.demo_training.questions import KINDS, cut, kind_of
 from jobs.demo_training.training import TEST_ONE_IN
 
-QUERIES = 100
-"""Queries of each kind."""
+QUERIES_PER_KIND = 100
 
 
 def write_collection(folder: Path) -> None:
     """Write the modules of this Python's standard library that were never trained on.
 
-    Each document is cut by its kind (see questions.py); as many of each kind are asked, chosen by
-    hash. What the collection holds depends on the version of Python.
+    Each document is cut by its kind (see questions.py), or stands as a whole where that gives no
+    question. The same number of each kind is asked, chosen by hash. What the collection holds
+    depends on the version of Python.
     """
     documents = [d for d in standard_library() if held_out(d.source, TEST_ONE_IN)]
-    cut = collection(without_copies(documents, of=()))
-    passages = [
-        {"_id": document.name, "text": question.passage if question else document.text}
-        for document, question in cut
-    ]
+    questions = {d: cut(d, kind_of(d)) for d in without_copies(documents, of=())}
     asked = sorted(
-        ((document, question) for document, question in cut if question is not None),
-        key=lambda pair: xxhash.xxh3_64_intdigest(pair[0].name.encode(), seed=2),
+        ((document.name, question) for document, question in questions.items() if question),
+        key=lambda pair: xxhash.xxh3_64_intdigest(pair[0].encode(), seed=2),
     )
-    queries: list[dict[str, str]] = []
-    judgements = ["query-id\tcorpus-id\tscore\n"]
+    chosen = []
     for kind in KINDS:
-        for document, question in [pair for pair in asked if pair[1].kind == kind][:QUERIES]:
-            number = f"{kind}-{len(queries)}"
-            queries.append({"_id": number, "text": question.query})
-            judgements.append(f"{number}\t{document.name}\t1\n")
+        chosen += [pair for pair in asked if pair[1].kind == kind][:QUERIES_PER_KIND]
+    ids = [f"{question.kind}-{i}" for i, (_, question) in enumerate(chosen)]
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    _write(folder / "corpus.jsonl", passages)
-    _write(folder / "queries.jsonl", queries)
-    (folder / "qrels" / "test.tsv").write_text("".join(judgements), encoding="utf-8")
+    _write(
+        folder / "corpus.jsonl",
+        ((d.name, question.passage if question else d.text) for d, question in questions.items()),
+    )
+    _write(
+        folder / "queries.jsonl",
+        ((i, question.query) for i, (_, question) in zip(ids, chosen, strict=True)),
+    )
+    judgements = [f"{i}\t{name}\t1\n" for i, (name, _) in zip(ids, chosen, strict=True)]
+    (folder / "qrels" / "test.tsv").write_text(
+        "".join(["query-id\tcorpus-id\tscore\n", *judgements]), encoding="utf-8"
+    )
 
 
-def _write(file: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _write(file: Path, texts: Iterable[tuple[str, str]]) -> None:
+    lines = (json.dumps({"_id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in texts)
     file.write_text("".join(lines), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The loss of the paper: yes/no cross-entropy and listwise ranking, summed over ratios.
 
-The forward is the production one (`last_hidden` over `mean_pool`ed states), so that what is trained
-is what is served.
+The forward is the production one (`last_hidden` over `mean_pool`ed states), so what is trained is
+what is served.
 """
 
 from __future__ import annotations
@@ -22,38 +22,23 @@ LISTWISE, BINARY = 1.0, 0.5
 
 def pooled(
     encoder: Any, batch: Sequence[Sequence[int]], pad_id: int, ratios: Sequence[int]
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Encode passages once and pool them at several ratios.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode passages once and pool them at several ratios, the finest first.
 
     Returns:
-        By ratio, (b, m, d) states and their (b, m) bool mask.
+        The (ratios, b, m, d) states, padded to the length at the finest ratio, and their
+        (ratios, b, m) bool mask.
     """
     lengths = torch.tensor([len(ids) for ids in batch])
     longest = int(lengths.max())
     ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in batch])
     mask = torch.arange(longest) < lengths.unsqueeze(1)
     hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    found = {}
-    for ratio in ratios:
-        states = mean_pool(hidden, mask, ratio)
-        groups = torch.tensor([num_groups(len(row), ratio) for row in batch])
-        found[ratio] = states, torch.arange(states.shape[1]) < groups.unsqueeze(1)
-    return found
-
-
-def stacked(
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return these rows of states at several ratios one below the other, padded to one length."""
-    longest = max(states.shape[1] for states, _ in parts)
-    padded = [
-        (
-            pad(states[rows], (0, 0, 0, longest - states.shape[1])),
-            pad(real[rows], (0, longest - real.shape[1])),
-        )
-        for states, real in parts
-    ]
-    return torch.cat([states for states, _ in padded]), torch.cat([real for _, real in padded])
+    finest = num_groups(longest, ratios[0])
+    states = [mean_pool(hidden, mask, ratio) for ratio in ratios]
+    groups = torch.tensor([[num_groups(len(row), ratio) for row in batch] for ratio in ratios])
+    padded = torch.stack([pad(s, (0, 0, 0, finest - s.shape[1])) for s in states])
+    return padded, torch.arange(finest) < groups.unsqueeze(2)
 
 
 def margins(
@@ -66,9 +51,9 @@ def margins(
     """Return (b,) logits of yes minus no of one prompt against b passages.
 
     Args:
-        decoder: a T5Gemma2Decoder.
+        decoder: A T5Gemma2Decoder.
         answers: (2, d) LM head rows of yes and no.
-        prompt: token ids.
+        prompt: Token ids.
         states: (b, m, d) pooled states.
         real: (b, m) bool, False for padding.
     """
@@ -81,7 +66,7 @@ def loss(margin: torch.Tensor) -> torch.Tensor:
     """Return the loss of one group whose first passage is the relevant one.
 
     Args:
-        margin: (b,) see `margins`.
+        margin: (b,) logits, see `margins`.
 
     Example: margins 0, 0 give cross-entropies log 2 each: 1.0 * 0.693 + 0.5 * 0.693.
     """

@@ -3,8 +3,8 @@
 From random weights a model this small does not learn to compare a query with a passage in an hour.
 So the embedding begins as the factors of a co-occurrence matrix, the encoder as (nearly) the
 identity, and the decoder's first layer as a soft word matcher: a query token attends to passage
-states with its own direction, or else to itself, and the two leave different marks. All of it is a
-start: every weight is trained.
+states that have its own direction, or else to itself, and the two leave different marks. All of it
+is only a start: every weight is trained.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ import numpy as np
 import torch
 
 RESERVED = 8
-"""Hidden dimensions that hold no word vector but the marks below, counted from the end."""
+"""Hidden dimensions at the end that hold the marks below instead of a word vector."""
 PASSAGE, PROMPT, BEGIN, RARITY, FOUND, MISSED, ANSWER = range(-1, -8, -1)
-WINDOW = 4
+WINDOW_TOKENS = 4
 """Tokens on each side that count as co-occurring."""
-GENTLE = -0.8
-"""Weight of a norm behind a block that shall begin as nearly the identity (gain 0.2)."""
+GENTLE, LOUD = -0.8, -0.5
+"""Weights of a norm behind a block that begins as nearly the identity (gain 0.2), and of the marks
+that such a block leaves (gain 0.5)."""
 
 
 def word_vectors(
     texts: Sequence[Sequence[int]], vocabulary: int, width: int, seed: int = 0
 ) -> torch.Tensor:
-    """Return (vocabulary, width) unit rows, from co-occurrence within WINDOW tokens.
+    """Return (vocabulary, width) unit rows, from co-occurrence within WINDOW_TOKENS tokens.
 
-    They are the truncated SVD of positive pointwise mutual information; tokens that never occur get
-    random rows.
+    The rows are the truncated SVD of positive pointwise mutual information. Tokens that never occur
+    get random rows.
     """
-    gap = [vocabulary] * WINDOW
+    gap = [vocabulary] * WINDOW_TOKENS
     flat = np.concatenate([np.asarray([*text, *gap], dtype=np.int64) for text in texts])
-    pairs, counts = [], []
-    for distance in range(1, WINDOW + 1):
+    codes, weights = [], []
+    for distance in range(1, WINDOW_TOKENS + 1):
         left, right = flat[:-distance], flat[distance:]
         real = (left < vocabulary) & (right < vocabulary)
         code, count = np.unique(left[real] * vocabulary + right[real], return_counts=True)
-        pairs.append(code)
-        counts.append(count / distance)
-    code, where = np.unique(np.concatenate(pairs), return_inverse=True)
-    weight = np.bincount(where, np.concatenate(counts))
+        codes.append(code)
+        weights.append(count / distance)
+    code, where = np.unique(np.concatenate(codes), return_inverse=True)
+    weight = np.bincount(where, np.concatenate(weights))
     rows, columns = np.divmod(code, vocabulary)
     rows, columns = np.concatenate([rows, columns]), np.concatenate([columns, rows])
     weight = np.concatenate([weight, weight])
@@ -68,11 +69,9 @@ def word_vectors(
 
 
 def rarity(texts: Sequence[Sequence[int]], vocabulary: int) -> torch.Tensor:
-    """Return (vocabulary,) inverse document frequencies, mean 0 and deviation 1."""
-    found = np.bincount(np.concatenate([np.unique(text) for text in texts]), minlength=vocabulary)[
-        :vocabulary
-    ]
-    idf = torch.log(torch.tensor((len(texts) + 1) / (found + 1)))
+    """Return (vocabulary,) inverse document frequencies with mean 0 and deviation 1."""
+    found = np.bincount(np.concatenate([np.unique(text) for text in texts]), minlength=vocabulary)
+    idf = torch.log(torch.tensor((len(texts) + 1) / (found[:vocabulary] + 1)))
     return ((idf - idf.mean()) / idf.std()).float()
 
 
@@ -80,13 +79,13 @@ def rarity(texts: Sequence[Sequence[int]], vocabulary: int) -> torch.Tensor:
 def start_as_matcher(
     model: Any, vectors: torch.Tensor, idf: torch.Tensor, tokens: dict[str, int]
 ) -> None:
-    """Set the weights of a T5Gemma2ForConditionalGeneration of two decoder layers, in place.
+    """Set the weights of a T5Gemma2ForConditionalGeneration with two decoder layers, in place.
 
     Args:
-        model: of any width; `head_dim` wide enough for slow rotary pairs.
+        model: Model of any width; its `head_dim` must be wide enough for slow rotary pairs.
         vectors: (vocabulary, d - RESERVED), see `word_vectors`.
         idf: (vocabulary,), see `rarity`.
-        tokens: ids of `yes`, `no` and `<bos>`.
+        tokens: Ids of `yes`, `no` and `<bos>`.
     """
     encoder, decoder = model.model.encoder.text_model, model.model.decoder
     d = encoder.config.hidden_size
@@ -122,46 +121,39 @@ def _match(layer: Any) -> None:
     query = key.clone()
     query[mark, PROMPT] = 4.5
     key[mark, PASSAGE], key[mark, PROMPT], key[mark, BEGIN] = 4.5, -2.0, 2.0
-    heads = attention.q_proj.out_features // attention.head_dim
     attention.k_proj.weight.copy_(key)
-    attention.q_proj.weight.copy_(query.repeat(heads, 1))
+    attention.q_proj.weight.copy_(query.repeat(attention.q_proj.out_features // len(query), 1))
     attention.q_norm.weight.fill_(1.5)
-    value = attention.v_proj.weight
-    value.normal_(std=0.02)
-    value[:2] = 0
-    value[0, PASSAGE], value[1, PROMPT] = 1.0, 1.0
-    out = attention.o_proj.weight.normal_(std=0.02)
-    for head in range(heads):
-        out[FOUND, head * attention.head_dim] = 1.0
-        out[MISSED, head * attention.head_dim + 1] = 1.0
+    _carry(layer, (PASSAGE, PROMPT), {FOUND: (1.0, 0.0), MISSED: (0.0, 1.0)})
     layer.pre_self_attn_layernorm.weight[PASSAGE] = -1.0  # only passages carry it into the keys
-    layer.post_self_attn_layernorm.weight.fill_(GENTLE)
-    layer.post_self_attn_layernorm.weight[[FOUND, MISSED]] = -0.5
 
 
 def _gather(layer: Any) -> None:
-    """Let the last layer average what was found and missed over the end of the prompt: the query.
+    """Let the last layer average what the end of the prompt, the query, found and missed.
 
     Near tokens are preferred by rotary pairs of middling speed, rare ones by a slow pair.
     """
     attention = layer.self_attn
     half = attention.head_dim // 2
     near, rare = slice(half // 8, half // 8 + 8), half - 1
-    query, key = attention.q_proj.weight, attention.k_proj.weight
-    query.normal_(std=0.02)
-    key.normal_(std=0.02)
-    heads = attention.q_proj.out_features // attention.head_dim
-    query.view(heads, attention.head_dim, -1)[:, near, PROMPT] = 1.0
-    query.view(heads, attention.head_dim, -1)[:, rare, PROMPT] = 1.0
+    query = attention.q_proj.weight.normal_(std=0.02).unflatten(0, (-1, attention.head_dim))
+    key = attention.k_proj.weight.normal_(std=0.02)
+    query[:, near, PROMPT] = query[:, rare, PROMPT] = 1.0
     key[near, PROMPT], key[rare, RARITY] = 1.0, 1.0
     attention.q_norm.weight.fill_(-0.4)
-    value, out = attention.v_proj.weight.normal_(std=0.02), attention.o_proj.weight
-    out.normal_(std=0.02)
+    _carry(layer, (FOUND, MISSED), {ANSWER: (1.0, -1.0), MISSED: (0.0, 1.0)})
+
+
+def _carry(layer: Any, read: tuple[int, int], write: dict[int, tuple[float, float]]) -> None:
+    """Let each head read two marks of what it attends to, and write marks made of the two."""
+    attention = layer.self_attn
+    value = attention.v_proj.weight.normal_(std=0.02)
+    out = attention.o_proj.weight.normal_(std=0.02)
     value[:2] = 0
-    value[0, FOUND], value[1, MISSED] = 1.0, 1.0
-    for head in range(heads):
-        out[ANSWER, head * attention.head_dim] = 1.0
-        out[ANSWER, head * attention.head_dim + 1] = -1.0
-        out[MISSED, head * attention.head_dim + 1] = 1.0
-    layer.post_self_attn_layernorm.weight.fill_(GENTLE)
-    layer.post_self_attn_layernorm.weight[[ANSWER, MISSED]] = -0.5
+    value[0, read[0]], value[1, read[1]] = 1.0, 1.0
+    for mark, factors in write.items():
+        for dimension, factor in enumerate(factors):
+            if factor:
+                out[mark, dimension :: attention.head_dim] = factor
+    norm = layer.post_self_attn_layernorm.weight
+    norm[list(write)] = LOUD

@@ -1,4 +1,4 @@
-"""The demo checkpoint's tokenizer: lower case, one piece for a frequent word wherever it stands."""
+"""The demo checkpoint's tokenizer: lower case, one token per frequent word, wherever it stands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPECIAL_TOKENS = (
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Train byte-fallback BPE on words and punctuation, white space dropped.
+    """Train byte-fallback BPE on words and punctuation; white space is dropped.
 
     `yes`, `no` and all special tokens are one token each.
     """
@@ -31,7 +31,8 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
-    # Pieces are set apart by spaces again: cut, decoded and tokenised anew, a query stays the same.
+    # Decoding sets tokens apart by spaces, so that a query that is cut, decoded and tokenised
+    # again stays the same.
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.WordPiece(prefix="##", cleanup=False)]
     )
@@ -42,9 +43,9 @@ def finished(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> PreTraine
     """Train a BPE tokenizer and give it the special tokens, `yes` and `no`.
 
     Args:
-        tokenizer: a BPE model with byte fallback, its normalizer and decoder set.
-        texts: what it is trained on.
-        size: of the vocabulary, at most.
+        tokenizer: BPE model with byte fallback, whose normalizer and decoder are set.
+        texts: Texts that it is trained on.
+        size: Limits the size of the vocabulary.
     """
     trainer = BpeTrainer(
         vocab_size=size - 2,

@@ -98,8 +98,8 @@ def test_what_is_trained_is_what_is_served(model_dir):
         [tokenizer.convert_tokens_to_ids(a) for a in ("yes", "no")]
     ]
     text_encoder = whole.model.encoder.text_model
-    states = objective.pooled(text_encoder, batch, tokenizer.pad_token_id, (2, 8))
-    both = objective.stacked([states[2], states[8]], range(6))
+    states, real = objective.pooled(text_encoder, batch, tokenizer.pad_token_id, (2, 8))
+    both = states.flatten(0, 1), real.flatten(0, 1)
     got = objective.margins(whole.model.decoder, answers, prompt, *both)
     got.sum().backward()
     assert whole.model.decoder.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -129,16 +130,15 @@ class WorkerResources:
 
     def room(self, nodes: Nodes) -> int:
         """Return how many workers these nodes hold if nothing else is on them."""
-        return sum(self._room_on(resources) for resources in nodes.values())
+        return sum(
+            min(int(node.get("CPU", 0) // self.cpus), _gpu_places(node, self.gpus))
+            for node in nodes.values()
+        )
 
-    def _room_on(self, resources: dict[str, float]) -> int:
-        by_cpu = int(resources.get("CPU", 0) // self.cpus)
-        return min(by_cpu, _gpu_places(resources, self.gpus)) if self.gpus else by_cpu
 
-
-def _gpu_places(resources: dict[str, float], gpus: float) -> int:
+def _gpu_places(node: dict[str, float], gpus: float) -> int:
     """Return how many workers find their GPU on a node; none of them lies across two GPUs."""
-    return int(resources.get("GPU", 0)) * int(1 / gpus + 1e-6)
+    return int(node.get("GPU", 0)) * int(1 / gpus + 1e-6) if gpus else sys.maxsize
 
 
 def alive_nodes() -> Nodes:

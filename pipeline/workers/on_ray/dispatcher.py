@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.corpus.shards import Shard
 from pipeline.messages import IN_FLIGHT, Outcome, ShardResult, WorkerConfig
 from pipeline.workers.on_ray.cluster import RayOptions
+from pipeline.workers.on_ray.metrics import RunMetrics
 from pipeline.workers.on_ray.pool import Answers, WorkerHandle, WorkerPool, call, reason_of
 from pipeline.workers.shard_queue import ShardQueue, short_last
 
@@ -57,7 +58,8 @@ class Dispatcher:
         self._queue = ShardQueue(*short_last(shards, 2 * self._pool.size))
         self._tasks: dict[Future[ShardResult], _Task] = {}  # the oldest first
         # Ready workers by how many shards they have; dicts keep their order.
-        self._ready: list[dict[WorkerHandle, None]] = [{} for _ in range(IN_FLIGHT + 1)]
+        self._by_load: list[dict[WorkerHandle, None]] = [{} for _ in range(IN_FLIGHT + 1)]
+        self._metrics = RunMetrics(config.table.uri)
 
     def num_unfinished(self) -> int:
         """Return how many shards have no outcome yet."""
@@ -78,35 +80,36 @@ class Dispatcher:
             if future in self._tasks:
                 outcomes += self._finished(future)
             elif worker := self._pool.started(future):
-                self._ready[0][worker] = None
+                self._by_load[0][worker] = None
         outcomes += self._replace_overdue()
         self._queue.clear_suspects(self._pool.nodes)
+        self._metrics.set_workers(len(self._pool.ready))
         self._hand_out()
         return outcomes
 
     def close(self) -> None:
-        """Note that the run is over."""
-        self._pool.close()
+        """Take the workers off the metrics page; Ray ends them with the driver's connection."""
+        self._metrics.set_workers(0)
 
     def _hand_out(self) -> None:
         """Give shards to the workers with fewest; a suspect goes alone when all else is done."""
         for load in range(IN_FLIGHT):
             # The last shard ahead only while there are plenty, so that all workers end together.
-            spare = self._pool.num_ready if load == IN_FLIGHT - 1 else 0
-            for worker in list(self._ready[load]) if len(self._queue) > spare else ():
+            spare = len(self._pool.ready) if load == IN_FLIGHT - 1 else 0
+            for worker in list(self._by_load[load]) if len(self._queue) > spare else ():
                 if len(self._queue) > spare:
                     self._submit(worker, self._queue.take(worker.path))
         if not self._queue and not self._tasks and self._queue.num_suspects:
-            for worker in list(self._ready[0])[:1]:
+            for worker in list(self._by_load[0])[:1]:
                 self._submit(worker, self._queue.take_suspect())
 
     def _submit(self, worker: WorkerHandle, shard: Shard) -> None:
-        del self._ready[len(worker.tasks)][worker]
+        del self._by_load[len(worker.tasks)][worker]
         future = call(self._answers, worker.actor.encode, shard)
         self._tasks[future] = _Task(worker, shard, time.monotonic() + self._shard_timeout_s)
         worker.path = shard.path
         worker.tasks.add(future)
-        self._ready[len(worker.tasks)][worker] = None
+        self._by_load[len(worker.tasks)][worker] = None
 
     def _arrived(self) -> list[Future[Any]]:
         """Wait for an answer, at most a tick, and return all that are there."""
@@ -121,23 +124,24 @@ class Dispatcher:
     def _finished(self, future: Future[ShardResult]) -> Sequence[Outcome]:
         task = self._tasks.pop(future)
         if task.worker in self._pool.workers:
-            del self._ready[len(task.worker.tasks)][task.worker]
+            del self._by_load[len(task.worker.tasks)][task.worker]
             task.worker.tasks.remove(future)
-            self._ready[len(task.worker.tasks)][task.worker] = None
+            self._by_load[len(task.worker.tasks)][task.worker] = None
         error = future.exception()
         if isinstance(error, RayTaskError):
             return self._queue.failed(task.shard, reason_of(error))
         if isinstance(error, RayError):
             return self._remove_worker(task.worker, [task.shard], reason_of(error))
         result = future.result()
-        self._pool.worked(result)
+        self._pool.clear_deaths()
+        self._metrics.add(result)
         return [result]
 
     def _remove_worker(
         self, worker: WorkerHandle, lost: list[Shard], reason: str
     ) -> Sequence[Outcome]:
         """Take back the shards of a dead worker: as suspects, unless its node died with it."""
-        self._ready[len(worker.tasks)].pop(worker, None)
+        self._by_load[len(worker.tasks)].pop(worker, None)
         for future in worker.tasks:
             if not future.done() or future.exception():  # what it finished arrives in a moment
                 lost.append(self._tasks.pop(future).shard)

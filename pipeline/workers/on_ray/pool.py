@@ -18,7 +18,6 @@ from ray.exceptions import RayError, RayTaskError
 from kalm_encoder.errors import KalmError
 from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
 from pipeline.workers.on_ray.cluster import RayOptions, alive_nodes, worker_resources
-from pipeline.workers.on_ray.metrics import RunMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +68,7 @@ class WorkerPool:
     Attributes:
         nodes: Nodes that were alive at the last look.
         workers: All workers, ready or not.
+        ready: The workers that are loaded.
 
     Raises:
         InputError: If no node can hold one worker.
@@ -92,20 +92,14 @@ class WorkerPool:
         )
         self.workers: set[WorkerHandle] = set()
         self._starting: dict[Future[Any], WorkerHandle] = {}
-        self._ready: set[WorkerHandle] = set()
+        self.ready: set[WorkerHandle] = set()
         self._deaths: list[str] = []  # nodes of the dead, since a worker was last seen to work
         self._ready_at = self._looked_at = time.monotonic()
-        self._metrics = RunMetrics(config.table.uri)
 
     @property
     def size(self) -> int:
         """Number of workers that are wanted if there are shards for all."""
         return self._options.num_workers or self._room
-
-    @property
-    def num_ready(self) -> int:
-        """Number of workers that are loaded."""
-        return len(self._ready)
 
     def adjust(self, num_shards: int) -> None:
         """Start workers that are wanted, and give up those without a node that no longer are.
@@ -117,7 +111,7 @@ class WorkerPool:
             KalmError: If no worker has been ready for too long.
         """
         now = time.monotonic()
-        if self._ready:
+        if self.ready:
             self._ready_at = now
         elif now - self._ready_at > self._options.start_timeout_s:
             raise KalmError(
@@ -164,14 +158,12 @@ class WorkerPool:
             worker.node = answer
             self._starting[call(self._answers, worker.actor.load, self._config)] = worker
             return None
-        self._ready.add(worker)
-        self._metrics.set_workers(self.num_ready)
+        self.ready.add(worker)
         return worker
 
-    def worked(self, result: ShardResult) -> None:
-        """Note that a worker has finished a shard, so that workers can work."""
+    def clear_deaths(self) -> None:
+        """Count deaths anew, after a worker has finished a shard: workers can work."""
         self._deaths.clear()
-        self._metrics.add(result)
 
     def remove(self, worker: WorkerHandle, reason: str) -> None:
         """Forget a dead worker, and find out whether its node is gone too.
@@ -191,15 +183,10 @@ class WorkerPool:
         if deaths > 2 * len(self.workers) + 5:
             raise KalmError(f"workers keep dying, the last because: {reason}")
 
-    def close(self) -> None:
-        """Take the workers off the metrics page; Ray ends them with the driver's connection."""
-        self._metrics.set_workers(0)
-
     def _drop(self, worker: WorkerHandle) -> None:
         ray.kill(worker.actor)
         self.workers.remove(worker)
-        self._ready.discard(worker)
-        self._metrics.set_workers(self.num_ready)
+        self.ready.discard(worker)
 
     def _look(self) -> None:
         nodes = alive_nodes()

@@ -133,7 +133,7 @@ class WorkerPool:
                 self._drop(worker)
 
     def started(self, future: Future[Any]) -> WorkerHandle | None:
-        """Take the next step of a worker that starts, after a call of its came back.
+        """Take the next step of a worker that starts, after one of its calls came back.
 
         Returns:
             The worker once it is ready. None before that, and if the worker is gone.

@@ -36,9 +36,9 @@ def main() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     FOLDER.mkdir(exist_ok=True)
     warn_if_busy()
-    benches = SHORT if chosen.short else BENCHES
+    benches = {**BENCHES, **SHORT} if chosen.short else BENCHES
     bars = []
-    for name in chosen.names or benches:
+    for name in chosen.names or (SHORT if chosen.short else BENCHES):
         print(f"--- {name}", flush=True)
         bars += benches[name]()
     print("\n".join(bars))

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
 from typing import TypeVar
 
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.pairs import Pair
 
-Scores = list[tuple[float, float]]
 T = TypeVar("T")
-
-
-class _Scoring:
-    """The pairs of one caller, how many of them were drawn, and the scores they have so far."""
-
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.pairs = pairs
-        self.num_drawn = 0
-        self.scores: Scores = []
-        self.future: Future[Scores] = Future()
+Score = tuple[float, float]
+Queued = tuple[Pair, Future[Score]]
+"""A pair, and the promise of its score and margin to the caller that waits for it."""
 
 
 class BatchingDecoder:
@@ -42,19 +32,16 @@ class BatchingDecoder:
         self.dim, self.fingerprint = decoder.dim, decoder.fingerprint
         self.prompt, self.recall = decoder.prompt, decoder.recall
         self._observe = observe
-        self._queue: deque[_Scoring] = deque()
-        self._lock = threading.Lock()
+        self._queue: deque[Queued] = deque()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="kalm-device")
 
-    def score_pairs(self, pairs: Sequence[Pair]) -> Scores:
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[Score]:
         """Score pairs; waits for the device thread. See QueryDecoder."""
-        if not pairs:
-            return []
-        scoring = _Scoring(pairs)
-        with self._lock:  # the device thread must not look before the pairs are queued
-            self._device.submit(self._score_until_done, scoring)
-            self._queue.append(scoring)
-        return scoring.future.result()
+        queued = [(pair, Future[Score]()) for pair in pairs]
+        self._queue.extend(queued)
+        if queued:
+            self._device.submit(self._score_until_done, queued[-1][1])
+        return [future.result() for _, future in queued]
 
     def call(self, function: Callable[[], T]) -> T:
         """Run another function that needs the device, between two batches."""
@@ -64,49 +51,32 @@ class BatchingDecoder:
         """Finish what is queued and end the thread."""
         self._device.shutdown()
 
-    def _score_until_done(self, scoring: _Scoring) -> None:
-        """Score batches from the head of the queue until one has finished `scoring`."""
-        while not scoring.future.done():
+    def _score_until_done(self, last: Future[Score]) -> None:
+        """Score batches from the head of the queue until the last pair of a caller is done."""
+        while not last.done():
             self._score(self._draw())
 
-    def _draw(self) -> list[tuple[_Scoring, Pair]]:
-        """Draw a batch within the token budget, at least one pair, from the head of the queue."""
-        batch: list[tuple[_Scoring, Pair]] = []
-        with self._lock:
-            room = self.decoder.token_budget
-            while self._queue:
-                scoring = self._queue[0]
-                pair = scoring.pairs[scoring.num_drawn]
-                room -= pair.size
-                if batch and room < 0:
-                    break
-                batch.append((scoring, pair))
-                scoring.num_drawn += 1
-                if scoring.num_drawn == len(scoring.pairs):
-                    self._queue.popleft()
+    def _draw(self) -> list[Queued]:
+        """Take a batch within the token budget, at least one pair, from the head of the queue."""
+        batch: list[Queued] = []
+        room = self.decoder.token_budget
+        while self._queue:
+            room -= self._queue[0][0].size
+            if batch and room < 0:
+                break
+            batch.append(self._queue.popleft())
         return batch
 
-    def _score(self, batch: list[tuple[_Scoring, Pair]]) -> None:
+    def _score(self, batch: Sequence[Queued]) -> None:
         try:
-            scores = self.decoder.score_pairs([pair for _, pair in batch])
+            scores = self.decoder.score_pairs([pair for pair, _ in batch])
         except Exception as error:
-            self._score_apart(batch, error)
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+            else:  # the fault of one caller must not fail the others
+                for one in batch:
+                    self._score([one])
             return
         self._observe(len(scores))
-        for (scoring, _), score in zip(batch, scores, strict=True):
-            scoring.scores.append(score)
-            if len(scoring.scores) == len(scoring.pairs):
-                scoring.future.set_result(scoring.scores)
-
-    def _score_apart(self, batch: list[tuple[_Scoring, Pair]], error: Exception) -> None:
-        """Score a failed batch caller by caller: the fault of one must not fail the others."""
-        parts = [list(part) for _, part in groupby(batch, key=lambda drawn: drawn[0])]
-        if len(parts) > 1:
-            for part in parts:
-                self._score(part)
-            return
-        scoring = batch[0][0]
-        with self._lock:
-            if scoring in self._queue:
-                self._queue.remove(scoring)
-        scoring.future.set_exception(error)
+        for (_, future), score in zip(batch, scores, strict=True):
+            future.set_result(score)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fastapi import HTTPException
@@ -17,44 +16,40 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class BodyLimit:
-    """Refuses a request body above a size before it is held in memory.
+def limit_body(app: ASGIApp, max_body: int) -> ASGIApp:
+    """Return the application with a limit: reading more bytes of a body raises HTTPException 413.
 
     Starlette's own limit answers with plain text where clients expect JSON. This one counts what
     arrives, as a Content-Length may be missing or wrong.
     """
 
-    def __init__(self, app: ASGIApp, max_body: int) -> None:
-        self.app = app
-        self.max_body = max_body
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; reading too much of its body raises HTTPException 413."""
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_body:
-                text = f"the request is longer than {self.max_body} bytes"
+            if received > max_body:
+                text = f"the request is longer than {max_body} bytes"
                 raise HTTPException(413, text, {"Connection": "close"})
             return message
 
-        await self.app(scope, counted, send)
+        await app(scope, counted, send)
+
+    return limited
 
 
 class RequestThreads:
     """Runs the blocking work of requests in a bounded number of threads.
 
     Attributes:
-        pending: Number of requests that are worked on or wait for a thread.
+        pending: The requests that are worked on or wait for a thread.
     """
 
     def __init__(self, live: LiveTable) -> None:
         self.live = live
-        self.settings = live.settings
-        self.pending = 0
+        self.pending: set[Future[Any]] = set()
         self._threads = ThreadPoolExecutor(live.settings.threads, "kalm-request")
 
     async def run(
@@ -62,34 +57,23 @@ class RequestThreads:
     ) -> T:
         """Call `answer` with the live version and the arguments, and wait for what it returns.
 
-        The call holds its version, so a request ends on the version it began with.
+        The call holds its version, so a request ends on the version it began with. A call that is
+        late is not begun any more; one that runs counts as pending until it ends.
 
         Raises:
             HTTPException: 503 if nothing is loaded yet, 429 if too many requests wait, 504 if the
                 answer is not there in time.
         """
+        settings = self.live.settings
         if (version := self.live.current) is None:
             raise HTTPException(503, "the model is being loaded", {"Retry-After": "5"})
-        if self.pending >= self.settings.max_pending:
+        if len(self.pending) >= settings.max_pending:
             raise HTTPException(429, "too many requests are waiting", {"Retry-After": "1"})
-        timeout_s = self.settings.timeout_s
-        late = HTTPException(504, f"the answer was not ready within {timeout_s:g} s")
-        deadline = time.monotonic() + timeout_s
-
-        def work() -> T:
-            if time.monotonic() > deadline:  # nobody waits for this answer any more
-                raise late
-            return answer(version, *args, **kwargs)
-
-        self.pending += 1
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        future.add_done_callback(self._finished)
-        await asyncio.wait([future], timeout=timeout_s)
-        if not future.done():
-            raise late
-        return future.result()
-
-    def _finished(self, future: asyncio.Future[Any]) -> None:
-        self.pending -= 1
-        if not future.cancelled():
-            future.exception()  # asyncio reports an exception that nobody looked at
+        future = self._threads.submit(answer, version, *args, **kwargs)
+        self.pending.add(future)
+        future.add_done_callback(self.pending.discard)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), settings.timeout_s)
+        except TimeoutError:
+            text = f"the answer was not ready within {settings.timeout_s:g} s"
+            raise HTTPException(504, text) from None

@@ -50,7 +50,7 @@ def test_callers_share_batches_and_get_their_own_scores(batching, decoder, state
         ask(batching, [Pair(decoder.prompt(q), s) for s in states[i : i + 7]], answers, i)
         for i, q in enumerate(queries)
     ]
-    while len(batching._queue) < 4:
+    while len(batching._queue) < 4 * 7:
         time.sleep(0.001)
     let_go()
     for thread in threads:

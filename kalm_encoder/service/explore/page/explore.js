@@ -10,7 +10,6 @@ const LISTS = {
 };
 const NOTHING_FOUND = "No stored passage holds a word of this query.";
 const NUM_AT_FIRST = 10; // results in each list before "Show all"
-const DEBOUNCE_MS = 150;
 const wide = matchMedia("(min-width: 900px)");
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -79,20 +78,18 @@ async function ask() {
 
 function question() {
   const how = state.c ? { cascade: parseCascade(state.c) } : { ratio: state.r };
-  const instruction = state.i.trim() ? state.i : null;
-  return { query: state.q, k: state.k, table: state.t, instruction, ...how };
+  return { query: state.q, k: state.k, table: state.t, instruction: state.i.trim() || null, ...how };
 }
 
 // ---- The state, in the address and in the controls
 
 const parseCascade = (text) =>
   text.split(",").map((stage) => {
-    const [ratio, keep] = stage.split(":").map(Number);
-    return [ratio, keep ?? null];
+    const [ratio, keep = null] = stage.split(":").map(Number);
+    return [ratio, keep];
   });
 
-const writeCascade = (stages) =>
-  stages.map(([ratio, keep]) => (keep === null ? ratio : `${ratio}:${keep}`)).join(",");
+const writeCascade = (stages) => stages.map((stage) => stage.filter(Boolean).join(":")).join(",");
 
 const nameCascade = (stages) =>
   stages.map(([ratio], n) => `${n ? `best ${stages[n - 1][1]}` : "all"} at ${ratio}`).join(", ");
@@ -329,21 +326,15 @@ async function open(id) {
 // ---- What the reader does
 
 function step(event) {
-  const button = event.target.closest(".result");
-  const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-  const across = { ArrowLeft: "first", ArrowRight: "second" }[event.key];
-  if (!button || !(by || across)) return;
-  const list = results(across ?? button.closest("ol").id);
-  const next = by
-    ? list[list.indexOf(button) + by]
-    : list.find((other) => other.dataset.id === button.dataset.id);
-  if (!next?.offsetParent) return;
+  const item = event.target.closest("li");
+  const beside = { ArrowDown: item?.nextElementSibling, ArrowUp: item?.previousElementSibling };
+  const next = beside[event.key];
+  if (!next) return;
   event.preventDefault();
-  next.focus();
+  next.querySelector(".result").focus();
 }
 
 function listen() {
-  let timer;
   const on = (id, kind, handle) => $(id).addEventListener(kind, handle);
   on("search", "submit", (event) => {
     event.preventDefault();
@@ -351,10 +342,7 @@ function listen() {
     change({ q: $("query").value.trim() });
   });
   on("ratio", "input", () => {
-    change({ r: table().ratios[$("ratio").value], c: "" }, () => {
-      clearTimeout(timer);
-      timer = setTimeout(ask, DEBOUNCE_MS);
-    });
+    change({ r: table().ratios[$("ratio").value], c: "" });
   });
   addEventListener("change", ({ target: { name, value } }) => {
     if (name in state) change({ [name]: value }, name === "list" ? writeAddress : ask);
@@ -375,10 +363,7 @@ function listen() {
     event.preventDefault();
     $("query").focus();
   });
-  addEventListener("hashchange", () => {
-    readAddress();
-    change({});
-  });
+  addEventListener("hashchange", () => location.reload());
   wide.addEventListener("change", () => change({}, writeAddress));
   new ResizeObserver(drawLines).observe($("lists"));
 }

@@ -34,6 +34,7 @@ def explore(
 
     with options.needs_extra("serve"):
         from kalm_encoder.service.app import create_app, listen
+        from kalm_encoder.service.explore.comparing import Explorer
         from kalm_encoder.service.explore.tables import open_tables
         from kalm_encoder.service.settings import Settings
 
@@ -50,4 +51,4 @@ def explore(
         dtype=dtype,
         api_key=os.environ.get("KALM_API_KEY") or None,
     )
-    listen(create_app(settings, explored=tables, note=note), host, port)
+    listen(create_app(settings, Explorer(tables, note)), host, port)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from jobs import options
-
-if TYPE_CHECKING:
-    from kalm_encoder.service.settings import Settings
 
 
 def serve(
@@ -103,13 +100,9 @@ def serve(
         tei=tei,
     )
     open_live(settings)  # a bad table or column fails here, before a model or a cluster is started
-    if on_ray:
-        _on_ray(settings, address, host, port, replicas)
-    else:
+    if not on_ray:
         listen(create_app(settings), host, port)
-
-
-def _on_ray(settings: Settings, address: str | None, host: str, port: int, replicas: int) -> None:
+        return
     with options.needs_extra("serve-ray"):
         import ray
 

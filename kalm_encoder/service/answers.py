@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Any
 
-from kalm_encoder import PassageTable, __version__
+from kalm_encoder import __version__
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import Document, Options, RerankRequest, ScoreRequest, TeiRequest
 from kalm_encoder.service.scoring import check_count, score_candidates
@@ -14,20 +14,23 @@ from kalm_encoder.service.scoring import check_count, score_candidates
 
 def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
     """Answer in the union of the shapes of Cohere, Jina and vLLM."""
-    candidates = request.candidates
+    candidates = request.candidates()
     scored, tokens = score_candidates(version, request.query, candidates, request)
     scored = scored[: request.top_n or None]
-    places = [index for index, _ in scored]
-    texts = _texts(version.table, candidates, places) if request.return_documents else {}
+    stored = {}
+    if request.return_documents:
+        stored = version.table.texts([one.id for i, one in scored if candidates[i].text is None])
     results = []
     for index, one in scored:
+        candidate = candidates[index]
+        text = stored.get(one.id) if candidate.text is None else candidate.text
         result: dict[str, Any] = {"index": index, "relevance_score": one.score}
-        if candidates[index].id is not None:
-            result["id"] = candidates[index].id
+        if candidate.id is not None:
+            result["id"] = candidate.id
         if request.raw_scores:
             result["margin"] = one.margin
-        if index in texts:
-            result["document"] = {"text": texts[index]}
+        if request.return_documents and text is not None:
+            result["document"] = {"text": text}
         results.append(result | {"ratio": one.ratio})
     meta: dict[str, Any] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     if request.max_tokens_per_doc is not None or request.truncate_prompt_tokens is not None:
@@ -96,11 +99,3 @@ def _head(kind: str, model: str, tokens: int) -> dict[str, Any]:
         "model": model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
-
-
-def _texts(table: PassageTable, candidates: list[Document], places: list[int]) -> dict[int, str]:
-    """Return the texts of candidates by place: the text that was sent, else the stored one."""
-    texts = {place: text for place in places if (text := candidates[place].text) is not None}
-    unsent = {place: i for place in places if place not in texts and (i := candidates[place].id)}
-    stored = table.texts(list(unsent.values()))
-    return texts | {place: stored[i] for place, i in unsent.items() if i in stored}

@@ -7,7 +7,7 @@ import hmac
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -15,12 +15,11 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from kalm_encoder import PassageTable
 from kalm_encoder.errors import KalmError
 from kalm_encoder.service import answers
 from kalm_encoder.service.explore.comparing import Explorer
 from kalm_encoder.service.explore.routes import Page, add_routes
-from kalm_encoder.service.limits import BodyLimit, RequestThreads
+from kalm_encoder.service.limits import RequestThreads, limit_body
 from kalm_encoder.service.live import LiveTable
 from kalm_encoder.service.metrics import Metrics
 from kalm_encoder.service.problems import ERRORS, HANDLED, answer_problem
@@ -33,18 +32,12 @@ logger = logging.getLogger(__name__)
 BearerKey = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def create_app(
-    settings: Settings,
-    *,
-    explored: Mapping[str, PassageTable] | None = None,
-    note: str | None = None,
-) -> FastAPI:
+def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
     """Return the application, which loads its model when it is started.
 
     Args:
         settings: What the operator decided.
-        explored: Tables that the explore page at / compares, by name. None leaves the page out.
-        note: What a reader of the page must know, such as that the weights are random.
+        explorer: What answers the explore page at /. None leaves the page out.
     """
     metrics = Metrics()
     live = LiveTable(settings, metrics.batch.observe)
@@ -66,7 +59,7 @@ def create_app(
         title="kalm serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.live = live
-    app.add_middleware(BodyLimit, max_body=settings.max_body)
+    app.add_middleware(limit_body, max_body=settings.max_body)
     app.middleware("http")(metrics.count)
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_problem)
@@ -83,7 +76,7 @@ def create_app(
     @guarded.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """Return the metrics in the text format of Prometheus."""
-        return metrics.page(live, threads.pending)
+        return metrics.page(live, len(threads.pending))
 
     @guarded.get("/info")
     async def info() -> dict[str, Any]:
@@ -107,10 +100,10 @@ def create_app(
         guarded.post(path)(rerank)
     for path in ("/score", "/v1/score"):
         guarded.post(path)(score)
-    if explored is not None:
-        add_routes(guarded, Explorer(explored, note), threads)
+    if explorer is not None:
+        add_routes(guarded, explorer, threads)
     app.include_router(guarded)
-    if explored is not None:
+    if explorer is not None:
         app.mount("/", Page())
     return app
 

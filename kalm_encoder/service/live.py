@@ -120,14 +120,13 @@ class LiveTable:
         }
         if old is not None and old.decoder.fingerprint == table.spec.fingerprint:
             decoder, encoder = old.decoder, old.encoder
-            reranker = Reranker(table, decoder)
         else:
             loaded = QueryDecoder.load(
                 model, **how, hot_bytes=settings.hot_bytes, compile=settings.compile
             )
             decoder, encoder = BatchingDecoder(loaded, self._observe), None
-            reranker = Reranker(table, decoder)
             decoder.call(loaded.warm_up)
+        reranker = Reranker(table, decoder)
         if settings.with_encoder and encoder is None:
             encoder = PassageEncoder.load(model, **how, max_length=table.spec.max_length)
         if settings.index_bytes:

@@ -68,11 +68,8 @@ def listen(settings: Settings, host: str, port: int, *, replicas: int) -> None:
 
 
 def _deployment(settings: Settings) -> Any:
-    def build() -> FastAPI:
-        return create_app(settings)
-
     @serve.deployment
-    @serve.ingress(build)
+    @serve.ingress(lambda: create_app(settings))
     class Replica:
         """One process with one device."""
 

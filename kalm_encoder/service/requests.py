@@ -6,9 +6,11 @@ dictionaries; answers.py makes them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from kalm_encoder.errors import InputError
 
 MAX_RATIO = 1 << 20
 """Largest ratio a request may ask for; far above any passage, it keeps numbers small."""
@@ -38,25 +40,6 @@ class Document(Request):
         return self
 
 
-def _text_as_document(given: Any) -> Any:
-    return {"text": given} if isinstance(given, str) else given
-
-
-def _one_as_list(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
-
-
-Candidate = Annotated[
-    Document, BeforeValidator(_text_as_document, json_schema_input_type=str | Document)
-]
-Candidates = Annotated[
-    list[Candidate], BeforeValidator(_one_as_list, json_schema_input_type=str | list[Candidate])
-]
-Queries = Annotated[
-    list[Query], BeforeValidator(_one_as_list, json_schema_input_type=Query | list[Query])
-]
-
-
 class Options(Request):
     """How to score."""
 
@@ -71,24 +54,26 @@ class Options(Request):
 
 
 class CandidatesRequest(Options):
-    """Options, and the candidates to score: documents or ids."""
+    """Options, and the candidates to score: documents or ids. One text may come without a list."""
 
     model: str | None = None
-    documents: list[Candidate] | None = None
+    documents: Annotated[
+        str | list[str | Document] | None,
+        Field(validation_alias=AliasChoices("documents", "text_2")),
+    ] = None
     document_ids: list[Id] | None = None
 
-    @model_validator(mode="after")
-    def _has_candidates(self) -> CandidatesRequest:
-        if (self.documents is None) == (self.document_ids is None):
-            raise ValueError("give either documents or document_ids")
-        return self
-
-    @property
     def candidates(self) -> list[Document]:
-        """The candidates, in the order of the request."""
-        if self.documents is not None:
-            return self.documents
-        return [Document(id=i) for i in self.document_ids or []]
+        """Return the candidates in the order of the request.
+
+        Raises:
+            InputError: The request gives both documents and ids, or neither.
+        """
+        if (self.documents is None) == (self.document_ids is None):
+            raise InputError("give either documents or document_ids")
+        given = [self.documents] if isinstance(self.documents, str) else self.documents or []
+        documents = [Document(text=one) if isinstance(one, str) else one for one in given]
+        return documents + [Document(id=one) for one in self.document_ids or []]
 
 
 class RerankRequest(CandidatesRequest):
@@ -105,21 +90,22 @@ class RerankRequest(CandidatesRequest):
 class ScoreRequest(CandidatesRequest):
     """POST /score and /v1/score: one query against all candidates, or pair by pair."""
 
-    queries: Annotated[Queries, Field(validation_alias=AliasChoices("queries", "text_1"))]
-    documents: Annotated[
-        Candidates | None, Field(validation_alias=AliasChoices("documents", "text_2"))
-    ] = None
-
-    @model_validator(mode="after")
-    def _pairs_up(self) -> ScoreRequest:
-        if len(self.queries) not in (1, len(self.candidates)):
-            raise ValueError("give one query, or as many queries as there are documents")
-        return self
+    queries: Annotated[
+        Query | list[Query], Field(validation_alias=AliasChoices("queries", "text_1"))
+    ]
 
     def pairs(self) -> list[tuple[str, Document]]:
-        """Return the (query, candidate) pairs in the order of the answer."""
-        candidates = self.candidates
-        queries = self.queries * len(candidates) if len(self.queries) == 1 else self.queries
+        """Return the (query, candidate) pairs in the order of the answer.
+
+        Raises:
+            InputError: There are several queries, but not one per candidate.
+        """
+        candidates = self.candidates()
+        queries = [self.queries] if isinstance(self.queries, str) else self.queries
+        if len(queries) == 1:
+            queries = queries * len(candidates)
+        if len(queries) != len(candidates):
+            raise InputError("give one query, or as many queries as there are documents")
         return list(zip(queries, candidates, strict=True))
 
 

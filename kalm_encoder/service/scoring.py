@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 
 from kalm_encoder import PassageStates, RerankResult
@@ -9,6 +11,9 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.service.filters import check_filter
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import Document, Options
+
+UNNAMED = f"document {uuid.uuid4()} "
+"""Beginning of the keys of candidates without an id. It is random, so that no id begins with it."""
 
 
 def check_count(version: Version, count: int) -> None:
@@ -42,37 +47,28 @@ def score_candidates(
         MissingIdsError: There are ids without stored states and without a text.
     """
     check_count(version, len(candidates))
-    keys = _keys(candidates)
-    allowed = set(keys)
+    keys = [f"{UNNAMED}{n}" if c.id is None else c.id for n, c in enumerate(candidates)]
+    asked = keys
     if options.filter is not None:
         where = check_filter(options.filter, version.settings.filter_columns)
         if any(candidate.text is not None for candidate in candidates):
             raise InputError("a filter applies to stored passages: give ids, not texts")
         allowed = version.table.known(keys, where=where)
+        asked = [key for key in keys if key in allowed]
     prompt = version.decoder.prompt(query, options.instruction)
     results = version.reranker.rerank(
         prompt,
-        [key for key in dict.fromkeys(keys) if key in allowed],
+        asked,
         ratio=options.ratio,
         cascade=options.cascade,
         max_ms=options.max_ms,
         passages=_encode(version, keys, candidates),
     )
-    places: dict[str, list[int]] = {}
+    places = defaultdict(list)
     for index, key in enumerate(keys):
-        places.setdefault(key, []).append(index)
+        places[key].append(index)
     scored = [(index, result) for result in results for index in places[result.id]]
     return scored, len(prompt.ids) * len(results)
-
-
-def _keys(candidates: Sequence[Document]) -> list[str]:
-    """Return a key for each candidate: its id, or a name that no id of the request begins with."""
-    name = "document "
-    while any(
-        candidate.id is not None and candidate.id.startswith(name) for candidate in candidates
-    ):
-        name += "'"
-    return [f"{name}{n}" if c.id is None else c.id for n, c in enumerate(candidates)]
 
 
 def _encode(

@@ -9,21 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kalm_encoder import PassageTable, Reranker, RerankResult
 from kalm_encoder.errors import InputError, MissingIdsError
 from kalm_encoder.matryoshka import num_groups
+from kalm_encoder.model.pairs import Pair
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION
 from kalm_encoder.rerank.fusion import fuse
+from kalm_encoder.rerank.scorer import Scorer
 from kalm_encoder.service.explore.tables import cascades, ratio_steps
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import ExploreRequest, PassageRequest
 from kalm_encoder.service.scoring import check_count
-
-if TYPE_CHECKING:
-    from kalm_encoder.model.pairs import Pair
-    from kalm_encoder.rerank.scorer import Scorer
 
 NUM_SHOWN_CHARACTERS = 600
 """Number of characters of each text in a list. The page asks for a whole text by its id."""
@@ -117,17 +115,16 @@ class Explorer:
             cascade=request.cascade,
         )
         reranked = time.perf_counter() - found
-        seconds = {
-            "search": found - began,
-            "read": reranked - watch.seconds,
-            "decode": watch.seconds,
-        }
         stages = [r for r, _ in request.cascade or [(request.ratio or table.spec.ratios[0], None)]]
         return {
             "table": request.table or next(iter(self.tables)),
             "first": [{"id": i, "score": score} for i, score in first.items()],
             **_rankings(first, results, stages[-1]),
-            "ms": {step: 1000 * s for step, s in seconds.items()},
+            "ms": {
+                "search": 1000 * (found - began),
+                "read": 1000 * (reranked - watch.seconds),
+                "decode": 1000 * watch.seconds,
+            },
             **_passages(table, results, stages),
         }
 

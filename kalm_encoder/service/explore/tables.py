@@ -25,7 +25,17 @@ def open_tables(
     with_ratios = len({table.spec.store_dtype for table in tables}) < len(tables)
     named: dict[str, PassageTable] = {}
     for table in tables:
-        _check(table, tables[0])
+        if not table.spec.keep_text:
+            raise InputError(
+                f"{table.uri} stores no text to search and show: encode without --no-text"
+            )
+        for field in ("fingerprint", "template", "dim"):
+            one, other = getattr(tables[0].spec, field), getattr(table.spec, field)
+            if one != other:
+                raise InputError(
+                    f"{tables[0].uri} has {field} {one!r}, {table.uri} has {other!r}: give tables "
+                    "of one model, such as `kalm truncate` makes"
+                )
         ratios = f" at {', '.join(map(str, table.spec.ratios))}" if with_ratios else ""
         name = table.spec.store_dtype + ratios
         if name in named:
@@ -34,18 +44,6 @@ def open_tables(
             )
         named[name] = table
     return named
-
-
-def _check(table: PassageTable, first: PassageTable) -> None:
-    if not table.spec.keep_text:
-        raise InputError(f"{table.uri} stores no text to search and show: encode without --no-text")
-    for field in ("fingerprint", "template", "dim"):
-        one, other = getattr(first.spec, field), getattr(table.spec, field)
-        if one != other:
-            raise InputError(
-                f"{first.uri} has {field} {one!r}, {table.uri} has {other!r}: give tables of one "
-                "model, such as `kalm truncate` makes"
-            )
 
 
 def ratio_steps(stored: Sequence[int]) -> list[int]:

@@ -183,8 +183,8 @@ def test_the_service_is_there_too(client):
 
 def app(table, *, key=None, page=True):
     """Return a client of the application, nothing loaded."""
-    explored = open_tables([str(table)]) if page else None
-    return TestClient(create_app(Settings(str(table), api_key=key), explored=explored))
+    explorer = Explorer(open_tables([str(table)])) if page else None
+    return TestClient(create_app(Settings(str(table), api_key=key), explorer))
 
 
 def test_the_page_may_load_nothing_from_elsewhere_and_run_nothing_inline(small_table):

@@ -7,8 +7,9 @@ Parquet row groups, so that reading one range decodes one group.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 
 import fsspec
 import lance
@@ -17,28 +18,26 @@ import pyarrow.parquet as pq
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import RowRange, fsspec_options, range_hash
+from pipeline.corpus.inputs import RowRange, fsspec_options, range_hash, readable
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 
 
-class ColumnarFile(ABC):
+class ColumnarFile:
     """What Parquet files and Lance tables have in common.
 
     Attributes:
         path: Path or URL.
         schema: Arrow schema.
         content: What stands for the content of the whole file in the hashes of its ranges.
+        bounds: First rows of the parts that are decoded as a whole, and the number of all rows.
         version: Version of a Lance table; 0 for a Parquet file.
     """
 
     path: str
     schema: pa.Schema
     content: str
+    bounds: list[int]
     version: int = 0
-
-    @abstractmethod
-    def groups(self) -> Iterator[tuple[int, int]]:
-        """Yield (first row, number of rows) of each part that is decoded as a whole."""
 
     def scan(
         self, shard_size: int, max_rows: int | None, options: FieldOptions
@@ -50,8 +49,9 @@ class ColumnarFile(ABC):
         """
         fields = self.choose_fields(options)
         ranges = []
-        for first, size in self.groups():
-            end = first + size if max_rows is None else min(first + size, max_rows)
+        for first, end in pairwise(self.bounds):
+            if max_rows is not None:
+                end = min(end, max_rows)
             for start in range(first, end, shard_size):
                 ranges.append(self.row_range(start, min(shard_size, end - start)))
         return fields, ranges
@@ -81,23 +81,15 @@ class ParquetFile(ColumnarFile):
 
     def __init__(self, path: str, storage_options: dict[str, str] | None) -> None:
         self.path = path
-        try:
+        with readable(path):
             options = fsspec_options(path, storage_options)
             self._raw = fsspec.open(path, "rb", **options).open()
             self._parquet = pq.ParquetFile(self._raw)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
         self.schema = self._parquet.schema_arrow
+        groups = map(self._parquet.metadata.row_group, range(self._parquet.num_row_groups))
+        self.bounds = list(accumulate((group.num_rows for group in groups), initial=0))
         self.content = self._footer_hash()
         self._group: tuple[int, pa.Table] | None = None
-
-    def groups(self) -> Iterator[tuple[int, int]]:
-        """Yield (first row, number of rows) of each row group."""
-        start = 0
-        for i in range(self._parquet.num_row_groups):
-            num_rows = self._parquet.metadata.row_group(i).num_rows
-            yield start, num_rows
-            start += num_rows
 
     def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
         """Yield (row number from 1, row) of a range.
@@ -109,18 +101,15 @@ class ParquetFile(ColumnarFile):
             raise InputError(
                 f"{self.path} changed after it was planned: encode it into a new table"
             )
-        for i, (start, size) in enumerate(self.groups()):
-            if start <= rows.start < start + size:
-                table = self._row_group(i, fields).slice(rows.start - start, rows.length)
-                yield from enumerate(table.to_pylist(), start=rows.first_line)
+        i = bisect_right(self.bounds, rows.start) - 1
+        table = self._row_group(i, fields).slice(rows.start - self.bounds[i], rows.length)
+        yield from enumerate(table.to_pylist(), start=rows.first_line)
 
     def _row_group(self, i: int, fields: Fields) -> pa.Table:
         # The next shard is often in the same group, and decoding one takes long.
         if self._group is None or self._group[0] != i:
-            try:
+            with readable(self.path):
                 self._group = (i, self._parquet.read_row_group(i, columns=fields.names))
-            except (OSError, pa.ArrowException) as error:
-                raise InputError(f"cannot read {self.path}: {error}") from error
         return self._group[1]
 
     def _footer_hash(self) -> str:
@@ -136,17 +125,12 @@ class LanceTable(ColumnarFile):
 
     def __init__(self, path: str, storage_options: dict[str, str] | None) -> None:
         self.path = path
-        try:
+        with readable(path):
             self._dataset = lance.dataset(path, storage_options=storage_options)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
         self.schema = self._dataset.schema
         self.version = self._dataset.version
         self.content = f"lance version {self.version}"
-
-    def groups(self) -> Iterator[tuple[int, int]]:
-        """Yield the whole table: any range of rows is cheap to read."""
-        yield 0, self._dataset.count_rows()
+        self.bounds = [0, self._dataset.count_rows()]  # any range of rows is cheap to read
 
     def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
         """Yield (row number from 1, row) of a range of the version that was planned."""

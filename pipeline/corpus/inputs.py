@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import xxhash
 
 from kalm_encoder.errors import InputError
@@ -64,6 +66,15 @@ def range_hash(content: str, start: int, num_rows: int) -> str:
     return xxhash.xxh3_128_hexdigest(f"{content} {start} {num_rows}".encode())
 
 
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turn what a store, a decompressor or a library raises into an InputError about the file."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, ImportError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
 def expand_inputs(inputs: Sequence[str], storage_options: dict[str, str] | None) -> list[str]:
     """Turn paths, URLs and globs into files, in the order given and sorted within a glob.
 
@@ -76,15 +87,13 @@ def expand_inputs(inputs: Sequence[str], storage_options: dict[str, str] | None)
         if file_format(given) == "lance":
             files.append(absolute(given))
             continue
-        try:
+        with readable(given):
             fs, path = fsspec.core.url_to_fs(given, **fsspec_options(given, storage_options))
             found = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path]
             if not found or not fs.exists(found[0]):
                 raise InputError(f"no file matches {given}")
             if fs.isdir(found[0]):
                 raise InputError(f"{given} is a folder: name its files, such as {given}/*.jsonl")
-        except (OSError, ValueError, ImportError) as error:
-            raise InputError(f"cannot read {given}: {error}") from error
         files += [fs.unstrip_protocol(f) for f in found] if "://" in given else found
     for file in files:
         file_format(file)

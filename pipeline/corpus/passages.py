@@ -5,7 +5,7 @@ Knows no file format: rows arrive as mappings. A bad row never raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,29 +96,21 @@ def to_rows(
     rows: Iterable[tuple[int, RawRow]], fields: Fields, path: str
 ) -> tuple[list[Passage], list[Reject]]:
     """Sort the (line, row) pairs of a file into passages and rejects, each in input order."""
-    passages: list[Passage] = []
-    rejects: list[Reject] = []
-    for line, raw in rows:
-        row = (
-            Reject(path, line, raw) if isinstance(raw, str) else to_passage(raw, fields, path, line)
-        )
-        if isinstance(row, Reject):
-            rejects.append(row)
-        else:
-            passages.append(row)
-    return passages, rejects
+    found = [to_passage(row, fields, path, line) for line, row in rows]
+    passages = [row for row in found if isinstance(row, Passage)]
+    return passages, [row for row in found if isinstance(row, Reject)]
 
 
-def to_passage(
-    record: Mapping[str, object], fields: Fields, path: str, line: int
-) -> Passage | Reject:
-    """Make a passage from one record, or say why it is not one.
+def to_passage(row: RawRow, fields: Fields, path: str, line: int) -> Passage | Reject:
+    """Make a passage from one row, or say why it is not one.
 
     Title and text are joined as BEIR does it: `(title + " " + text).strip()`. An integer id becomes
     its decimal string. An empty text is legal.
     """
-    id_, text = record.get(fields.id), record.get(fields.text)
-    title = record.get(fields.title) if fields.title else None
+    if isinstance(row, str):
+        return Reject(path, line, row)
+    id_, text = row.get(fields.id), row.get(fields.text)
+    title = row.get(fields.title) if fields.title else None
     if isinstance(id_, int) and not isinstance(id_, bool):
         id_ = str(id_)
 

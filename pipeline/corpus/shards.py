@@ -6,54 +6,26 @@ the bytes it was planned from, and reading it later checks them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import xxhash
 
 from kalm_encoder.errors import InputError
 from pipeline.corpus.columnar import LanceTable, ParquetFile
 from pipeline.corpus.inputs import RowRange, file_format
-from pipeline.corpus.passages import FieldOptions, Fields, Passage, RawRow, Reject, to_rows
+from pipeline.corpus.passages import FieldOptions, Fields, Passage, Reject, to_rows
 from pipeline.corpus.text_scan import TextFile
 
 MAX_SHARDS = (1 << 20) - 1
 """Lance fragment ids are number + 1 in 20 bits; the bits above count generations."""
 
-
-class CorpusFile(Protocol):
-    """An input file of any format."""
-
-    def scan(
-        self, shard_size: int, max_rows: int | None, options: FieldOptions
-    ) -> tuple[Fields, list[RowRange]]:
-        """Choose the fields and cut the file into ranges of at most `shard_size` rows.
-
-        Raises:
-            InputError: If the file cannot be read, or has no usable id or text field.
-        """
-        ...
-
-    def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
-        """Yield (line from 1, row) of a range.
-
-        Raises:
-            InputError: If the file changed since it was planned, or cannot be read.
-        """
-        ...
-
-
-READERS: dict[str, Callable[[str, dict[str, str] | None], CorpusFile]] = {
-    "jsonl": TextFile,
-    "csv": TextFile,
-    "tsv": TextFile,
-    "parquet": ParquetFile,
-    "lance": LanceTable,
-}
-"""The class that reads each format of `inputs.FORMATS`."""
+CorpusFile = TextFile | ParquetFile | LanceTable
+"""An input file: it is cut into row ranges by `scan`, and they are read again by `read`."""
+READERS: dict[str, type[CorpusFile]] = {"parquet": ParquetFile, "lance": LanceTable}
+"""The class that reads a format of `inputs.FORMATS`; TextFile reads all others."""
 
 
 def open_file(path: str, storage_options: dict[str, str] | None) -> CorpusFile:
@@ -62,7 +34,7 @@ def open_file(path: str, storage_options: dict[str, str] | None) -> CorpusFile:
     Raises:
         InputError: If the format is unknown, or the file cannot be opened.
     """
-    return READERS[file_format(path)](path, storage_options)
+    return READERS.get(file_format(path), TextFile)(path, storage_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +101,21 @@ def plan_shards(
         raise InputError(f"shard size {shard_size} must be at least 1")
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} must be at least 1")
-    scans = _scans(files, shard_size, limit, fields or FieldOptions(), storage_options)
+    options = fields or FieldOptions()
+
+    def scan(path: str, left: int | None = None) -> tuple[Fields, list[RowRange]]:
+        return open_file(path, storage_options).scan(shard_size, left, options)
+
+    if limit is None:
+        # Scanning waits for the store and works without the interpreter lock: threads pay off.
+        with ThreadPoolExecutor(thread_name_prefix="plan") as pool:
+            scans = list(pool.map(scan, files))
+    else:
+        scans, left = [], limit
+        for path in files:
+            if left > 0:
+                scans.append(scan(path, left))
+                left -= sum(rows.num_rows for rows in scans[-1][1])
     shards: list[Shard] = []
     for path, (chosen, ranges) in zip(files, scans, strict=False):  # a limit ends the scans early
         shards += [Shard(len(shards) + i, path, chosen, rows) for i, rows in enumerate(ranges)]
@@ -141,31 +127,6 @@ def plan_shards(
             f"raise --shard-size above {shard_size}"
         )
     return Plan(tuple(shards))
-
-
-def _scans(
-    files: Sequence[str],
-    shard_size: int,
-    limit: int | None,
-    options: FieldOptions,
-    storage_options: dict[str, str] | None,
-) -> Iterator[tuple[Fields, list[RowRange]]]:
-    """Yield what each file was cut into, in the order of the files."""
-
-    def scan(path: str, left: int | None) -> tuple[Fields, list[RowRange]]:
-        return open_file(path, storage_options).scan(shard_size, left, options)
-
-    if limit is None:
-        # Scanning waits for the store and works without the interpreter lock: threads pay off.
-        with ThreadPoolExecutor(thread_name_prefix="plan") as pool:
-            yield from pool.map(lambda path: scan(path, None), files)
-        return
-    for path in files:
-        if limit == 0:
-            return
-        found = scan(path, limit)
-        limit -= sum(rows.num_rows for rows in found[1])
-        yield found
 
 
 class ShardReader:

@@ -19,8 +19,7 @@ from typing import Any
 
 import fsspec
 
-from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import file_format, fsspec_options
+from pipeline.corpus.inputs import file_format, fsspec_options, readable
 from pipeline.corpus.passages import ID_FIELDS, TEXT_FIELDS, FieldOptions, Fields, RawRow
 
 SAMPLE_RECORDS = 100
@@ -32,10 +31,9 @@ csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KB
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The bytes of one record, how many lines they are, and its cells (None: parse the bytes)."""
+    """The bytes of one record, and its cells (None: parse the bytes)."""
 
     raw: bytes
-    num_lines: int
     cells: list[str] | None
 
 
@@ -47,24 +45,21 @@ def open_text(path: str, storage_options: dict[str, str] | None) -> Any:
 
 def detect(
     path: str, options: FieldOptions, storage_options: dict[str, str] | None
-) -> tuple[Fields, tuple[str, ...], Record | None]:
-    """Return the fields, the columns (empty for JSONL) and the header record to skip.
+) -> tuple[Fields, tuple[str, ...], bytes]:
+    """Return the fields, the columns (empty for JSONL) and the header to skip (mostly empty).
 
     Raises:
         InputError: If the file cannot be read or decompressed, or has no id or text field.
     """
-    try:
-        with open_text(path, storage_options) as stream:
-            if file_format(path) == "jsonl":
-                return _detect_json(path, stream, options), (), None
-            return _detect_cells(path, stream, options)
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    with readable(path), open_text(path, storage_options) as stream:
+        if file_format(path) == "jsonl":
+            return _detect_json(path, stream, options), (), b""
+        return _detect_cells(path, stream, options)
 
 
 def _detect_json(path: str, stream: Any, options: FieldOptions) -> Fields:
     sample = islice((line for line in stream if line.strip()), SAMPLE_RECORDS)
-    parsed = [row for line in sample if isinstance(row := _parse(Record(line, 1, None), ()), dict)]
+    parsed = [row for line in sample if isinstance(row := _parse(Record(line, None), ()), dict)]
     # A file without a usable record is no error yet: each of its rows is rejected with its line.
     names = dict.fromkeys(name for row in parsed for name in row)
     return options.detect(names, path) if parsed else Fields("id", "text")
@@ -72,17 +67,17 @@ def _detect_json(path: str, stream: Any, options: FieldOptions) -> Fields:
 
 def _detect_cells(
     path: str, stream: Any, options: FieldOptions
-) -> tuple[Fields, tuple[str, ...], Record | None]:
+) -> tuple[Fields, tuple[str, ...], bytes]:
     first = next(records(iter(stream), ("?",), path), None)
     if first is None or first.cells is None:
-        return Fields("id", "text"), (), None
+        return Fields("id", "text"), (), b""
     cells = [cell.removeprefix("\ufeff") for cell in first.cells]
     wanted = (options.id, *ID_FIELDS), (options.text, *TEXT_FIELDS)
     is_header = all(any(cell in names for cell in cells) for names in wanted)
     named = options.id or options.text
     if file_format(path) == "tsv" and len(cells) == 2 and not is_header and not named:
-        return Fields(*WITHOUT_HEADER), WITHOUT_HEADER, None
-    return options.detect(cells, path), tuple(cells), first
+        return Fields(*WITHOUT_HEADER), WITHOUT_HEADER, b""
+    return options.detect(cells, path), tuple(cells), first.raw
 
 
 def is_plain(columns: tuple[str, ...]) -> bool:
@@ -94,7 +89,7 @@ def records(lines: Iterator[bytes], columns: tuple[str, ...], path: str) -> Iter
     """Cut lines into records: each line is one, or the quoting of CSV decides."""
     if is_plain(columns):
         for raw in lines:
-            yield Record(raw, 1, None)
+            yield Record(raw, None)
         return
     read: list[bytes] = []
 
@@ -105,7 +100,7 @@ def records(lines: Iterator[bytes], columns: tuple[str, ...], path: str) -> Iter
 
     delimiter = "\t" if file_format(path) == "tsv" else ","
     for cells in csv.reader(feed(), delimiter=delimiter):
-        yield Record(b"".join(read), len(read), cells)
+        yield Record(b"".join(read), cells)
         read.clear()
 
 
@@ -116,7 +111,7 @@ def parse_all(
     for record in records(iter(lines), columns, path):
         if record.raw.strip():
             yield line, _parse(record, columns)
-        line += record.num_lines
+        line += record.raw.count(b"\n")
 
 
 def _parse(record: Record, columns: tuple[str, ...]) -> RawRow:

@@ -15,14 +15,14 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.inputs import RowRange, readable
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 from pipeline.corpus.text import Record, detect, is_plain, open_text, parse_all, records
 
@@ -54,21 +54,17 @@ class TextFile:
             InputError: If the file cannot be read or decompressed, or has no id or text field.
         """
         fields, columns, header = detect(self.path, options, self._storage_options)
-        start, num_lines = (len(header.raw), header.num_lines) if header else (0, 0)
-        try:
-            with open_text(self.path, self._storage_options) as stream:
-                stream.read(start)
-                chunks = (
-                    line_chunks(stream)
-                    if is_plain(columns)
-                    else record_chunks(records(iter(stream), columns, self.path))
-                )
-                ranges = cut(
-                    chunks, start, 1 + num_lines, shard_size, max_rows=max_rows, columns=columns
-                )
-                return fields, list(ranges)
-        except (OSError, EOFError) as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
+        first_line = 1 + header.count(b"\n")
+        with readable(self.path), open_text(self.path, self._storage_options) as stream:
+            stream.read(len(header))
+            if is_plain(columns):
+                chunks = line_chunks(stream)
+            else:
+                chunks = record_chunks(records(iter(stream), columns, self.path))
+            ranges = cut(
+                chunks, len(header), first_line, shard_size, max_rows=max_rows, columns=columns
+            )
+            return fields, list(ranges)
 
     def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
         """Yield (line, row) of a range.
@@ -76,26 +72,20 @@ class TextFile:
         Raises:
             InputError: If the bytes are not those that were planned, or cannot be read.
         """
-        try:
-            if self._stream is None or self._stream.tell() > rows.start:
-                self.close()
+        with readable(self.path):
+            if self._stream is not None and self._stream.tell() > rows.start:
+                self._stream.close()
+                self._stream = None
+            if self._stream is None:
                 self._stream = open_text(self.path, self._storage_options)
             self._stream.seek(rows.start)
             raw = self._stream.read(rows.length)
-        except (OSError, EOFError) as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
         if xxhash.xxh3_128_hexdigest(raw) != rows.content:
             raise InputError(
                 f"{self.path} changed after it was planned (line {rows.first_line} and after): "
                 "encode it into a new table"
             )
         yield from parse_all(io.BytesIO(raw), rows.columns, self.path, rows.first_line)
-
-    def close(self) -> None:
-        """Close the file; the next read opens it again."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +95,17 @@ class Chunk:
     Attributes:
         raw: Their bytes.
         starts: (n + 1,) where each record begins in `raw`, and the length of `raw`.
-        lines: (n + 1,) number of lines before each record, and of all.
         is_row: (n,) whether the record counts; blank lines do not.
     """
 
     raw: bytes
     starts: NDArray[np.int64]
-    lines: NDArray[np.int64]
     is_row: NDArray[np.bool_]
 
 
 def line_chunks(stream: Any, size: int = READ_BYTES) -> Iterator[Chunk]:
     """Yield a stream in chunks of about `size` bytes, where each line is a record."""
-    for raw in _whole_lines(stream, size):
+    while raw := stream.read(size) + stream.readline():
         ends = np.flatnonzero(np.frombuffer(raw, np.uint8) == NEWLINE) + 1
         rest = [] if raw.endswith(b"\n") else [len(raw)]
         starts = np.concatenate([[0], ends, rest]).astype(np.int64)
@@ -125,30 +113,14 @@ def line_chunks(stream: Any, size: int = READ_BYTES) -> Iterator[Chunk]:
         is_row: NDArray[np.bool_] = ~IS_BLANK[np.frombuffer(raw, np.uint8)[starts[:-1]]]
         for i in np.flatnonzero(~is_row):
             is_row[i] = bool(raw[starts[i] : starts[i + 1]].strip())
-        yield Chunk(raw, starts, np.arange(len(starts)), is_row)
-
-
-def _whole_lines(stream: Any, size: int) -> Iterator[bytes]:
-    parts: list[bytes] = []
-    while read := stream.read(size):
-        end = read.rfind(b"\n") + 1
-        if end:
-            yield b"".join([*parts, read[:end]])
-            parts.clear()
-        parts.append(read[end:])
-    if any(parts):
-        yield b"".join(parts)
+        yield Chunk(raw, starts, is_row)
 
 
 def record_chunks(found: Iterator[Record]) -> Iterator[Chunk]:
     """Yield records in chunks."""
-    while batch := list(islice(found, RECORDS_AT_ONCE)):
-        yield Chunk(
-            b"".join(record.raw for record in batch),
-            np.cumsum([0, *(len(record.raw) for record in batch)]),
-            np.cumsum([0, *(record.num_lines for record in batch)]),
-            np.array([bool(record.raw.strip()) for record in batch]),
-        )
+    while batch := [record.raw for record in islice(found, RECORDS_AT_ONCE)]:
+        starts = np.cumsum([0, *map(len, batch)])
+        yield Chunk(b"".join(batch), starts, np.array([bool(raw.strip()) for raw in batch]))
 
 
 def cut(
@@ -177,23 +149,21 @@ def cut(
     digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
     for chunk in chunks:
         rows = np.flatnonzero(chunk.is_row)
-        first = taken = 0  # records and rows of this chunk that are in a range
-        while True:
-            room = min(shard_size - num_rows, left)
-            full = len(rows) - taken > room
-            end = int(rows[taken + room]) if full else len(chunk.is_row)
-            more = room if full else len(rows) - taken
-            digest.update(memoryview(chunk.raw)[chunk.starts[first] : chunk.starts[end]])
-            length += int(chunk.starts[end] - chunk.starts[first])
-            num_lines += int(chunk.lines[end] - chunk.lines[first])
-            num_rows, left = num_rows + more, left - more
-            first, taken = end, taken + more
-            if not full:
-                break
-            yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), columns)
-            if left == 0:
-                return
-            start, first_line = start + length, first_line + num_lines
-            digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
+        is_last = len(rows) > left
+        end = rows[left] if is_last else len(chunk.is_row)
+        begins = rows[:left][shard_size - num_rows :: shard_size]  # records that begin a new range
+        left -= min(left, len(rows))
+        for i, (first, last) in enumerate(pairwise([0, *begins, end])):
+            if i > 0:
+                yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), columns)
+                start, first_line = start + length, first_line + num_lines
+                digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
+            raw = memoryview(chunk.raw)[chunk.starts[first] : chunk.starts[last]]
+            digest.update(raw)
+            length += len(raw)
+            num_lines += chunk.raw.count(b"\n", chunk.starts[first], chunk.starts[last])
+            num_rows += int(chunk.is_row[first:last].sum())
+        if is_last:
+            break
     if num_rows:
         yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), columns)

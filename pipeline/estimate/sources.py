@@ -11,19 +11,17 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 
-from kalm_encoder.errors import InputError
 from pipeline.corpus import text
 from pipeline.corpus.columnar import LanceTable, ParquetFile
-from pipeline.corpus.inputs import COMPRESSIONS, fsspec_options
+from pipeline.corpus.inputs import COMPRESSIONS, fsspec_options, readable
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 from pipeline.corpus.shards import open_file
 
@@ -74,7 +72,7 @@ def open_sources(
     file = open_file(path, storage_options)
     if isinstance(file, ParquetFile | LanceTable):
         fields, reopen = file.choose_fields(options), partial(type(file), path, storage_options)
-        return [_row_group(path, fields, reopen, *group) for group in file.groups()]
+        return [_row_group(path, fields, reopen, *group) for group in pairwise(file.bounds)]
     return [_text_file(path, options, storage_options)]
 
 
@@ -83,8 +81,10 @@ def _row_group(
     fields: Fields,
     reopen: Callable[[], ParquetFile | LanceTable],
     first: int,
-    num_rows: int,
+    last: int,
 ) -> BlockSource:
+    num_rows = last - first
+
     def read(k: int, n: int) -> Block:
         start, end = first + num_rows * k // n, first + num_rows * (k + 1) // n
         file = reopen()  # a corpus may have more files than can be open at once
@@ -98,21 +98,21 @@ def _text_file(
     path: str, options: FieldOptions, storage_options: dict[str, str] | None
 ) -> BlockSource:
     fields, columns, header = text.detect(path, options, storage_options)
-    with _readable(path):
+    with readable(path):
         fs, inner = fsspec.core.url_to_fs(path, **fsspec_options(path, storage_options))
         size = int(fs.size(inner))
     if not path.endswith(COMPRESSIONS) and text.is_plain(columns):
 
         def read(k: int, n: int) -> Block:
             begin, end = size * k // n, size * (k + 1) // n
-            with _readable(path), fs.open(inner, "rb", block_size=READ_AHEAD_BYTES) as stream:
+            with readable(path), fs.open(inner, "rb", block_size=READ_AHEAD_BYTES) as stream:
                 raw = fsspec.utils.read_block(stream, begin, end - begin, b"\n")
             return len(raw) / size, text.parse_all(io.BytesIO(raw), columns, path)
 
         return BlockSource(path, fields, size, read)
-    with _readable(path), fs.open(inner, "rb") as raw:
+    with readable(path), fs.open(inner, "rb") as raw:
         text_size = _text_bytes(raw, size, fsspec.utils.infer_compression(path))
-    records = _records(path, columns, header is not None, storage_options)
+    records = _records(path, columns, header, storage_options)
     drawn = taken = 0
 
     def read_on(_: int, n: int) -> Block:
@@ -143,16 +143,9 @@ def _text_bytes(raw: Any, size: int, compression: str | None) -> float:
 
 
 def _records(
-    path: str, columns: tuple[str, ...], has_header: bool, storage_options: dict[str, str] | None
+    path: str, columns: tuple[str, ...], header: bytes, storage_options: dict[str, str] | None
 ) -> Iterator[bytes]:
-    with _readable(path), text.open_text(path, storage_options) as stream:
-        for record in islice(text.records(iter(stream), columns, path), int(has_header), None):
+    with readable(path), text.open_text(path, storage_options) as stream:
+        stream.read(len(header))
+        for record in text.records(iter(stream), columns, path):
             yield record.raw
-
-
-@contextmanager
-def _readable(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error

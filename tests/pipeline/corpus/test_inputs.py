@@ -269,6 +269,6 @@ def test_ranges_are_cut_where_lines_are(parts, shard_size, max_rows, read_bytes)
     by_hand = cut_by_hand(lines, 7, 2, shard_size, max_rows)
     for chunks in (
         line_chunks(io.BytesIO(raw), read_bytes),
-        record_chunks(Record(line, 1, None) for line in lines),
+        record_chunks(Record(line, None) for line in lines),
     ):
         assert list(cut(chunks, 7, 2, shard_size, max_rows=max_rows)) == by_hand

@@ -90,13 +90,11 @@ class TableClaim:
             KalmError: If other processes kept changing the table at the same time.
             OSError: If the store kept refusing; nothing changed.
         """
-        wanted, seen = metadata or {}, self.dataset.version
-
-        def step() -> None:
-            if not (self.is_mine and self.metadata.items() >= wanted.items()):
-                self._change_once({**wanted, EPOCH: str(self.epoch + 1), OWNER: self.owner})
-
-        self._attempt(step, lambda: not unchanged or self.is_mine or self.dataset.version == seen)
+        wanted, seen = {**(metadata or {}), OWNER: self.owner}, self.dataset.version
+        self._attempt(
+            lambda: self._set(wanted),
+            lambda: not unchanged or self.is_mine or self.dataset.version == seen,
+        )
 
     def change(self, metadata: dict[str, str]) -> None:
         """Change schema metadata in a commit that conflicts with all others.
@@ -105,21 +103,20 @@ class TableClaim:
             FencedError: If another process claimed the table.
             OSError: If the store kept refusing; nothing changed.
         """
+        self.retry(lambda: self._set(metadata))
 
-        def step() -> None:
-            if not self.metadata.items() >= metadata.items():
-                self._change_once(metadata)
-
-        self.retry(step)
-
-    def _change_once(self, metadata: dict[str, str]) -> None:
-        schema = self.dataset.schema.with_metadata({**self.metadata, **metadata})
-        lance_schema = LanceSchema.from_pyarrow(schema)
+    def _set(self, metadata: dict[str, str]) -> None:
+        """Commit metadata that the table does not hold yet; a new owner makes a new epoch."""
+        if self.metadata.items() >= metadata.items():
+            return
+        epoch = self.epoch + (OWNER in metadata)
+        changed = {**self.metadata, **metadata, EPOCH: str(epoch)}
+        schema = LanceSchema.from_pyarrow(self.dataset.schema.with_metadata(changed))
         if self.state == LOADING:
-            operation = LanceOperation.Project(lance_schema)
+            operation = LanceOperation.Project(schema)
         else:
             fragments = [f.metadata for f in self.dataset.get_fragments()]
-            operation = LanceOperation.Merge(fragments, lance_schema)
+            operation = LanceOperation.Merge(fragments, schema)
         self.move_to(self.commit_operation(operation))
 
     def commit_operation(self, operation: LanceOperation.BaseOperation) -> lance.LanceDataset:
@@ -148,35 +145,27 @@ class TableClaim:
 
     def _attempt(self, step: Callable[[], None], may_go_on: Callable[[], bool]) -> None:
         """Run a step until it succeeds; after each failure, `may_go_on` looks at the table."""
+        failure: Exception | None = None
         for attempt in range(ATTEMPTS):
             try:
+                if failure:
+                    # A conflict, a lost reply and a time-out look alike: only the table can tell.
+                    self.refresh(open_to_write(self.location))
+                    if not may_go_on():
+                        raise self._fenced() from failure
                 return step()
             except (CommitConflictError, OSError) as error:
-                # A conflict, a lost reply and a time-out look alike: only the table can tell.
-                logger.warning("a commit failed, reading the table: %s", first_line(error))
-                self.refresh(self._reopen(error))
-                if not may_go_on():
-                    raise self._fenced() from error
-                if attempt == ATTEMPTS - 1 and isinstance(error, OSError):
-                    raise
-            _back_off(attempt)
+                failure = error
+            except TableError as error:  # The store does not answer: the first error says more.
+                failure = failure or error
+            logger.warning("a commit failed, reading the table: %s", first_line(failure))
+            time.sleep(min(0.05 * 2**attempt, 2.0))
+        if failure and not isinstance(failure, CommitConflictError):
+            raise failure
         raise KalmError(f"other commands keep changing {self.location}: stop them")
-
-    def _reopen(self, cause: Exception) -> lance.LanceDataset:
-        """Open the latest version; wait for a store that does not answer, then raise `cause`."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return open_to_write(self.location)
-            except TableError:
-                _back_off(attempt)
-        raise cause
 
     def _fenced(self) -> FencedError:
         return FencedError(
             f"another command took {self.location} over (its epoch is {self.epoch}). That one "
             "continues the work; this one stops"
         )
-
-
-def _back_off(attempt: int) -> None:
-    time.sleep(min(0.05 * 2**attempt, 2.0))

@@ -56,8 +56,7 @@ class SealedTable(TableClaim):
         """
         if self.state == COMPLETE:
             return
-        if not self.is_mine:
-            self.take_over()
+        self.take_over()
         if self.state == SEALED and (keep := self.metadata[ON_DUPLICATE]) != "error":
             self.retry(lambda: self._drop_repeated(keep))
         if compact:

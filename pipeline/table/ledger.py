@@ -16,7 +16,7 @@ import lance
 import pyarrow as pa
 from lance.dataset import LanceOperation
 
-from kalm_encoder.errors import InputError, KalmError, MismatchError, TableError, first_line
+from kalm_encoder.errors import InputError, KalmError, MismatchError, first_line
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
 from kalm_encoder.table.spec import TableSpec
@@ -67,18 +67,15 @@ class Ledger(TableClaim):
         """
         if not location.uri.rstrip("/").endswith(".lance"):
             raise InputError(f"the table address {location} must end in .lance (LanceDB needs it)")
-        try:
-            ledger = cls(location, plan)
-        except TableError:  # No table. A store that refuses will say so again when it is created.
-            create_table(location, _schema(spec, plan, generation=1, epoch=0, owner=""))
-            ledger = cls(location, plan)
+        create_table(location, _schema(spec, plan, generation=1, epoch=0, owner=""))
+        ledger = cls(location, plan)
         try:
             ledger._check_same(spec)
         except MismatchError:
             if not new_generation and (ledger.done or ledger.sealed):
                 raise
             ledger._begin_anew(spec)
-        if not ledger.sealed and not ledger.is_mine:
+        if not ledger.sealed:
             ledger.take_over()
         return ledger
 

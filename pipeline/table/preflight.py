@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -40,11 +39,12 @@ EXPLANATIONS = (
       "name or service"),
      "nothing answers there: check aws_endpoint, and set aws_allow_http=true for an http:// "
      "address"),
-    (("no space left", "quota"), "the disk is full"),
-    (("permission denied", "read-only file system"), "this user may not write there"),
-    (("not a directory", "file exists"), "something that is no folder stands in the way"),
+    (("install s3fs",), "pip install 'kalm-preencode[batch,s3]'"),
 )  # fmt: skip
 """Patterns in the text of a store's error, and what the error means."""
+ACCEPTED_BY_LANCE = (
+    f"pylance {lance.__version__} accepts it and shards could be doubled: pip install 'pylance>=13'"
+)
 NO_CONDITIONAL_WRITES = (
     "the store overwrites it: it has no conditional writes (If-None-Match), so two writers would "
     "lose each other's commits. Use a store that has them"
@@ -72,20 +72,11 @@ def check_writable(table: Location) -> None:
 
 def examine(table: Location) -> Iterator[Check]:
     """Try everything that a job does on the store of a table, beside the table, and clean up."""
-    yield from _check_lance()
     yield from _check_store(table)
-    probe = table / f"{PROBES}/{uuid.uuid4().hex}.lance"
-    at = {"storage_options": probe.options}
-    create = partial(lance.write_dataset, pa.table({"n": [1, 2, 3]}), probe.uri, **at)
-    yield _check("lance: create a table", create)
-    yield _check("lance: append", partial(create, mode="append"))
-    yield _check("lance: read it back", lambda: _expect(probe.dataset().count_rows(), 6))
-    overwrites = "a second table was created over the first"
-    yield _refused("lance: refuse a second create", create, overwrites)
-    yield _check("lance: remove it", partial(lance.LanceDataset.drop, probe.uri, **at))
+    yield from _check_lance(table / f"{PROBES}/{uuid.uuid4().hex}.lance")
 
 
-def explain(error: BaseException) -> str:
+def _explain(error: BaseException) -> str:
     """Return the first line of a store's error, with the likely cause and the remedy."""
     text = f"{type(error).__name__} {error} {error.__cause__ or ''}".lower()
     for patterns, meaning in EXPLANATIONS:
@@ -94,98 +85,92 @@ def explain(error: BaseException) -> str:
     return first_line(error)
 
 
-def _check_lance() -> Iterator[Check]:
-    """Try to commit what Lance must refuse, to a table in memory."""
-    rows = pa.table({"n": [1]})
-    schema = LanceSchema.from_pyarrow(rows.schema.with_metadata({"owner": "another"}))
-    claim = LanceOperation.Project(schema)
-
-    def commit(read: lance.LanceDataset, operation: LanceOperation.BaseOperation) -> Any:
-        return lance.LanceDataset.commit(read, operation, read_version=read.version)
-
-    def append(read: lance.LanceDataset, number: int) -> Any:
-        return commit(read, LanceOperation.Append([with_id(write_fragment(rows, read), number)]))
-
-    first = append(lance.write_dataset(rows.slice(0, 0), f"memory://{uuid.uuid4().hex}"), 1)
-    claimed = commit(first, claim)
-    for what, action in (
-        ("a fragment id twice", lambda: append(claimed, 1)),
-        ("shards of a driver that was replaced", lambda: append(first, 2)),
-        ("two drivers at once", lambda: commit(first, claim)),
-    ):
-        accepted = f"pylance {lance.__version__} accepts it and shards could be doubled"
-        remedy = "pip install 'pylance>=13'"
-        yield _refused(
-            f"lance: refuse {what}", action, f"{accepted}: {remedy}", "fragment|conflict"
-        )
-
-
 def _check_store(table: Location) -> Iterator[Check]:
     """Write, conditionally overwrite, read and delete one object."""
-    uri = table.uri
+    uri, name = table.uri, uuid.uuid4().hex
     local = "://" not in uri or uri.startswith("file://")
     if not local and not uri.startswith(("s3://", "s3a://")):
         return  # On other clouds, Lance's own conditional writes are all there is.
-    try:
-        options = fsspec_options(uri, table.options)
-        fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
-    except ImportError as error:
-        problem = f"{error}: pip install 'kalm-preencode[batch,s3]'"
-        yield Check("fsspec: open the store", problem)
-        return
-    name = uuid.uuid4().hex
     # On a disk the object lies beside the table: then no folder is left behind, and none is removed
     # while another process uses it.
-    path = str(Path(root).parent / f".kalm-probe-{name}") if local else f"{root}/{PROBES}/{name}"
+    path = f"{uri.rstrip('/')}.kalm-probe-{name}" if local else f"{uri}/{PROBES}/{name}"
+
+    def store() -> Any:
+        options = fsspec_options(uri, table.options)
+        return fsspec.url_to_fs(uri, use_listings_cache=False, **options)[0]
 
     def write(content: bytes) -> None:
         if local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        fs.pipe_file(path, content, mode="create")
+            store().makedirs(store()._parent(path), exist_ok=True)
+        store().pipe_file(path, content, mode="create")
 
     written = _check("fsspec: write an object", lambda: write(b"first"))
     yield written
     if written.problem:
         return
     try:
-        again = "fsspec: refuse to create it again"
-        yield _refused(again, lambda: write(b"second"), NO_CONDITIONAL_WRITES)
-        yield _check("fsspec: read it back", lambda: _expect(fs.cat_file(path), b"first"))
+        create_again = partial(write, b"second")
+        yield _check("fsspec: refuse to create it again", create_again, NO_CONDITIONAL_WRITES)
+        yield _check("fsspec: read it back", lambda: _expect(store().cat_file(path), b"first"))
     finally:
-        removed = _check("fsspec: delete it", lambda: fs.rm_file(path))
+        removed = _check("fsspec: delete it", lambda: store().rm_file(path))
     yield removed
 
 
-def _check(name: str, action: Callable[[], Any]) -> Check:
+def _check_lance(probe: Location) -> Iterator[Check]:
+    """Make a table, try to commit what Lance must refuse, and remove the table."""
+    rows = pa.table({"n": [1]})
+    claim = LanceOperation.Project(
+        LanceSchema.from_pyarrow(rows.schema.with_metadata({"owner": "another"}))
+    )
+    at: dict[str, Any] = {"storage_options": probe.options}
+
+    def commit(operation: LanceOperation.BaseOperation, read_version: int) -> None:
+        lance.LanceDataset.commit(probe.uri, operation, read_version=read_version, **at)
+
+    def append(number: int, read_version: int) -> None:
+        fragment = with_id(write_fragment(rows, probe.dataset()), number)
+        commit(LanceOperation.Append([fragment]), read_version)
+
+    def append_and_claim() -> None:
+        append(1, 1)
+        commit(claim, 2)
+
+    create = partial(lance.write_dataset, rows.slice(0, 0), probe.uri, **at)
+    yield _check("lance: create a table", create)
+    yield _check("lance: append, and claim the table", append_and_claim)
+    yield _check("lance: read it back", lambda: _expect(probe.dataset().count_rows(), 1))
+    yield _check("lance: refuse a second create", create, "it replaced the first table")
+    for what, action in (
+        ("a fragment id twice", lambda: append(1, 3)),
+        ("shards of a driver that was replaced", lambda: append(2, 2)),
+        ("two drivers at once", lambda: commit(claim, 2)),
+    ):
+        yield _check(f"lance: refuse {what}", action, ACCEPTED_BY_LANCE, "fragment|conflict")
+    yield _check("lance: remove it", partial(lance.LanceDataset.drop, probe.uri, **at))
+
+
+def _check(
+    name: str, action: Callable[[], Any], accepted: str | None = None, pattern: str = ""
+) -> Check:
+    """Check that an action succeeds, or that it is refused.
+
+    Args:
+        name: Name of the check.
+        action: What is tried.
+        accepted: The problem if the action succeeds. None says that it must succeed.
+        pattern: What the error of a refusal must say. Any other error is a problem of its own.
+    """
     try:
         action()
     except Exception as error:  # s3fs lets through botocore's errors, which share no base class
-        return Check(name, explain(error))
-    return Check(name, None)
+        refusal = isinstance(error, (CommitConflictError, OSError))
+        if accepted and refusal and re.search(pattern, str(error)):
+            return Check(name, None)
+        return Check(name, _explain(error))
+    return Check(name, accepted)
 
 
 def _expect(found: object, wanted: object) -> None:
     if found != wanted:
         raise InputError(f"it holds {found!r} instead of {wanted!r}")
-
-
-def _refused(name: str, action: Callable[[], Any], accepted: str, pattern: str = "") -> Check:
-    """Check that an action fails.
-
-    Args:
-        name: Name of the check.
-        action: What the store or Lance must refuse.
-        accepted: The problem if it does not.
-        pattern: What the error must say. Any other error is a problem of its own.
-    """
-
-    def attempt() -> None:
-        try:
-            action()
-        except (CommitConflictError, OSError) as error:
-            if not re.search(pattern, str(error)):
-                raise
-        else:
-            raise InputError(accepted)
-
-    return _check(name, attempt)

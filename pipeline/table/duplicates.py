@@ -1,9 +1,8 @@
 """Ids that occur in a table more than once, found in bounded memory.
 
-Only hashes of the ids are kept. If there are more than ROWS_AT_ONCE rows, the hashes go to
-temporary files, 24 bytes per row. All rows whose ids have the same hash are in the same file, and
-one file is examined at a time, so that about ROWS_AT_ONCE rows of 64 bytes are in memory, however
-large the table is.
+Only hashes of the ids are kept. They go to temporary files, 24 bytes per row. All rows whose ids
+have the same hash are in the same file, and one file is examined at a time, so that about
+ROWS_AT_ONCE rows of 64 bytes are in memory, however large the table is.
 Two ids count as the same if their 128-bit hashes are equal.
 """
 
@@ -71,19 +70,14 @@ def repeated(
 
 def _by_hash(scan: Scan, num_files: int) -> Iterator[NDArray[np.uint64]]:
     """Yield rows (n, 3) in scan order such that all rows of one id are in the same array."""
-    if num_files == 1:
-        yield np.concatenate([np.empty((0, 3), np.uint64), *_hashed(scan)])
-        return
     with tempfile.TemporaryDirectory(prefix="kalm-ids-") as folder:
         paths = [Path(folder, str(number)) for number in range(num_files)]
         with ExitStack() as stack:
             files: list[Any] = [stack.enter_context(path.open("wb")) for path in paths]
             for rows in _hashed(scan):
                 chosen = rows[:, 0] % np.uint64(num_files)
-                order = np.argsort(chosen, kind="stable")
-                starts = np.searchsorted(chosen[order], np.arange(num_files + 1))
-                for i in np.flatnonzero(np.diff(starts)):
-                    files[i].write(rows[order[starts[i] : starts[i + 1]]].tobytes())
+                for number, file in enumerate(files):
+                    file.write(rows[chosen == number].tobytes())
         for path in paths:
             yield np.fromfile(path, np.uint64).reshape(-1, 3)
             path.unlink()

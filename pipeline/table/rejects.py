@@ -38,11 +38,11 @@ class RejectStore:
         paths = [path for path in self._paths() if name in (None, Path(path).stem)]
         return [reject for path in paths for reject in self._read(path)]
 
-    def keep_only(self, ids: set[str | None]) -> None:
-        """Drop the rejects that have an id which is not among `ids`: they are in the table now."""
+    def drop(self, ids: set[str]) -> None:
+        """Drop the rejects with these ids, whose passages are in the table now."""
         for path in self._paths():
             rejects = self._read(path)
-            left = [r for r in rejects if r.id is None or r.id in ids]
+            left = [r for r in rejects if r.id not in ids]
             if not left:
                 self._session.delete_file(path)
             elif left != rejects:

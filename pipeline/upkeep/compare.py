@@ -1,6 +1,6 @@
 """How a corpus differs from a complete table, by id and text hash. It writes nothing.
 
-The corpus is read shard by shard. Row ids and positions are remembered, texts are not.
+The corpus is read shard by shard. Row ids are remembered, texts are not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from itertools import islice
 import lance
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.checksums import text_hash
@@ -67,20 +68,32 @@ def corpus_of(plan: Plan, options: dict[str, str] | None, on_duplicate: str = "e
         InputError: If an id is repeated and `on_duplicate` is "error".
     """
 
-    def read() -> Iterator[tuple[list[Passage], list[Reject]]]:
+    def read() -> Iterator[tuple[list[tuple[int, Passage]], list[Reject]]]:
+        """Yield the passages of each shard with a number that says where in the corpus they are."""
         reader = ShardReader(options)
-        yield from map(reader.read, plan.shards)
+        for shard in plan.shards:
+            passages, rejects = reader.read(shard)
+            yield [(shard.number << 40 | p.line, p) for p in passages], rejects
 
-    dropped = _repeated(read, plan.num_rows, on_duplicate)
+    def scan() -> Iterator[tuple[list[str], NDArray[np.int64]]]:
+        for placed, _ in read():
+            yield [p.id for _, p in placed], np.array([place for place, _ in placed], np.int64)
 
-    def read_once_per_id() -> Iterator[tuple[list[Passage], list[Reject]]]:
-        start = 0
-        for passages, rejects in read():
-            kept = ~np.isin(np.arange(start, start + len(passages)), dropped)
-            start += len(passages)
-            yield [p for p, keep in zip(passages, kept, strict=True) if keep], rejects
+    keep = "first" if on_duplicate == "error" else on_duplicate
+    dropped = {place for some in repeated(scan, plan.num_rows, keep) for place in some.tolist()}
 
-    return read_once_per_id if len(dropped) else read
+    def corpus() -> Iterator[tuple[list[Passage], list[Reject]]]:
+        for placed, rejects in read():
+            yield [p for place, p in placed if place not in dropped], rejects
+
+    if dropped and on_duplicate == "error":
+        ids = (p.id for placed, _ in read() for place, p in placed if place in dropped)
+        raise InputError(
+            f"{len(dropped)} passages repeat an id of another: "
+            f"{', '.join(map(repr, islice(ids, 10)))}. Mend the corpus, or choose one with "
+            "--on-duplicate first or last"
+        )
+    return corpus
 
 
 def compare(dataset: lance.LanceDataset, corpus: Corpus) -> Changes:
@@ -88,64 +101,34 @@ def compare(dataset: lance.LanceDataset, corpus: Corpus) -> Changes:
     changes, digest = Changes(), xxhash.xxh3_128()
     found = [np.empty(0, np.int64)]
     for passages, rejects in corpus():
-        stored, row_ids = _stored(dataset, passages)
-        differing = _differing(passages, stored)
-        new = sum(passage.id not in stored for passage in passages)
-        changes.new += new
-        changes.changed += len(differing) - new
+        differing, num_new, row_ids = _compare_some(dataset, passages)
+        changes.new += num_new
+        changes.changed += len(differing) - num_new
         changes.unchanged += len(passages) - len(differing)
         changes.rejected += rejects
         found.append(row_ids)
         for passage in differing:
-            digest.update(passage_key(passage))
+            digest.update(passage.id.encode() + b"\0" + text_hash(passage.text))
     all_rows = dataset.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
     changes.missing = np.setdiff1d(all_rows, np.concatenate(found)).tolist()
     changes.digest = digest.hexdigest()
     return changes
 
 
-def differing_passages(dataset: lance.LanceDataset, corpus: Corpus) -> Iterator[Passage]:
-    """Yield the passages of a corpus that a table does not hold, or holds with another text."""
+def differing_passages(dataset: lance.LanceDataset, corpus: Corpus) -> Iterator[list[Passage]]:
+    """Yield, per shard, the passages that a table does not hold or holds with another text."""
     for passages, _ in corpus():
-        yield from _differing(passages, _stored(dataset, passages)[0])
+        yield _compare_some(dataset, passages)[0]
 
 
-def passage_key(passage: Passage) -> bytes:
-    """Return bytes that name a passage and its text, for a digest."""
-    return passage.id.encode() + b"\0" + text_hash(passage.text)
-
-
-def _stored(
+def _compare_some(
     dataset: lance.LanceDataset, passages: list[Passage]
-) -> tuple[dict[str, bytes], np.ndarray]:
-    """Return the text hash by id, and the row ids, of those passages that a table holds."""
-    rows = dataset.scanner(
-        columns=["id", "text_hash"], filter=ids_in([p.id for p in passages]), with_row_id=True
-    ).to_table()
-    hashes = dict(zip(rows["id"].to_pylist(), rows["text_hash"].to_pylist(), strict=True))
-    return hashes, rows["_rowid"].to_numpy().astype(np.int64)
-
-
-def _differing(passages: list[Passage], stored: dict[str, bytes]) -> list[Passage]:
-    return [p for p in passages if stored.get(p.id) != text_hash(p.text)]
-
-
-def _repeated(read: Corpus, total: int, on_duplicate: str) -> np.ndarray:
-    """Return the positions of the passages with a repeated id that do not count."""
-
-    def scan() -> Iterator[tuple[list[str], np.ndarray]]:
-        start = 0
-        for passages, _ in read():
-            yield [p.id for p in passages], np.arange(start, start + len(passages))
-            start += len(passages)
-
-    keep = "first" if on_duplicate == "error" else on_duplicate
-    dropped = np.concatenate([np.empty(0, np.int64), *repeated(scan, total, keep)])
-    if len(dropped) and on_duplicate == "error":
-        ids = (ids[i] for ids, at in scan() for i in np.flatnonzero(np.isin(at, dropped)))
-        raise InputError(
-            f"{len(dropped)} passages repeat an id of another: "
-            f"{', '.join(map(repr, islice(ids, 10)))}. Mend the corpus, or choose one with "
-            "--on-duplicate first or last"
-        )
-    return dropped
+) -> tuple[list[Passage], int, NDArray[np.int64]]:
+    """Return the passages that differ, how many of them are new, and the row ids of the others."""
+    wanted = ids_in([p.id for p in passages])
+    scanner = dataset.scanner(columns=["id", "text_hash"], filter=wanted, with_row_id=True)
+    rows = scanner.to_table()
+    stored = dict(zip(rows["id"].to_pylist(), rows["text_hash"].to_pylist(), strict=True))
+    differing = [p for p in passages if stored.get(p.id) != text_hash(p.text)]
+    num_new = sum(p.id not in stored for p in passages)
+    return differing, num_new, rows["_rowid"].to_numpy().astype(np.int64)

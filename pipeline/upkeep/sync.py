@@ -9,19 +9,16 @@ folder, so passages that were encoded are not encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
-from itertools import islice
 
 import lance
 import pyarrow as pa
-import xxhash
 
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.table.location import Location
-from pipeline.corpus.passages import FieldOptions, Passage
+from pipeline.corpus.passages import FieldOptions, Passage, Reject
 from pipeline.corpus.shards import ShardReader
 from pipeline.messages import Executor
 from pipeline.run.driver import Summary, run
@@ -31,11 +28,9 @@ from pipeline.table.finish import SealedTable
 from pipeline.table.publish import publish
 from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import SYNCS
-from pipeline.upkeep.compare import Changes, compare, corpus_of, differing_passages, passage_key
+from pipeline.upkeep.compare import Changes, compare, corpus_of, differing_passages
 
 DELTA_SCHEMA = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])
-DELTA_BATCH_ROWS = 1000
-"""Passages that are in memory at the same time while a delta is written."""
 
 
 def sync(
@@ -70,20 +65,18 @@ def sync(
     changes = compare(dataset, corpus)
     if claim is None:
         return changes, None
-    gone = changes.missing if delete_missing else []
     RejectStore(job.table).write("sync", changes.rejected)
-    if changes.changed + changes.new + len(gone) == 0 and claim.state == COMPLETE:
-        return changes, None
-    delta = partial(differing_passages, dataset, corpus)
-    differ = changes.changed + changes.new > 0
-    return changes, _apply(job, execute, claim, delta if differ else None, changes.digest, gone)
+    delta = differing_passages(dataset, corpus)
+    gone = changes.missing if delete_missing else []
+    return changes, _apply(job, execute, claim, changes, delta, gone)
 
 
 def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     """Encode the rejected rows of a complete table again, and add those that work now.
 
     Returns:
-        What encoding did, or None if no rejected row can be read as a passage.
+        What encoding did, or None if no rejected row can be read as a passage that the table does
+        not hold.
 
     Raises:
         InputError: If the table is not complete.
@@ -91,21 +84,20 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     store = RejectStore(job.table)
     wanted = {(reject.path, reject.line) for reject in store.read()}
     shards = [s for s in plan_job(job).shards if any(path == s.path for path, _ in wanted)]
-    reader = ShardReader(job.storage_options)
 
-    def delta() -> Iterator[Passage]:
+    def corpus() -> Iterator[tuple[list[Passage], list[Reject]]]:
+        reader = ShardReader(job.storage_options)
         for shard in shards:
             passages, _ = reader.read(shard)
-            yield from (p for p in passages if (shard.path, p.line) in wanted)
+            yield [p for p in passages if (shard.path, p.line) in wanted], []
 
-    if next(delta(), None) is None:
+    retried = {passage.id for passages, _ in corpus() for passage in passages}
+    if not retried:
         return None
-    keys = xxhash.xxh3_128()
-    for passage in delta():
-        keys.update(passage_key(passage))
-    digest = keys.hexdigest()
-    summary = _apply(job, execute, _claim(job), delta, digest, [])
-    store.keep_only({reject.id for reject in store.read(_rejects_name(digest))})
+    claim, dataset = _claim(job), job.table.dataset()
+    changes = compare(dataset, corpus)
+    summary = _apply(job, execute, claim, changes, differing_passages(dataset, corpus), [])
+    store.drop(retried - {reject.id for reject in store.read(_rejects_name(changes))})
     return summary
 
 
@@ -131,8 +123,8 @@ def _apply(
     job: EncodeJob,
     execute: Executor,
     claim: SealedTable,
-    delta: Callable[[], Iterator[Passage]] | None,
-    digest: str,
+    changes: Changes,
+    delta: Iterable[list[Passage]],
     gone: list[int],
 ) -> Summary | None:
     """Encode passages beside the table, merge them in by id, delete rows, and publish.
@@ -141,44 +133,51 @@ def _apply(
         job: The table and its settings.
         execute: Encodes the passages.
         claim: The table, at the version that the changes were chosen by.
-        delta: Yields the passages to encode; None if there are none.
-        digest: Hash of the passages. It names the folder in which they are encoded.
+        changes: What differs. Its digest names the folder in which the passages are encoded.
+        delta: The passages that are changed or new.
         gone: Stable row ids to delete.
     """
-    folder = job.table / f"{SYNCS}/{digest[:16]}"
+    differ = changes.changed + changes.new > 0
+    if not differ and not gone and claim.state == COMPLETE:
+        return None
+    folder = job.table / f"{SYNCS}/{changes.digest[:16]}"
     source, encoded = folder / "delta.lance", folder / "encoded.lance"
     summary = None
-    if delta is not None:
+    if differ:
         _write_delta(source, delta)
         staging = replace(
             job, inputs=(source.uri,), uri=encoded.uri, fields=FieldOptions(), limit=None,
             new_generation=False, on_duplicate="error",
         )  # fmt: skip
         summary = run(staging, execute)
-        RejectStore(job.table).write(_rejects_name(digest), RejectStore(encoded).read())
+        RejectStore(job.table).write(_rejects_name(changes), RejectStore(encoded).read())
     claim.begin_change()
-    if delta is not None:
+    if differ:
         staged = encoded.dataset()
         claim.retry(lambda: claim.upsert(staged.scanner(batch_size=1024).to_reader()))
     claim.retry(lambda: claim.delete(gone))
     claim.finish(compact=False)
     publish(job.table)
-    _drop_staged(job.table)
+    # This also removes what abandoned syncs left. Manifests are before data in this order, so that
+    # a delta of which only a part is removed is not taken for a table.
+    session = job.table.file_session()
+    for path in sorted(session.list(SYNCS)):
+        session.delete_file(path)
     return summary
 
 
-def _rejects_name(digest: str) -> str:
+def _rejects_name(changes: Changes) -> str:
     """Return the name under which the rejects of a sync are stored."""
-    return f"sync-{digest[:12]}"
+    return f"sync-{changes.digest[:12]}"
 
 
-def _write_delta(to: Location, delta: Callable[[], Iterator[Passage]]) -> None:
+def _write_delta(to: Location, delta: Iterable[list[Passage]]) -> None:
     """Write passages as a Lance table. Its name holds their hash: one that exists is complete."""
 
     def batches() -> Iterator[pa.RecordBatch]:
-        passages = delta()
-        while some := [{"id": p.id, "text": p.text} for p in islice(passages, DELTA_BATCH_ROWS)]:
-            yield pa.RecordBatch.from_pylist(some, schema=DELTA_SCHEMA)
+        for passages in delta:
+            rows = [{"id": p.id, "text": p.text} for p in passages]
+            yield pa.RecordBatch.from_pylist(rows, schema=DELTA_SCHEMA)
 
     try:
         lance.write_dataset(
@@ -187,12 +186,3 @@ def _write_delta(to: Location, delta: Callable[[], Iterator[Passage]]) -> None:
     except OSError as error:
         if "already exists" not in str(error):
             raise
-
-
-def _drop_staged(table: Location) -> None:
-    """Remove what this sync and earlier, abandoned ones encoded beside the table."""
-    paths = table.file_session().list(SYNCS)
-    staged = {path.split(".lance/")[0] for path in paths if ".lance/" in path}
-    for path in sorted(staged):
-        dataset = table / f"{path[path.index(SYNCS) :]}.lance"
-        lance.LanceDataset.drop(dataset.uri, storage_options=dataset.options)

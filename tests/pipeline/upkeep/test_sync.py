@@ -14,6 +14,7 @@ import pytest
 from kalm_encoder import PassageEncoder, PassageTable
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
 from kalm_encoder.table.location import Location
+from pipeline.corpus.passages import Reject
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table.finish import SealedTable
@@ -202,6 +203,15 @@ def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_pat
     assert len(PassageTable.open(job.uri).take(["p7"])) == 1
     assert verify(job.uri).num_problems == 0
     assert retry_rejects(job, encode_inline) is None
+
+
+def test_a_retry_drops_what_is_in_the_table_and_keeps_what_is_still_unusable(job):
+    (path,) = job.inputs
+    held, unusable = Reject(path, 3, "it failed", "p2"), Reject(path, 999, "the text is empty", "q")
+    store = RejectStore(Location(job.uri))
+    store.write("some", [held, unusable])
+    assert retry_rejects(job, encode_inline) is None
+    assert store.read() == [unusable]
 
 
 def test_a_broken_device_rejects_nothing(model_dir, tmp_path, monkeypatch):

@@ -70,12 +70,11 @@ def truncate(
 def _plan(table: PassageTable, source: str, shard_size: int) -> Plan:
     """Cut the rows of a table into shards. Address and version stand for their content."""
     content = f"{absolute(source)} version {table.version}"
-    total = len(table)
-    shards: list[Shard] = []
-    for start in range(0, total, shard_size):
-        rows = min(shard_size, total - start)
+    shards = []
+    for number, start in enumerate(range(0, len(table), shard_size)):
+        rows = min(shard_size, len(table) - start)
         part = RowRange(start, rows, start + 1, rows, range_hash(content, start, rows))
-        shards.append(Shard(len(shards), source, Fields("id", "text"), part))
+        shards.append(Shard(number, source, Fields("id", "text"), part))
     if not shards:
         raise InputError(f"{source} has no rows")
     return Plan(tuple(shards))

@@ -114,9 +114,15 @@ def verify(
         )
     report = Report(uri, table.version)
     _check_rows(table, report)
-    _check_unique(table, report)
+    with _engine_errors_are_problems(report, "unique ids", "ids cannot be read"):
+        for repeated in repeated_rows(table.dataset, "first"):
+            shown = table.dataset._take_rows(repeated[:SHOWN].tolist(), columns=["id"])
+            for id in shown["id"].to_pylist():
+                report.add("unique ids", "the id is there more than once", id)
     _check_count(table, report)
-    _check_index(table, report)
+    # Queries look rows up through the id index, which the checks above do not read.
+    with _engine_errors_are_problems(report, "look-up", "rows cannot be looked up by id"):
+        table.take(_some_rows(table, SHOWN, ["id"])["id"].to_pylist())
     if inputs:
         _check_corpus(table, report, inputs, storage_options)
     if sample:
@@ -149,14 +155,12 @@ def _check_rows(table: PassageTable, report: Report) -> None:
 
 def _bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:
     """Yield the id and the problem of every row whose values are not those that were written."""
-    ids, hashes, shards, checksums = (
-        rows[name].to_pylist() for name in ("id", "text_hash", "shard_id", "checksum")
-    )
-    for id, hash, shard, checksum in zip(ids, hashes, shards, checksums, strict=True):
+    columns = [rows[name].to_pylist() for name in ("id", "text_hash", "shard_id", "checksum")]
+    for id, hash, shard, checksum in zip(*columns, strict=True):
         if checksum != row_checksum(id, hash, shard):
             yield id, "id, text_hash or shard_id does not match its checksum"
     if spec.keep_text:
-        for id, hash, text in zip(ids, hashes, rows["text"].to_pylist(), strict=True):
+        for id, hash, text in zip(*columns[:2], rows["text"].to_pylist(), strict=True):
             if hash != text_hash(text):
                 yield id, "text does not match its hash"
     for ratio in spec.ratios:
@@ -165,14 +169,6 @@ def _bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:
                 yield id, f"states_r{ratio}, num_tokens or truncated does not match its checksum"
             elif not np.isfinite(passage.states).all():
                 yield id, f"states_r{ratio} is not finite"
-
-
-def _check_unique(table: PassageTable, report: Report) -> None:
-    with _engine_errors_are_problems(report, "unique ids", "ids cannot be read"):
-        for rows in repeated_rows(table.dataset, "first"):
-            repeated = table.dataset._take_rows(rows[:SHOWN].tolist(), columns=["id"])
-            for id in repeated["id"].to_pylist():
-                report.add("unique ids", "the id is there more than once", id)
 
 
 def _check_count(table: PassageTable, report: Report) -> None:
@@ -186,12 +182,6 @@ def _check_count(table: PassageTable, report: Report) -> None:
             f"{report.rows} rows could be read, {metadata[ROWS]} were recorded "
             f"({metadata[NUM_ROWS]} planned before rejects and repeated ids)",
         )
-
-
-def _check_index(table: PassageTable, report: Report) -> None:
-    """Look some ids up through the id index, as a query does."""
-    with _engine_errors_are_problems(report, "look-up", "rows cannot be looked up by id"):
-        table.take(_some_rows(table, SHOWN, ["id"])["id"].to_pylist())
 
 
 def _check_corpus(
@@ -223,23 +213,22 @@ def _check_sample(table: PassageTable, report: Report, sample: int, model: str) 
     rows = _some_rows(table, sample, ["id", "text"])
     ids, texts = rows["id"].to_pylist(), rows["text"].to_pylist()
     passages = zip(encoder.encode(texts, ratio=spec.ratios[0]), table.take(ids), strict=True)
-    state_errors, score_errors = [0.0], [0.0]
+    report.largest_state_error = report.largest_score_error = 0.0
     for id, text, (fresh, stored) in zip(ids, texts, passages, strict=True):
-        if fresh.states.shape != stored.states.shape:
-            detail = f"shape {stored.states.shape}, encoded again {fresh.states.shape}"
-            report.add("sample", detail, id)
+        old, new = stored.states.astype(np.float32), fresh.states
+        if new.shape != old.shape:
+            report.add("sample", f"shape {old.shape}, encoded again {new.shape}", id)
             continue
-        old = stored.states.astype(np.float32)
-        norm = float(np.linalg.norm(fresh.states))
-        state_errors.append(float(np.linalg.norm(old - fresh.states)) / max(1e-12, norm))
+        norm = float(np.linalg.norm(new))
+        state_error = float(np.linalg.norm(old - new)) / max(1e-12, norm)
         query = " ".join(text.split()[:QUERY_WORDS])
-        (score, _), (expected, _) = decoder.score(query, [old, fresh.states])
-        score_errors.append(abs(score - expected))
-        if state_errors[-1] > STATES_TOLERANCE or score_errors[-1] > SCORE_TOLERANCE:
-            detail = f"states differ by {state_errors[-1]:.2g}, P(yes) by {score_errors[-1]:.2g}"
+        (score, _), (expected, _) = decoder.score(query, [old, new])
+        score_error = abs(score - expected)
+        if state_error > STATES_TOLERANCE or score_error > SCORE_TOLERANCE:
+            detail = f"states differ by {state_error:.2g}, P(yes) by {score_error:.2g}"
             report.add("sample", detail, id)
-    report.largest_state_error = max(state_errors)
-    report.largest_score_error = max(score_errors)
+        report.largest_state_error = max(report.largest_state_error, state_error)
+        report.largest_score_error = max(report.largest_score_error, score_error)
 
 
 def _some_rows(table: PassageTable, count: int, columns: list[str]) -> pa.Table:

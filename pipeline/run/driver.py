@@ -28,7 +28,7 @@ from pipeline.run.kept_plan import KeptPlan
 from pipeline.run.progress import Progress
 from pipeline.run.records import RunTotals
 from pipeline.table.committer import Committer
-from pipeline.table.duplicates import ON_DUPLICATE, repeated_rows
+from pipeline.table.duplicates import DUPLICATE_POLICIES, repeated_rows
 from pipeline.table.finish import SealedTable
 from pipeline.table.ledger import REJECTED, Ledger
 from pipeline.table.preflight import check_writable
@@ -79,9 +79,9 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
     for answer in ("yes", "no"):
         checkpoint.answer_token_id(tokenizer, answer)
     check_max_length(job.max_length, tokenizer, files.config.encoder.text_config)
-    if job.on_duplicate not in ON_DUPLICATE:
+    if job.on_duplicate not in DUPLICATE_POLICIES:
         raise InputError(
-            f"on_duplicate {job.on_duplicate!r} is not one of {', '.join(ON_DUPLICATE)}"
+            f"on_duplicate {job.on_duplicate!r} is not one of {', '.join(DUPLICATE_POLICIES)}"
         )
     kept = KeptPlan(job)
     plan = kept.read() or plan_job(job, kept.files)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 Scan = Callable[[], Iterator[tuple[Sequence[str], NDArray[np.int64]]]]
 """Yields the ids of all rows in order, in batches, each with the numbers of its rows."""
-ON_DUPLICATE = ("error", "first", "last")
+DUPLICATE_POLICIES = ("error", "first", "last")
 ROWS_AT_ONCE = 2_000_000
 """Rows of which the hashes are in memory at the same time."""
 MOST_FILES = 512

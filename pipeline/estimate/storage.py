@@ -21,7 +21,7 @@ from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.passages import Passage
-from pipeline.table.ledger import create_table
+from pipeline.table.fragments import write_once
 
 MAX_STATE_BYTES = 64 << 20
 """Limits the states in the sample table."""
@@ -63,7 +63,7 @@ def measure_rows(spec: TableSpec, examples: Sequence[tuple[Passage, int]], seed:
     rows = build_rows(spec, ids, texts, states, f"000000-{rng.bytes(6).hex()}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sample.lance")
-        create_table(Location(str(path)), spec.schema())
+        write_once(spec.schema().empty_table(), Location(str(path)), spec.schema())
         dataset = lance.write_dataset(rows, str(path), mode="append")
         dataset.create_scalar_index("id", "BTREE")
         if spec.keep_text:

@@ -1,9 +1,12 @@
-"""Turns rows into one Lance data file that no version names yet. ledger.py commits such files."""
+"""Writes to Lance: a dataset that is begun, and data files that no version names yet.
+
+ledger.py commits such files.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import lance
@@ -31,6 +34,29 @@ def open_to_write(location: Location) -> lance.LanceDataset:
         TableError: If there is no table, or the store refuses.
     """
     return location.dataset(metadata_cache_bytes=METADATA_CACHE_BYTES)
+
+
+def write_once(
+    rows: pa.Table | Iterable[pa.RecordBatch], location: Location, schema: pa.Schema
+) -> None:
+    """Create a Lance dataset of these rows unless there is one; another process may do the same.
+
+    Raises:
+        OSError: If the store refuses.
+    """
+    try:
+        lance.write_dataset(
+            rows,
+            location.uri,
+            schema=schema,
+            mode="create",
+            data_storage_version="2.2",
+            enable_stable_row_ids=True,
+            storage_options=location.options,
+        )
+    except OSError as error:
+        if "already exists" not in str(error):
+            raise
 
 
 def write_fragment(rows: pa.Table, dataset: lance.LanceDataset) -> str:

@@ -23,7 +23,7 @@ from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.shards import Plan
 from pipeline.messages import ShardResult
 from pipeline.table.claim import EPOCH, LOADING, OWNER, SEALED, STATE, TableClaim
-from pipeline.table.fragments import check_written, with_id
+from pipeline.table.fragments import check_written, with_id, write_once
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,14 @@ class Ledger(TableClaim):
         """
         if not location.uri.rstrip("/").endswith(".lance"):
             raise InputError(f"the table address {location} must end in .lance (LanceDB needs it)")
-        create_table(location, _schema(spec, plan, generation=1, epoch=0, owner=""))
+        schema = _schema(spec, plan, generation=1, epoch=0, owner="")
+        try:
+            write_once(schema.empty_table(), location, schema)
+        except OSError as error:
+            raise InputError(
+                f"cannot create a table at {location}: {first_line(error)}. "
+                f"`kalm doctor {location}` says what is wrong with the place"
+            ) from error
         ledger = cls(location, plan)
         try:
             ledger._check_same(spec)
@@ -189,30 +196,6 @@ class Ledger(TableClaim):
                 f"or was changed by `kalm sync` or `kalm delete` (plan {self.metadata[PLAN]}, now "
                 f"{self._plan.hash}): {remedy}. `kalm sync` brings a complete table up to date",
             )
-
-
-def create_table(location: Location, schema: pa.Schema) -> None:
-    """Create an empty table unless one exists.
-
-    Raises:
-        InputError: If the store refuses.
-    """
-    try:
-        lance.write_dataset(
-            schema.empty_table(),
-            location.uri,
-            schema=schema,
-            mode="create",
-            data_storage_version="2.2",
-            enable_stable_row_ids=True,
-            storage_options=location.options,
-        )
-    except OSError as error:
-        if "already exists" not in str(error):
-            raise InputError(
-                f"cannot create a table at {location}: {first_line(error)}. "
-                f"`kalm doctor {location}` says what is wrong with the place"
-            ) from error
 
 
 def _schema(spec: TableSpec, plan: Plan, *, generation: int, epoch: int, owner: str) -> pa.Schema:

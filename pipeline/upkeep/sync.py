@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-import lance
 import pyarrow as pa
 
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.model import checkpoint
-from kalm_encoder.table.location import Location
 from pipeline.corpus.passages import FieldOptions, Passage, Reject
 from pipeline.corpus.shards import ShardReader
 from pipeline.messages import Executor
@@ -25,6 +23,7 @@ from pipeline.run.driver import Summary, run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table.claim import COMPLETE
 from pipeline.table.finish import SealedTable
+from pipeline.table.fragments import write_once
 from pipeline.table.publish import publish
 from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import SYNCS
@@ -144,7 +143,8 @@ def _apply(
     source, encoded = folder / "delta.lance", folder / "encoded.lance"
     summary = None
     if differ:
-        _write_delta(source, delta)
+        # The name holds a hash of the passages, so a delta that exists is complete.
+        write_once(_delta_rows(delta), source, DELTA_SCHEMA)
         staging = replace(
             job, inputs=(source.uri,), uri=encoded.uri, fields=FieldOptions(), limit=None,
             new_generation=False, on_duplicate="error",
@@ -171,18 +171,7 @@ def _rejects_name(changes: Changes) -> str:
     return f"sync-{changes.digest[:12]}"
 
 
-def _write_delta(to: Location, delta: Iterable[list[Passage]]) -> None:
-    """Write passages as a Lance table. Its name holds their hash: one that exists is complete."""
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for passages in delta:
-            rows = [{"id": p.id, "text": p.text} for p in passages]
-            yield pa.RecordBatch.from_pylist(rows, schema=DELTA_SCHEMA)
-
-    try:
-        lance.write_dataset(
-            batches(), to.uri, schema=DELTA_SCHEMA, mode="create", storage_options=to.options
-        )
-    except OSError as error:
-        if "already exists" not in str(error):
-            raise
+def _delta_rows(delta: Iterable[list[Passage]]) -> Iterator[pa.RecordBatch]:
+    for passages in delta:
+        rows = [{"id": p.id, "text": p.text} for p in passages]
+        yield pa.RecordBatch.from_pylist(rows, schema=DELTA_SCHEMA)

@@ -158,10 +158,10 @@ def _apply(
     claim.retry(lambda: claim.delete(gone))
     claim.finish(compact=False)
     publish(job.table)
-    # This also removes what abandoned syncs left. Manifests are before data in this order, so that
-    # a delta of which only a part is removed is not taken for a table.
+    # This also removes what abandoned syncs left. The manifests go first, so that a delta of which
+    # only a part is removed is not taken for a table.
     session = job.table.file_session()
-    for path in sorted(session.list(SYNCS)):
+    for path in sorted(session.list(SYNCS), key=lambda path: "/_versions/" not in path):
         session.delete_file(path)
     return summary
 

@@ -48,7 +48,7 @@ def _views(table: Location, interval_s: float) -> Iterator[dict[str, Any]]:
     Clocks of two machines differ, so this machine's clock judges whether a run is silent: by the
     time since `updated_at` last changed.
     """
-    from pipeline.run.run_view import ENDED, SILENT_AFTER_S, read_view
+    from pipeline.run.run_files import ENDED, SILENT_AFTER_S, read_view
 
     changed, updated_at = time.monotonic(), None
     while True:
@@ -80,7 +80,7 @@ def _views(table: Location, interval_s: float) -> Iterator[dict[str, Any]]:
 
 def line(view: dict[str, Any]) -> str:
     """Return a run in one line, with the time of day in UTC."""
-    from pipeline.run.run_view import describe
+    from pipeline.run.run_files import describe
 
     return f"{view['updated_at'][11:19]} {describe(view)}"
 
@@ -99,7 +99,7 @@ def screen_of(view: dict[str, Any]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.run.run_view import describe
+    from pipeline.run.run_files import describe
 
     elapsed_s = view["elapsed_s"]
     head = [

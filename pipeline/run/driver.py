@@ -84,7 +84,8 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
             f"on_duplicate {job.on_duplicate!r} is not one of {', '.join(DUPLICATE_POLICIES)}"
         )
     kept = KeptPlan(job)
-    plan = kept.read() or plan_job(job, kept.files)
+    known = kept.read()
+    plan = known or plan_job(job, kept.files)
     spec = TableSpec(
         model=files.name if files.revision else str(files.path),
         revision=files.revision,
@@ -95,7 +96,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
     )
-    return load(job, plan, spec, execute, kept)
+    return load(job, plan, spec, execute, None if known else kept)
 
 
 @logs.in_run()

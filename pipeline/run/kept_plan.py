@@ -14,7 +14,6 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import groupby
 
 import fsspec
 import lance
@@ -30,16 +29,15 @@ from pipeline.table.side_files import KEPT_PLANS, STORE_ERRORS, read_text, write
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file and of the way corpora are cut. Raise it when either changes."""
 STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified")
 """What file systems call the mark that changes with a file; the first that is there counts."""
 UNREADABLE = *STORE_ERRORS, IndexError
 """What a store that fails or a damaged file raises. pydantic's errors are ValueErrors."""
-FILE = TypeAdapter(tuple[int, Fields, list[RowRange]])
-"""A line of a kept plan, after the hash of the plan in the first one: the number of a file among
-the inputs, its fields and its shards. It has no path, so that it holds for a corpus that was moved.
-"""
+KEPT = TypeAdapter(tuple[str, list[tuple[int, Fields, RowRange]]])
+"""A kept plan: its hash, and of each shard the number of its file among the inputs, its fields and
+its rows. It has no path, so that it holds for a corpus that was moved."""
 
 
 class KeptPlan:
@@ -60,7 +58,6 @@ class KeptPlan:
         with ThreadPoolExecutor(thread_name_prefix="identity") as pool:
             marks = list(pool.map(lambda file: _identity(file, job.storage_options), self.files))
         self._path: str | None = None
-        self._kept = False
         if all(marks):
             facts = json.dumps([FORMAT, job.shard_size, job.limit, asdict(job.fields), marks])
             self._path = f"{KEPT_PLANS}/{xxhash.xxh3_128_hexdigest(facts.encode())}.json"
@@ -73,38 +70,31 @@ class KeptPlan:
             session = self._table.file_session()
             if not session.contains(self._path):
                 return None
-            written, *lines = read_text(session, self._path).split("\n")
-            shards: list[Shard] = []
-            for line in lines:
-                number, fields, ranges = FILE.validate_json(line)
-                path, first = self.files[number], len(shards)
-                shards += [Shard(first + i, path, fields, rows) for i, rows in enumerate(ranges)]
-            plan = Plan(tuple(shards))
+            written, shards = KEPT.validate_json(read_text(session, self._path))
+            plan = Plan(
+                tuple(
+                    Shard(number, self.files[file], fields, rows)
+                    for number, (file, fields, rows) in enumerate(shards)
+                )
+            )
             if plan.hash != written:
                 raise ValueError(f"its hash is {plan.hash}, {written} was written")
         except UNREADABLE as error:
             logger.warning("the kept plan cannot be used, planning again: %s", first_line(error))
             return None
-        self._kept = True
         logger.info("%d shards from the plan beside %s", len(plan.shards), self._table)
         return plan
 
     def write(self, plan: Plan) -> None:
-        """Keep the plan of these files, unless it was read from there."""
-        if self._kept:
-            return
+        """Keep the plan of these files."""
         if self._path is None:
             logger.info("the plan is not kept: some input has no time of change or ETag")
             return
         number = {file: i for i, file in enumerate(self.files)}
-        files = groupby(plan.shards, key=lambda shard: (shard.path, shard.fields))
-        lines = [plan.hash.encode()]
-        for (path, fields), shards in files:
-            content = number[path], fields, [shard.rows for shard in shards]
-            lines.append(FILE.dump_json(content, exclude_defaults=True))
+        shards = [(number[shard.path], shard.fields, shard.rows) for shard in plan.shards]
+        content = KEPT.dump_json((plan.hash, shards), exclude_defaults=True)
         try:
-            session = self._table.file_session()
-            write_text(session, self._path, b"\n".join(lines).decode())
+            write_text(self._table.file_session(), self._path, content.decode())
         except STORE_ERRORS as error:
             logger.warning("the plan is not kept, a resume plans again: %s", first_line(error))
 

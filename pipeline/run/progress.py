@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,9 +24,8 @@ from pipeline import logs
 from pipeline.corpus.inputs import is_columnar
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import ShardResult
-from pipeline.run import run_view
-from pipeline.run.records import CommitRecord, RunTotals, ShardRecord
-from pipeline.run.run_files import RunFiles
+from pipeline.run import run_files
+from pipeline.run.records import RunTotals, ShardRecord
 from pipeline.run.speed import WorkerSpeed, eta
 
 if TYPE_CHECKING:
@@ -59,9 +57,9 @@ class Progress:
         self.totals = RunTotals()
         self._workers: dict[str, WorkerSpeed] = {}
         self._uncommitted: dict[int, ShardRecord] = {}
-        self._commits: list[CommitRecord] = []
+        self._commits: list[dict[str, Any]] = []
         self._waited_s = 0.0  # for results, since the last commit
-        self._state, self._reason, self._lock = run_view.ENCODING, "", threading.Lock()
+        self._state, self._reason, self._lock = run_files.ENCODING, "", threading.Lock()
         self._began = self._logged = time.monotonic()
         self._began_at = datetime.now(UTC)
         self._run = logs.current().run
@@ -71,7 +69,7 @@ class Progress:
             unit=" passages",
             disable=not sys.stderr.isatty() or logs.current().format == logs.JSON,
         )
-        self.files = RunFiles(table, self._run, self.view)
+        self.files = run_files.RunFiles(table, self._run, self.view)
 
     def __enter__(self) -> Self:
         if self._num_pending:  # a run without work has nothing to tell: the view of the last stays
@@ -80,15 +78,15 @@ class Progress:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.files.stop()
-        if self._state == run_view.ENCODING:
+        if self._state == run_files.ENCODING:
             self.encoded()
-        self._state = run_view.FAILED if error else run_view.COMPLETE
+        self._state = run_files.FAILED if error else run_files.COMPLETE
         if isinstance(error, KeyboardInterrupt):
-            self._state = run_view.STOPPED
+            self._state = run_files.STOPPED
         elif error:
             self._reason = first_line(error)
         for shard in self._uncommitted.values():
-            self.files.note(shard)
+            self.files.note(vars(shard))
         self.files.write_records()
         # Where another driver has taken the table over, the view is that driver's by now.
         if self._num_pending and not isinstance(error, FencedError):
@@ -105,23 +103,29 @@ class Progress:
             asked_s = self._now_s()
 
     def committed(self, results: Sequence[ShardResult], seconds: float, version: int) -> None:
-        """Note a commit that has just ended, and how long its shards waited for it."""
+        """Note a commit that has just ended, and how long its shards waited for it.
+
+        Args:
+            results: The shards in the commit.
+            seconds: Seconds that the commit took.
+            version: Version of the table after the commit.
+        """
         with self._lock:
             now_s = self._now_s()
-            numbers = [result.shard.number for result in results]
-            shards = [self._uncommitted.pop(n) for n in numbers if n in self._uncommitted]
-            for shard in shards:
+            for result in results:
+                shard = self._uncommitted.pop(result.shard.number)
                 waited_s = round(max(0.0, now_s - seconds - shard.at_s), 3)
-                self.files.note(replace(shard, waited_s=waited_s))
-            commit = CommitRecord(
-                run=self._run,
-                at_s=now_s,
-                shards=len(shards),
-                rows=sum(shard.rows for shard in shards),
-                seconds=round(seconds, 4),
-                version=version,
-                results_s=round(self._waited_s, 3),
-            )
+                self.files.note({**vars(shard), "waited_s": waited_s})
+            commit = {
+                "kind": "commit",
+                "run": self._run,
+                "at_s": now_s,
+                "shards": len(results),
+                "rows": sum(result.num_rows for result in results),
+                "seconds": round(seconds, 4),
+                "version": version,
+                "results_s": round(self._waited_s, 3),  # for results, since the commit before
+            }
             self.files.note(commit)
             self._commits.append(commit)
             self._waited_s = 0.0
@@ -129,17 +133,17 @@ class Progress:
     def encoded(self) -> None:
         """Note that all shards are there; what follows is the table's time, not the workers'."""
         self.totals.seconds = self._now_s()
-        self._state = run_view.FINISHING
+        self._state = run_files.FINISHING
         self._bar.close()
 
     def view(self) -> dict[str, Any]:
         """Return the run view, as JSON takes it."""
         with self._lock:
             now_s, totals = self._now_s(), self.totals
-            if self._state == run_view.ENCODING:
+            if self._state == run_files.ENCODING:
                 totals.seconds = now_s
             ends = eta(self._workers.values(), self._left, now_s)
-            waited_s = self._waited_s + sum(commit.results_s for commit in self._commits)
+            waited_s = self._waited_s + sum(commit["results_s"] for commit in self._commits)
             latest = sorted(self._workers, key=lambda name: self._workers[name].seen_at_s)
             return {
                 "run": self._run,
@@ -161,7 +165,7 @@ class Progress:
                 "truncated": totals.truncated,
                 "rejected": totals.rejected,
                 "commits": len(self._commits),
-                "commit_s": round(sum(commit.seconds for commit in self._commits), 2),
+                "commit_s": round(sum(commit["seconds"] for commit in self._commits), 2),
                 "results_s": round(waited_s, 2),
                 "eta_s": ends and {name: round(s, 1) for name, s in vars(ends).items()},
                 "num_workers": len(self._workers),
@@ -199,7 +203,7 @@ class Progress:
         self._bar.update(record.rows + record.rejected)
         if self._bar.disable and time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
-            logger.info("%s", run_view.describe(self.view()))
+            logger.info("%s", run_files.describe(self.view()))
 
     def _size(self, shard: Shard) -> int:
         return shard.rows.length if self._by_bytes else shard.rows.num_rows

@@ -1,21 +1,19 @@
 """Records of what each run did, shards and commits, and their totals.
 
 They lie as JSON lines beside the rows, in `<table>/_kalm/runs/<run>-<part>.jsonl`. A line with
-`"kind": "commit"` is a commit, all others are shards. They are for people and figures: no job reads
-them. `run_files` writes them.
+`"kind": "commit"` is a commit, see `Progress.committed`; all others are shards. They are for people
+and figures: no job reads them. `run_files` writes them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from kalm_encoder.table.location import Location
 from pipeline.table.side_files import RUNS, read_text
 
-COMMIT = "commit"
 WAITING = ("wait", "queued", "idle")
 """Stages in which a worker did nothing for the shard. "wait" is what "queued" was called before."""
 DEVICE = ("forward", "pool")
@@ -57,29 +55,6 @@ class ShardRecord:
     def worked_s(self) -> float:
         """Seconds that the worker spent in its stages, waiting left out."""
         return sum(spent for stage, spent in self.seconds.items() if stage not in WAITING)
-
-
-@dataclass(frozen=True)
-class CommitRecord:
-    """One commit.
-
-    Attributes:
-        run: Id of the run, as in ShardRecord.
-        at_s: Seconds from the start of the run to the end of the commit.
-        shards: Number of shards in the commit.
-        rows: Number of rows in the commit.
-        seconds: Seconds that the commit took.
-        version: Version of the table after the commit.
-        results_s: Seconds that the driver has waited for results since the commit before.
-    """
-
-    run: str
-    at_s: float
-    shards: int
-    rows: int
-    seconds: float
-    version: int
-    results_s: float
 
 
 @dataclass
@@ -152,17 +127,7 @@ def totals(records: Iterable[ShardRecord]) -> RunTotals:
 
 def read_records(table: Location) -> list[ShardRecord]:
     """Return the shards of all runs that encoded for the table, by run, then by time."""
-    return [ShardRecord(**line) for kind, line in _lines(table) if kind is None]
-
-
-def read_commits(table: Location) -> list[CommitRecord]:
-    """Return the commits of all runs that encoded for the table; earlier releases noted none."""
-    return [CommitRecord(**line) for kind, line in _lines(table) if kind == COMMIT]
-
-
-def _lines(table: Location) -> Iterator[tuple[str | None, dict[str, Any]]]:
     session = table.file_session()
-    for path in sorted(session.list(RUNS)):
-        for line in read_text(session, path).splitlines():
-            record = json.loads(line)
-            yield record.pop("kind", None), record
+    texts = [read_text(session, path) for path in sorted(session.list(RUNS))]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    return [ShardRecord(**line) for line in lines if "kind" not in line]

@@ -1,10 +1,10 @@
-"""Writes what a run tells of itself into two files beside its table, from a thread of its own.
+"""What a run tells of itself in two files beside its table, and how others read it.
 
 `_kalm/runs/<run>-<part>.jsonl` holds the records of its shards and commits. It is written twice a
 minute and at the end, so a killed run loses the last half minute of them. `_kalm/live.json` is the
-run view: what the run is doing now, overwritten every few seconds, also while a shard or a commit
-takes long. After a SIGKILL its `updated_at` stands still. A store that refuses these files costs
-one warning, never the run.
+run view: what the run is doing now, as `kalm status --watch` reads it. A thread overwrites it every
+few seconds, also while a shard or a commit takes long. After a SIGKILL its `updated_at` stands
+still. A store that refuses these files costs one warning, never the run.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from typing import Any
 
 from kalm_encoder.errors import first_line
 from kalm_encoder.table.location import Location
-from pipeline.run.records import COMMIT, CommitRecord, ShardRecord
-from pipeline.run.run_view import WRITE_EVERY_S
-from pipeline.table.side_files import RUN_VIEW, RUNS, STORE_ERRORS, write_text
+from pipeline.table.side_files import RUN_VIEW, RUNS, STORE_ERRORS, read_text, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +27,13 @@ RECORDS_EVERY_S = 30.0
 """Seconds between two writes of the records: what a killed run loses of them at most."""
 PART_RECORDS = 1000
 """Records per file. A file is written anew until it is full, so this bounds every write."""
+WRITE_EVERY_S = 3.0
+"""Seconds between two writes of the run view, so that who watches is not far behind."""
+SILENT_AFTER_S = 15.0
+"""A run that has not written for this long has died, stands still, or cannot reach the store."""
+ENCODING, FINISHING = "encoding", "finishing"
+COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
+ENDED = (COMPLETE, STOPPED, FAILED)
 
 
 class RunFiles:
@@ -67,10 +72,9 @@ class RunFiles:
         except STORE_ERRORS as error:
             logger.warning("records of earlier runs are still there: %s", first_line(error))
 
-    def note(self, record: ShardRecord | CommitRecord) -> None:
-        """Keep a record for the next write."""
-        kind = {"kind": COMMIT} if isinstance(record, CommitRecord) else {}
-        self._lines.append(json.dumps({**kind, **vars(record)}) + "\n")
+    def note(self, record: dict[str, Any]) -> None:
+        """Keep a record, as JSON takes it, for the next write."""
+        self._lines.append(json.dumps(record) + "\n")
 
     def write_view(self) -> None:
         """Write the run view of now."""
@@ -109,3 +113,46 @@ class RunFiles:
             self._warned = True
             return False
         return True
+
+
+def read_view(table: Location) -> dict[str, Any] | None:
+    """Return what the last run of a table said last, or None where none ever did.
+
+    Raises:
+        OSError: The store cannot be read.
+    """
+    session = table.file_session()
+    if not session.contains(RUN_VIEW):
+        return None
+    view: dict[str, Any] = json.loads(read_text(session, RUN_VIEW))
+    return view
+
+
+def describe(view: dict[str, Any]) -> str:
+    """Return a run in one line: how far it is, how fast, and how long it will still take."""
+    encoding = view["state"] == ENCODING
+    reason = f": {view['reason']}" if view["reason"] else ""
+    ended = "" if encoding else f"{view['state']}{reason}, "
+    ends = f", ETA {eta_text(view['eta_s'])}" if encoding else ""
+    return (
+        f"{ended}{view['rows_done']:,} of {view['rows']:,} passages, "
+        f"{view['shards_done']:,} of {view['shards']:,} shards, "
+        f"{view['tokens_per_s_now']:,.0f} tokens/s ({view['tokens_per_s']:,.0f} overall), "
+        f"{view['padding']:.1%} padding, {view['truncated']:,} truncated, "
+        f"{view['rejected']:,} rejected, commits: {view['commits']:,}, "
+        f"workers: {view['num_workers']:,}{ends}"
+    )
+
+
+def eta_text(eta_s: dict[str, float] | None) -> str:
+    """Return an ETA in words, such as `12 min (10 min to 15 min)`."""
+    if eta_s is None:
+        return "unknown"
+    value, low, high = (_span(eta_s[key]) for key in ("value", "low", "high"))
+    return value if value == low == high else f"{value} ({low} to {high})"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

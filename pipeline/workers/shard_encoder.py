@@ -34,6 +34,13 @@ BATCHES_AHEAD = 2
 more would only hold memory."""
 
 
+class _PerThread(threading.local):
+    """What each thread that uses it gets for itself: they cannot share a position in a file."""
+
+    def __init__(self, storage_options: dict[str, str] | None) -> None:
+        self.reader = ShardReader(storage_options)
+
+
 class ShardEncoder:
     """A loaded encoder and an open table: what a worker process holds.
 
@@ -74,8 +81,7 @@ class ShardEncoder:
         ).result()
         self._on_gpu: deque[BatchInFlight] = deque()
         self._dataset = open_to_write(config.table)
-        self._storage_options = config.table.options
-        self._per_thread = threading.local()
+        self._own = _PerThread(config.table.options)
         self._stopped = threading.Event()
         budget = self.encoder.token_budget
         logger.info("loaded %s on %s, %d tokens per forward pass", spec.model, place, budget)
@@ -90,7 +96,7 @@ class ShardEncoder:
             OSError: If the store refused the write.
         """
         times = [time.monotonic()]
-        passages, rejects = self._reader().read(shard)
+        passages, rejects = self._own.reader.read(shard)
         times.append(time.monotonic())
         tokens = self.encoder.tokenise([p.text for p in passages])
         times.append(time.monotonic())
@@ -128,13 +134,6 @@ class ShardEncoder:
             except RuntimeError:
                 return True
         return False
-
-    def _reader(self) -> ShardReader:
-        """Return this thread's reader: threads cannot share a position in a file."""
-        if not hasattr(self._per_thread, "reader"):
-            self._per_thread.reader = ShardReader(self._storage_options)
-        reader: ShardReader = self._per_thread.reader
-        return reader
 
     def _start(self, tokens: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
         """Send a shard to the device; a passage that fails is replaced by the reason.

@@ -14,12 +14,11 @@ from rich.console import Console
 from jobs.watch import _redraw, line, screen_of, watch
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, KalmError
 from kalm_encoder.table.location import Location
-from pipeline.run import run_view
+from pipeline.run import run_files
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.run.records import read_records
-from pipeline.run.run_files import RunFiles
-from pipeline.run.run_view import read_view
+from pipeline.run.run_files import RunFiles, read_view
 from pipeline.table.side_files import RUN_VIEW
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
@@ -92,7 +91,7 @@ def test_a_killed_run_is_said_to_be_silent_and_a_resumed_one_is_seen(corpus, mod
     assert f"process {run_of.pid} on {seen['host']} died" in errors
     assert "has not been heard of for 1" in errors  # 15 s or a little more
     last = json.loads(out.splitlines()[-1])
-    assert last["silent_s"] >= run_view.SILENT_AFTER_S and last["state"] == "encoding"
+    assert last["silent_s"] >= run_files.SILENT_AFTER_S and last["state"] == "encoding"
     # The run that takes the work up counts what was there, and has a name of its own.
     again = encode(corpus, table, model_dir)
     assert again.wait(HANG_S) == 0
@@ -128,7 +127,7 @@ def test_a_run_says_how_it_ended(small, model_dir, tmp_path):
 
 
 def test_a_store_that_refuses_costs_one_warning(small, model_dir, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(run_view, "WRITE_EVERY_S", 0.1)
+    monkeypatch.setattr(run_files, "WRITE_EVERY_S", 0.1)
     with serve(tmp_path / "s3") as s3:
         (s3.folder / "bucket" / "c.jsonl").write_bytes(small.read_bytes())
         s3.faults({"action": "error503", "match": f"^PUT .*{RUN_VIEW}", "count": 10_000})
@@ -189,8 +188,8 @@ def test_an_old_file_is_looked_at_twice_before_the_run_is_called_silent(
     """Clocks of two machines differ: a file that still changes is no silent run."""
     uri = str(tmp_path / "t.lance")
     encode_table(model_dir, small, uri)
-    monkeypatch.setattr(run_view, "WRITE_EVERY_S", 0.2)
-    monkeypatch.setattr(run_view, "SILENT_AFTER_S", 1.0)
+    monkeypatch.setattr(run_files, "WRITE_EVERY_S", 0.2)
+    monkeypatch.setattr(run_files, "SILENT_AFTER_S", 1.0)
     file = tmp_path / "t.lance" / RUN_VIEW
     old = {
         **read_view(Location(uri)),

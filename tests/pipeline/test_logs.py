@@ -16,7 +16,7 @@ from pipeline.logs import JsonFormatter, LogOptions, TextFormatter
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.run.records import read_records
-from pipeline.run.run_view import read_view
+from pipeline.run.run_files import read_view
 from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts, write_corpus
 from tests.support.commands import HANG_S, kalm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
@@ -14,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,10 @@ def connect(
             raise InputError(f"no Ray cluster answers at {address}: {error}") from error
     extra = {"object_store_memory": 100_000_000} if address == "local" else {}
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    root, of_ray = logging.getLogger(), logging.getLogger("ray")
+    handlers, level, ray_level = root.handlers[:], root.level, of_ray.level
     try:
-        with warnings.catch_warnings(), _own_handlers():
+        with warnings.catch_warnings():
             # Ray forks and executes its daemons at once: Lance's threads are not used in between.
             warnings.filterwarnings("ignore", message="lance is not fork-safe")
             ray.init(
@@ -97,24 +98,15 @@ def connect(
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot join Ray at {address!r}: {error}") from error
     finally:
+        # Undo what Ray does to the logging of this process; each line would appear twice.
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        of_ray.handlers.clear()
+        of_ray.propagate = True
+        of_ray.setLevel(ray_level)
         if on_sigterm is not None and threading.current_thread() is threading.main_thread():
             # Ray puts its own handler in its place, with which SIGTERM aborts the process.
             signal.signal(signal.SIGTERM, on_sigterm)
-
-
-@contextlib.contextmanager
-def _own_handlers() -> Iterator[None]:
-    """Undo what Ray does to the logging of this process; each line would appear twice."""
-    root, ours = logging.getLogger(), logging.getLogger("ray")
-    handlers, level, ray_level = root.handlers[:], root.level, ours.level
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        ours.handlers.clear()
-        ours.propagate = True
-        ours.setLevel(ray_level)
 
 
 Nodes = dict[str, dict[str, float]]

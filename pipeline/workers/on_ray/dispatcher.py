@@ -3,8 +3,8 @@
 Ray retries nothing here. The queue counts attempts, so that the shard that fails has a name. Only
 shards and fragment metadata travel. A worker that goes costs at most the shards it had.
 
-The cost per shard grows neither with the number of shards nor with that of workers: answers arrive
-in a queue, and ready workers are kept by how many shards they have.
+The cost per shard does not grow with the number of shards: answers arrive in a queue, where nobody
+searches for them. A step looks at each worker, which takes far less than the worker's shard.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ class Dispatcher:
         self._pool = WorkerPool(worker, options, config, self._answers)
         self._queue = ShardQueue(*short_last(shards, 2 * self._pool.size))
         self._tasks: dict[Future[ShardResult], _Task] = {}  # the oldest first
-        # Ready workers by how many shards they have; dicts keep their order.
-        self._by_load: list[dict[WorkerHandle, None]] = [{} for _ in range(IN_FLIGHT + 1)]
         self._metrics = RunMetrics(config.table.uri)
 
     def num_unfinished(self) -> int:
@@ -74,13 +72,12 @@ class Dispatcher:
             KalmError: If workers cannot start or keep dying, or none became ready in time.
         """
         self._pool.adjust(self.num_unfinished())
-        self._hand_out()
         outcomes: list[Outcome] = []
         for future in self._arrived():
             if future in self._tasks:
                 outcomes += self._finished(future)
-            elif worker := self._pool.started(future):
-                self._by_load[0][worker] = None
+            else:
+                self._pool.started(future)
         outcomes += self._replace_overdue()
         self._queue.clear_suspects(self._pool.nodes)
         self._metrics.set_workers(len(self._pool.ready))
@@ -96,20 +93,17 @@ class Dispatcher:
         for load in range(IN_FLIGHT):
             # The last shard ahead only while there are plenty, so that all workers end together.
             spare = len(self._pool.ready) if load == IN_FLIGHT - 1 else 0
-            for worker in list(self._by_load[load]) if len(self._queue) > spare else ():
-                if len(self._queue) > spare:
+            for worker in self._pool.ready:
+                if len(worker.tasks) == load and len(self._queue) > spare:
                     self._submit(worker, self._queue.take(worker.path))
-        if not self._queue and not self._tasks and self._queue.num_suspects:
-            for worker in list(self._by_load[0])[:1]:
-                self._submit(worker, self._queue.take_suspect())
+        if not self._queue and not self._tasks and self._queue.num_suspects and self._pool.ready:
+            self._submit(next(iter(self._pool.ready)), self._queue.take_suspect())
 
     def _submit(self, worker: WorkerHandle, shard: Shard) -> None:
-        del self._by_load[len(worker.tasks)][worker]
         future = call(self._answers, worker.actor.encode, shard)
         self._tasks[future] = _Task(worker, shard, time.monotonic() + self._shard_timeout_s)
         worker.path = shard.path
         worker.tasks.add(future)
-        self._by_load[len(worker.tasks)][worker] = None
 
     def _arrived(self) -> list[Future[Any]]:
         """Wait for an answer, at most a tick, and return all that are there."""
@@ -123,10 +117,7 @@ class Dispatcher:
 
     def _finished(self, future: Future[ShardResult]) -> Sequence[Outcome]:
         task = self._tasks.pop(future)
-        if task.worker in self._pool.workers:
-            del self._by_load[len(task.worker.tasks)][task.worker]
-            task.worker.tasks.remove(future)
-            self._by_load[len(task.worker.tasks)][task.worker] = None
+        task.worker.tasks.remove(future)
         error = future.exception()
         if isinstance(error, RayTaskError):
             return self._queue.failed(task.shard, reason_of(error))
@@ -141,7 +132,6 @@ class Dispatcher:
         self, worker: WorkerHandle, lost: list[Shard], reason: str
     ) -> Sequence[Outcome]:
         """Take back the shards of a dead worker: as suspects, unless its node died with it."""
-        self._by_load[len(worker.tasks)].pop(worker, None)
         for future in worker.tasks:
             if not future.done() or future.exception():  # what it finished arrives in a moment
                 lost.append(self._tasks.pop(future).shard)

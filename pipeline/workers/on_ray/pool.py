@@ -132,18 +132,15 @@ class WorkerPool:
                 del self._starting[future]
                 self._drop(worker)
 
-    def started(self, future: Future[Any]) -> WorkerHandle | None:
+    def started(self, future: Future[Any]) -> None:
         """Take the next step of a worker that starts, after one of its calls came back.
-
-        Returns:
-            The worker once it is ready. None before that, and if the worker is gone.
 
         Raises:
             KalmError: If it cannot start, or if workers keep dying.
         """
         worker = self._starting.pop(future, None)
-        if worker is None:
-            return None
+        if worker is None:  # it is gone
+            return
         error = future.exception()
         if isinstance(error, RayTaskError):
             cause = error.cause if isinstance(error.cause, Exception) else error
@@ -152,14 +149,13 @@ class WorkerPool:
             raise KalmError(f"a worker cannot start: {reason_of(error)}") from error
         if isinstance(error, RayError):
             self.remove(worker, f"died while it started: {reason_of(error)}")
-            return None
+            return
         answer = future.result()  # raises an error that is not Ray's
-        if not worker.node:
+        if worker.node:
+            self.ready.add(worker)
+        else:
             worker.node = answer
             self._starting[call(self._answers, worker.actor.load, self._config)] = worker
-            return None
-        self.ready.add(worker)
-        return worker
 
     def clear_deaths(self) -> None:
         """Count deaths anew, after a worker has finished a shard: workers can work."""

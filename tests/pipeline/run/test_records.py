@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import lance
 import numpy as np
@@ -21,7 +22,7 @@ from kalm_encoder.table.location import Location
 from pipeline.run import run_files
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.run.records import ShardRecord, read_commits, read_records, totals
+from pipeline.run.records import ShardRecord, read_records, totals
 from pipeline.table import committer
 from pipeline.table.side_files import RUNS
 from pipeline.upkeep.facts import table_facts
@@ -43,6 +44,12 @@ def made(model_dir, corpus, tmp_path):
     """A table of six shards, and what its run said."""
     table = tmp_path / "t.lance"
     return table, encode_table(model_dir, corpus, table, shard_size=10)
+
+
+def read_commits(uri) -> list[SimpleNamespace]:
+    parts = sorted((Path(uri) / RUNS).iterdir())
+    lines = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+    return [SimpleNamespace(**line) for line in lines if line.get("kind") == "commit"]
 
 
 def test_the_records_add_up_to_the_table(made):
@@ -82,7 +89,7 @@ def test_commits_are_recorded_with_what_waited_for_them(model_dir, corpus, tmp_p
     monkeypatch.setattr(committer, "MOST_WAITING", 4)
     uri = str(tmp_path / "t.lance")
     summary = encode_table(model_dir, corpus, uri, shard_size=10, commit_every_s=1e9)
-    shards, commits = read_records(Location(uri)), read_commits(Location(uri))
+    shards, commits = read_records(Location(uri)), read_commits(uri)
     assert [(c.shards, c.rows) for c in commits] == [(4, 40), (2, 20)]
     assert commits[0].version < commits[1].version <= lance.dataset(uri).version
     waited = [s.waited_s for s in shards]
@@ -141,7 +148,7 @@ def test_a_long_run_writes_parts_that_stay_small(model_dir, corpus, tmp_path, mo
     encode_table(model_dir, corpus, table, shard_size=6, commit_every_s=0)
     parts = sorted((table / RUNS).iterdir())
     assert [len(part.read_text().splitlines()) for part in parts] == [4] * 5
-    assert len(read_records(Location(str(table)))) == len(read_commits(Location(str(table)))) == 10
+    assert len(read_records(Location(str(table)))) == len(read_commits(table)) == 10
 
 
 def test_records_are_written_at_most_every_so_often(model_dir, corpus, tmp_path, monkeypatch):

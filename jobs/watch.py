@@ -7,17 +7,21 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from kalm_encoder.errors import InputError, KalmError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from kalm_encoder.table.location import Location
+from kalm_encoder.table.location import Location
+from pipeline.run.run_files import ENDED, describe, read_view
 
 APPEARS_WITHIN_S = 60.0
 """Time for which a table without a run view is watched: a run that plans has not written one."""
+SILENT_AFTER_S = 15.0
+"""A run that has not written for this long has died, stands still, or cannot reach the store."""
 MOST_ROWS = 30
 """Workers shown on a terminal, so that the rest stays in sight."""
 
@@ -48,8 +52,6 @@ def _views(table: Location, interval_s: float) -> Iterator[dict[str, Any]]:
     Clocks of two machines differ, so this machine's clock judges whether a run is silent: by the
     time since `updated_at` last changed.
     """
-    from pipeline.run.run_files import ENDED, SILENT_AFTER_S, read_view
-
     changed, updated_at = time.monotonic(), None
     while True:
         view = read_view(table)
@@ -80,27 +82,17 @@ def _views(table: Location, interval_s: float) -> Iterator[dict[str, Any]]:
 
 def line(view: dict[str, Any]) -> str:
     """Return a run in one line, with the time of day in UTC."""
-    from pipeline.run.run_files import describe
-
     return f"{view['updated_at'][11:19]} {describe(view)}"
 
 
 def _redraw(views: Iterator[dict[str, Any]]) -> None:
-    from rich.live import Live
-
     with Live(auto_refresh=False) as screen:
         for view in views:
             screen.update(screen_of(view), refresh=True)
 
 
-def screen_of(view: dict[str, Any]) -> RenderableType:
+def screen_of(view: dict[str, Any]) -> Group:
     """Return a run as a terminal shows it: the whole of it, then a row per worker."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from pipeline.run.run_files import describe
-
     elapsed_s = view["elapsed_s"]
     head = [
         f"{view['state']}  run {view['run']}  on {view['host']}:{view['pid']}",

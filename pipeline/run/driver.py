@@ -11,12 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kalm_encoder.errors import (
-    FencedError,
-    IncompleteError,
-    InputError,
-    TooManyRejectsError,
-)
+from kalm_encoder.errors import FencedError, IncompleteError, InputError, TooManyRejectsError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import check_max_length
 from kalm_encoder.table.spec import TableSpec

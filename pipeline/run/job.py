@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,8 +9,6 @@ from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import absolute, expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import Plan, plan_shards
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +84,10 @@ def plan_job(job: EncodeJob, files: Sequence[str] | None = None) -> Plan:
     Raises:
         InputError: There is no usable input.
     """
-    began = time.monotonic()
-    plan = plan_shards(
+    return plan_shards(
         expand_inputs(job.inputs, job.storage_options) if files is None else files,
         shard_size=job.shard_size,
         limit=job.limit,
         fields=job.fields,
         storage_options=job.storage_options,
     )
-    logger.info("%d shards planned in %.1f s", len(plan.shards), time.monotonic() - began)
-    return plan

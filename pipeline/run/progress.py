@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -23,13 +23,10 @@ from kalm_encoder.table.location import Location
 from pipeline import logs
 from pipeline.corpus.inputs import is_columnar
 from pipeline.corpus.shards import Plan, Shard
-from pipeline.messages import ShardResult
+from pipeline.messages import Outcome, ShardResult
 from pipeline.run import run_files
 from pipeline.run.records import RunTotals, ShardRecord
 from pipeline.run.speed import WorkerSpeed, eta
-
-if TYPE_CHECKING:
-    from pipeline.messages import Outcome
 
 logger = logging.getLogger(__name__)
 

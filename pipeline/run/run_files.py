@@ -29,8 +29,6 @@ PART_RECORDS = 1000
 """Records per file. A file is written anew until it is full, so this bounds every write."""
 WRITE_EVERY_S = 3.0
 """Seconds between two writes of the run view, so that who watches is not far behind."""
-SILENT_AFTER_S = 15.0
-"""A run that has not written for this long has died, stands still, or cannot reach the store."""
 ENCODING, FINISHING = "encoding", "finishing"
 COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
 ENDED = (COMPLETE, STOPPED, FAILED)

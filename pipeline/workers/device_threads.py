@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextvars
 import ctypes
-import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 MOST_DEVICE_THREADS = 8
 """Each device thread holds the activations of a batch; with more cores each gets several cores."""
@@ -80,5 +77,6 @@ def keep_freed_memory() -> None:
     layer is paged in and zeroed anew: up to a fifth of a CPU worker's time. See mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
-    if mallopt and not (mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 1 << 30)):
-        logger.warning("malloc keeps its defaults: encoding on this CPU will be slower")
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)

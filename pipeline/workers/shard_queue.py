@@ -53,6 +53,9 @@ class ShardQueue:
     Args:
         shards: Shards in plan order.
         last: Shards that go after all those, in this order.
+
+    Attributes:
+        suspects: Shards to be tried alone, each with the node on which its worker died.
     """
 
     def __init__(self, shards: Iterable[Shard], last: Iterable[Shard] = ()) -> None:
@@ -61,17 +64,12 @@ class ShardQueue:
             self._files.setdefault(shard.path, deque()).append(shard)
         self._unread = deque(self._files)
         self._last = deque(last)
-        self._suspects: deque[tuple[Shard, str]] = deque()  # with the node of the dead worker
+        self.suspects: deque[tuple[Shard, str]] = deque()
         self._attempts: dict[int, int] = {}
         self._length = sum(map(len, self._files.values())) + len(self._last)
 
     def __len__(self) -> int:
         return self._length
-
-    @property
-    def num_suspects(self) -> int:
-        """Number of shards that wait to be tried alone."""
-        return len(self._suspects)
 
     def take(self, path: str) -> Shard:
         """Return the next shard for a worker whose last one came from the file `path`.
@@ -91,29 +89,31 @@ class ShardQueue:
         self._length -= 1
         return shard
 
-    def take_suspect(self) -> Shard:
-        """Return the next suspect, to be tried alone."""
-        return self._suspects.popleft()[0]
-
     def put_back(self, shard: Shard) -> None:
         """Take back a shard that was lost through no fault of its own."""
         self._last.appendleft(shard)
         self._length += 1
 
-    def failed(self, shard: Shard, reason: str) -> list[ShardFailure]:
-        """Take back a shard that raised, or give it up after the last attempt."""
-        failures = self._count_attempt(shard, reason)
-        if not failures:
+    def failed(self, shard: Shard, reason: str, node: str = "") -> list[ShardFailure]:
+        """Take back a shard that failed, or give it up after the last attempt.
+
+        Args:
+            shard: The shard.
+            reason: What happened.
+            node: The living node on which the shard's worker died, "" if the shard only raised.
+        """
+        attempts = self._attempts.get(shard.number, 0) + 1
+        self._attempts[shard.number] = attempts
+        if attempts >= MAX_ATTEMPTS:
+            return [ShardFailure(shard, attempts, reason)]
+        with in_shard(shard.id):
+            logger.warning("shard %s failed (attempt %d): %s", shard.id, attempts, reason)
+        if node:
+            self.suspects.append((shard, node))
+        else:
             self._last.append(shard)
             self._length += 1
-        return failures
-
-    def suspect(self, shard: Shard, node: str, reason: str) -> list[ShardFailure]:
-        """Take back a shard whose worker died on a living node, or give it up."""
-        failures = self._count_attempt(shard, f"its worker died: {reason}")
-        if not failures:
-            self._suspects.append((shard, node))
-        return failures
+        return []
 
     def clear_suspects(self, nodes: Container[str]) -> None:
         """Clear the suspects whose worker died a moment before its node did.
@@ -121,19 +121,10 @@ class ShardQueue:
         Args:
             nodes: Nodes that are alive.
         """
-        suspects, self._suspects = self._suspects, deque()
+        suspects, self.suspects = self.suspects, deque()
         for shard, node in suspects:
             if node in nodes:
-                self._suspects.append((shard, node))
+                self.suspects.append((shard, node))
             else:
                 self._attempts[shard.number] -= 1
                 self.put_back(shard)
-
-    def _count_attempt(self, shard: Shard, reason: str) -> list[ShardFailure]:
-        attempts = self._attempts.get(shard.number, 0) + 1
-        self._attempts[shard.number] = attempts
-        if attempts >= MAX_ATTEMPTS:
-            return [ShardFailure(shard, attempts, reason)]
-        with in_shard(shard.id):
-            logger.warning("shard %s failed (attempt %d): %s", shard.id, attempts, reason)
-        return []

@@ -11,7 +11,7 @@ import lance
 import pytest
 from rich.console import Console
 
-from jobs.watch import _redraw, line, screen_of, watch
+from jobs.watch import SILENT_AFTER_S, _redraw, line, screen_of, watch
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, KalmError
 from kalm_encoder.table.location import Location
 from pipeline.run import run_files
@@ -91,7 +91,7 @@ def test_a_killed_run_is_said_to_be_silent_and_a_resumed_one_is_seen(corpus, mod
     assert f"process {run_of.pid} on {seen['host']} died" in errors
     assert "has not been heard of for 1" in errors  # 15 s or a little more
     last = json.loads(out.splitlines()[-1])
-    assert last["silent_s"] >= run_files.SILENT_AFTER_S and last["state"] == "encoding"
+    assert last["silent_s"] >= SILENT_AFTER_S and last["state"] == "encoding"
     # The run that takes the work up counts what was there, and has a name of its own.
     again = encode(corpus, table, model_dir)
     assert again.wait(HANG_S) == 0
@@ -189,7 +189,7 @@ def test_an_old_file_is_looked_at_twice_before_the_run_is_called_silent(
     uri = str(tmp_path / "t.lance")
     encode_table(model_dir, small, uri)
     monkeypatch.setattr(run_files, "WRITE_EVERY_S", 0.2)
-    monkeypatch.setattr(run_files, "SILENT_AFTER_S", 1.0)
+    monkeypatch.setattr("jobs.watch.SILENT_AFTER_S", 1.0)
     file = tmp_path / "t.lance" / RUN_VIEW
     old = {
         **read_view(Location(uri)),

@@ -8,13 +8,11 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import ray
 
-from kalm_encoder.errors import KalmError
 from pipeline import logs
 from pipeline.corpus.shards import Shard
 from pipeline.messages import Executor, Outcome, ShardResult, WorkerConfig
@@ -29,8 +27,7 @@ LAST_LINES_S = 0.5
 class Worker:
     """Actor around a ShardEncoder, which a call loads so that a failure has its own message."""
 
-    def __init__(self) -> None:
-        self._encoder: ShardEncoder | None = None
+    _encoder: ShardEncoder
 
     def node(self) -> str:
         """Return the id of the node on which Ray has put this worker."""
@@ -40,18 +37,18 @@ class Worker:
         """Load the model and open the table; the model goes on a GPU if Ray gave this actor one."""
         logs.configure_worker(config.logs)
         assigned = ray.get_runtime_context().get_assigned_resources()
-        cpus = int(assigned["CPU"])
+        cpus, gpus = int(assigned["CPU"]), assigned.get("GPU", 0.0)
         # Rayon, Lance and Arrow have thread pools of their own. Without a limit each of them
         # takes all cores of the node, for every worker on it.
         os.environ["RAYON_NUM_THREADS"] = os.environ["LANCE_CPU_THREADS"] = str(cpus)
         pa.set_cpu_count(cpus)
-        config = replace(config, gpu_share=min(1.0, assigned.get("GPU", 1.0)))
-        self._encoder = ShardEncoder(config, device="cuda" if ray.get_gpu_ids() else "cpu")
+        if gpus:
+            self._encoder = ShardEncoder(replace(config, gpu_share=gpus), "cuda")
+        else:
+            self._encoder = ShardEncoder(replace(config, threads=cpus), "cpu")
 
     def encode(self, shard: Shard) -> ShardResult:
-        """Encode one shard. Up to IN_FLIGHT calls run at once."""
-        if self._encoder is None:
-            raise KalmError("the worker was asked to encode before it was loaded")
+        """Encode one shard, after `load`. Up to IN_FLIGHT calls run at once."""
         with logs.in_shard(shard.id):
             try:
                 return self._encoder.encode(shard)
@@ -63,20 +60,16 @@ class Worker:
 
 def on_ray(options: RayOptions) -> Executor:
     """Return the executor that encodes shards on Ray actors."""
-    return partial(_encode_on_ray, options)
 
+    def encode(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                connect(options, Path(folder))
+            with closing(Dispatcher(Worker, options, config, shards)) as dispatcher:
+                while dispatcher.num_unfinished():
+                    yield from dispatcher.step() or [None]
+        finally:
+            time.sleep(LAST_LINES_S)
+            ray.shutdown()
 
-def _encode_on_ray(
-    options: RayOptions, config: WorkerConfig, shards: Sequence[Shard]
-) -> Generator[Outcome]:
-    if not shards:
-        return
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            connect(options, Path(folder))
-        with closing(Dispatcher(Worker, options, config, shards)) as dispatcher:
-            while dispatcher.num_unfinished():
-                yield from dispatcher.step() or [None]
-    finally:
-        time.sleep(LAST_LINES_S)
-        ray.shutdown()
+    return encode

@@ -61,7 +61,7 @@ class Dispatcher:
 
     def num_unfinished(self) -> int:
         """Return how many shards have no outcome yet."""
-        return len(self._queue) + self._queue.num_suspects + len(self._tasks)
+        return len(self._queue) + len(self._queue.suspects) + len(self._tasks)
 
     def step(self) -> list[Outcome]:
         """Hand out shards, wait a moment, and return what has come back.
@@ -96,8 +96,9 @@ class Dispatcher:
             for worker in self._pool.ready:
                 if len(worker.tasks) == load and len(self._queue) > spare:
                     self._submit(worker, self._queue.take(worker.path))
-        if not self._queue and not self._tasks and self._queue.num_suspects and self._pool.ready:
-            self._submit(next(iter(self._pool.ready)), self._queue.take_suspect())
+        if not self._queue and not self._tasks and self._queue.suspects and self._pool.ready:
+            suspect, _ = self._queue.suspects.popleft()
+            self._submit(next(iter(self._pool.ready)), suspect)
 
     def _submit(self, worker: WorkerHandle, shard: Shard) -> None:
         future = call(self._answers, worker.actor.encode, shard)
@@ -124,7 +125,7 @@ class Dispatcher:
         if isinstance(error, RayError):
             return self._remove_worker(task.worker, [task.shard], reason_of(error))
         result = future.result()
-        self._pool.clear_deaths()
+        self._pool.deaths.clear()
         self._metrics.add(result)
         return [result]
 
@@ -137,7 +138,8 @@ class Dispatcher:
                 lost.append(self._tasks.pop(future).shard)
         self._pool.remove(worker, reason)
         if worker.node in self._pool.nodes:
-            return [f for shard in lost for f in self._queue.suspect(shard, worker.node, reason)]
+            reason = f"its worker died: {reason}"
+            return [f for shard in lost for f in self._queue.failed(shard, reason, worker.node)]
         for shard in lost:
             self._queue.put_back(shard)
         return []

@@ -9,7 +9,7 @@ import logging
 import queue
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -69,6 +69,7 @@ class WorkerPool:
         nodes: Nodes that were alive at the last look.
         workers: All workers, ready or not.
         ready: The workers that are loaded.
+        deaths: Nodes of the workers that died. Clear it when a shard is done: workers can work.
 
     Raises:
         InputError: If no node can hold one worker.
@@ -77,14 +78,12 @@ class WorkerPool:
     def __init__(
         self, worker: type, options: RayOptions, config: WorkerConfig, answers: Answers
     ) -> None:
-        self._options, self._answers = options, answers
+        self._options, self._config, self._answers = options, config, answers
         self.nodes = alive_nodes()
         self._resources = worker_resources(options, self.nodes)
         self._room = self._resources.room(self.nodes)
-        on_gpu, cpus = self._resources.gpus > 0, self._resources.cpus
-        self._config = config if on_gpu else replace(config, threads=cpus)
         self._actor = ray.remote(worker).options(
-            num_cpus=cpus,
+            num_cpus=self._resources.cpus,
             num_gpus=self._resources.gpus,
             max_restarts=0,
             max_task_retries=0,
@@ -93,7 +92,7 @@ class WorkerPool:
         self.workers: set[WorkerHandle] = set()
         self._starting: dict[Future[Any], WorkerHandle] = {}
         self.ready: set[WorkerHandle] = set()
-        self._deaths: list[str] = []  # nodes of the dead, since a worker was last seen to work
+        self.deaths: list[str] = []
         self._ready_at = self._looked_at = time.monotonic()
 
     @property
@@ -157,10 +156,6 @@ class WorkerPool:
             worker.node = answer
             self._starting[call(self._answers, worker.actor.load, self._config)] = worker
 
-    def clear_deaths(self) -> None:
-        """Count deaths anew, after a worker has finished a shard: workers can work."""
-        self._deaths.clear()
-
     def remove(self, worker: WorkerHandle, reason: str) -> None:
         """Forget a dead worker, and find out whether its node is gone too.
 
@@ -174,8 +169,8 @@ class WorkerPool:
             logger.info("a worker went with its node %s", worker.node)
             return
         logger.warning("a worker died: %s", reason)
-        self._deaths.append(worker.node)
-        deaths = sum(not node or node in self.nodes for node in self._deaths)
+        self.deaths.append(worker.node)
+        deaths = sum(not node or node in self.nodes for node in self.deaths)
         if deaths > 2 * len(self.workers) + 5:
             raise KalmError(f"workers keep dying, the last because: {reason}")
 

@@ -69,12 +69,12 @@ def test_a_shard_whose_node_went_away_is_never_given_up():
     queue = ShardQueue([shard(0)])
     for _ in range(10):  # the worker is seen to die first, its node a moment later
         lost = queue.take("")
-        assert queue.suspect(lost, "node", "lost connection") == []
-        assert queue.num_suspects == 1
+        assert queue.failed(lost, "lost connection", "node") == []
+        assert len(queue.suspects) == 1
         queue.clear_suspects({"node"})
-        assert queue.num_suspects == 1
+        assert len(queue.suspects) == 1
         queue.clear_suspects({"another"})
-        assert (queue.num_suspects, len(queue)) == (0, 1)
+        assert (len(queue.suspects), len(queue)) == (0, 1)
 
 
 def test_workers_share_a_gpu_but_never_lie_across_two():

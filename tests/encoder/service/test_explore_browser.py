@@ -168,7 +168,7 @@ def test_late_answers_are_dropped_and_only_the_last_move_is_asked(page):
     page.run(LATE)
     page.press(Keys.ARROW_RIGHT)
     page.until(lambda: page.run("return window.asked") == [4])
-    for _ in range(3):  # each after the debounce, all while ratio 4 is asked
+    for _ in range(3):  # all while ratio 4 is asked
         url = page.browser.current_url
         page.press(Keys.ARROW_RIGHT)
         page.until(lambda url=url: page.browser.current_url != url)

@@ -52,28 +52,25 @@ async function call(path, body) {
   return answer;
 }
 
-let wanted = null; // the last question that was not asked yet
-let asking = false;
+let latest; // the last question
+let pending = Promise.resolve(); // is settled when all questions so far are answered or dropped
 
-async function ask() {
+function ask() {
   if (!state.q) return;
   writeAddress();
-  wanted = question();
-  if (asking) return;
-  asking = true;
+  const asked = question();
+  latest = asked;
   $("lists").setAttribute("aria-busy", "true");
-  while (wanted) {
-    const asked = wanted;
-    wanted = null;
+  pending = pending.then(async () => {
+    if (asked !== latest) return;
     try {
       const answer = await call("explore/search", asked);
-      if (!wanted) show(asked, answer);
+      if (asked === latest) show(asked, answer);
     } catch (error) {
-      if (!wanted) write({ problem: error.message });
+      if (asked === latest) write({ problem: error.message });
     }
-  }
-  asking = false;
-  $("lists").setAttribute("aria-busy", "false");
+    $("lists").setAttribute("aria-busy", asked !== latest);
+  });
 }
 
 function question() {

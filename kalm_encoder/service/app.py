@@ -16,12 +16,11 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from kalm_encoder.errors import KalmError
-from kalm_encoder.service import answers
+from kalm_encoder.service import answers, metrics
 from kalm_encoder.service.explore.comparing import Explorer
 from kalm_encoder.service.explore.routes import Page, add_routes
 from kalm_encoder.service.limits import RequestThreads, limit_body
 from kalm_encoder.service.live import LiveTable
-from kalm_encoder.service.metrics import Metrics
 from kalm_encoder.service.problems import ERRORS, HANDLED, answer_problem
 from kalm_encoder.service.requests import RerankRequest, ScoreRequest, TeiRequest
 from kalm_encoder.service.settings import Settings
@@ -39,8 +38,7 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
         settings: What the operator decided.
         explorer: What answers the explore page at /. None leaves the page out.
     """
-    metrics = Metrics()
-    live = LiveTable(settings, metrics.batch.observe)
+    live = LiveTable(settings, metrics.BATCH_PAIRS.observe)
     threads = RequestThreads(live)
 
     @asynccontextmanager

@@ -116,7 +116,6 @@ class TeiRequest(Request):
     texts: list[str]
     raw_scores: bool = False
     return_text: bool = False
-    truncate: bool | None = None
 
 
 class ExploreRequest(Options):

@@ -12,9 +12,9 @@ from kalm_encoder.errors import InputError
 
 MAX_LENGTH = 1000
 """Largest number of characters in a filter; it bounds the work of parsing."""
-COMPARISONS = {exp.EQ, exp.NEQ, exp.LT, exp.LTE, exp.GT, exp.GTE, exp.In, exp.Between, exp.Like}
-ALLOWED = COMPARISONS | {
-    *(exp.And, exp.Or, exp.Not, exp.Paren, exp.Is, exp.Null, exp.Boolean, exp.Literal)
+ALLOWED = {
+    *(exp.EQ, exp.NEQ, exp.LT, exp.LTE, exp.GT, exp.GTE, exp.In, exp.Between, exp.Like),
+    *(exp.And, exp.Or, exp.Not, exp.Paren, exp.Is, exp.Null, exp.Boolean, exp.Literal),
 }
 """Nodes that may stand anywhere; columns and minus signs are looked at more closely."""
 

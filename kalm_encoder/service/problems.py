@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request, Response
@@ -16,8 +15,7 @@ from kalm_encoder.errors import InputError, MissingIdsError
 logger = logging.getLogger(__name__)
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": HTTPStatus(status).phrase}
-    for status in (400, 401, 413, 422, 429, 503, 504)
+    status: {} for status in (400, 401, 413, 422, 429, 503, 504)
 }
 """The errors that the OpenAPI schema lists; the message of an answer says what went wrong."""
 HANDLED = (RequestValidationError, InputError, HTTPException, Exception)

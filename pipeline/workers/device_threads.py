@@ -66,8 +66,8 @@ class DeviceThreads:
         return [future.result() for future in futures]
 
     def stop(self) -> None:
-        """Take no more work; what was submitted is still done."""
-        self._pool.shutdown(wait=False)
+        """Finish the forwards under way; those that wait are cancelled and no more are taken."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def keep_freed_memory() -> None:

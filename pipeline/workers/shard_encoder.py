@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from kalm_encoder.errors import KalmError, MismatchError, first_line
+from kalm_encoder.errors import MismatchError, first_line
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import PassageEncoder
@@ -82,7 +82,6 @@ class ShardEncoder:
         self._on_gpu: deque[BatchInFlight] = deque()
         self._dataset = open_to_write(config.table)
         self._own = _PerThread(config.table.options)
-        self._stopped = threading.Event()
         budget = self.encoder.token_budget
         logger.info("loaded %s on %s, %d tokens per forward pass", spec.model, place, budget)
 
@@ -91,8 +90,8 @@ class ShardEncoder:
 
         Raises:
             InputError: If its input changed since it was planned.
-            KalmError: If `stop` was called.
-            RuntimeError: If the encoder fails on every passage.
+            RuntimeError: If the encoder fails on every passage, or after `stop`.
+            CancelledError: If `stop` was called while batches waited.
             OSError: If the store refused the write.
         """
         times = [time.monotonic()]
@@ -123,7 +122,6 @@ class ShardEncoder:
 
     def stop(self) -> None:
         """Let the shards under way fail at their next batch; no more can be encoded."""
-        self._stopped.set()
         self._threads.stop()
 
     def device_is_lost(self) -> bool:
@@ -139,9 +137,9 @@ class ShardEncoder:
         """Send a shard to the device; a passage that fails is replaced by the reason.
 
         Raises:
-            KalmError: If `stop` was called.
             RuntimeError: What the encoder raised, if it fails on every passage: then the device is
-                at fault, not the passages.
+                at fault, not the passages. Also raised after `stop`.
+            CancelledError: If `stop` was called while batches waited.
         """
         batches = self.encoder.batches([len(t.ids) for t in tokens])
         parts = self._threads.map(self._run, ([tokens[i] for i in batch] for batch in batches))
@@ -157,8 +155,6 @@ class ShardEncoder:
 
     def _run(self, batch: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
         """Start a batch, in a device thread; on a GPU leave at most BATCHES_AHEAD unfinished."""
-        if self._stopped.is_set():
-            raise KalmError("the encoder was stopped")
         started = start_isolated(partial(self.encoder.start, ratio=self.spec.ratios[0]), batch)
         if self.encoder.device.type == "cuda":
             self._on_gpu.extend(s for s in started if isinstance(s, BatchInFlight))

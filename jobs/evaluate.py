@@ -81,8 +81,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Rank with every ratio, store dtype and cascade asked for, and judge each ranking."""
-    from kalm_encoder.model.checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_NOTE, resolve
-
     execute = executor(workers, None, address)
     with needs_extra("batch,eval"):
         from jobs.evaluation import experiment as experiments
@@ -93,6 +91,7 @@ def evaluate(
         if folder is not None or corpus:
             raise InputError("--demo brings its own collection: give no folder and no --corpus")
         from jobs.demo_training.held_out import write_collection
+        from kalm_encoder.model.checkpoint import DEMO_NAME
 
         folder = out / "held-out-documentation"
         write_collection(folder)
@@ -109,7 +108,6 @@ def evaluate(
         if instruction is not None:
             raise InputError("give --instruction or --instructions, not both")
         instruction = _instruction(instructions, collection.name)
-    is_demo = resolve(model, revision).path == DEMO_CHECKPOINT
     evaluation = experiments.evaluate(
         experiments.Experiment(
             collection=collection,
@@ -125,7 +123,6 @@ def evaluate(
             instruction=instruction,
             max_length=max_length,
             measures=tuple(measure or DEFAULT_MEASURES),
-            note=DEMO_NOTE if is_demo else "",
         ),
         execute,
     )

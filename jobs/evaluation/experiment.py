@@ -10,16 +10,14 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from jobs.evaluation.collection import Collection
-from jobs.evaluation.judging import Ranking, examples, ranking_scores, setting_results
+from jobs.evaluation.judging import Ranking, examples, ranking_scores, with_metrics
 from jobs.evaluation.rankings import (
     DEFAULT_MEASURES,
     Scores,
@@ -27,14 +25,14 @@ from jobs.evaluation.rankings import (
     read_ranking,
     write_ranking,
 )
-from jobs.evaluation.results import Evaluation
+from jobs.evaluation.results import Evaluation, SettingResult
 from kalm_encoder.errors import InputError, TableError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION
 from kalm_encoder.rerank.cascade import Stage
 from kalm_encoder.rerank.fusion import fuse
-from kalm_encoder.rerank.reranker import Reranker, RerankResult
+from kalm_encoder.rerank.reranker import Reranker
 from kalm_encoder.table.reader import PassageTable
 from pipeline.corpus.inputs import absolute
 from pipeline.messages import Executor
@@ -67,7 +65,6 @@ class Experiment:
         instruction: The task; None takes the default of the model.
         max_length: Number of tokens to which a passage is cut.
         measures: Metrics as ir-measures spells them; settings are compared by the first.
-        note: What the reader of a report must know of the model.
     """
 
     collection: Collection
@@ -83,7 +80,6 @@ class Experiment:
     instruction: str | None = None
     max_length: int = 1024
     measures: tuple[str, ...] = DEFAULT_MEASURES
-    note: str = ""
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -105,53 +101,54 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
         KalmError: As `pipeline.run.driver.run`.
     """
     collection = experiment.collection
-    tables = _tables(experiment, execute)
+    files = checkpoint.resolve(experiment.model, experiment.revision)
+    tables = _tables(experiment, files.fingerprint, execute)
     table = tables[experiment.store_dtypes[0]]
     found, name, label = _first_stage(experiment, table)
     relevant = {i for q in collection.judgements.values() for i, r in q.items() if r > 0}
-    lengths = _lengths(table, relevant.union(*found.values()))
+    # Two light columns are read in full: of a million candidates, a filter would be too long.
+    rows = table.dataset.to_table(columns=["id", "num_tokens"])
+    lengths = dict(zip(rows["id"].to_pylist(), rows["num_tokens"].to_pylist(), strict=True))
     first = {q: {i: s for i, s in scores.items() if i in lengths} for q, scores in found.items()}
     if not any(first.values()):
         raise InputError(
             f"{label} found no stored passage for any query. Full-text search splits at spaces: "
             "where the language has none, give the candidates of another first stage with --run"
         )
-    ranked = {query: list(scores.items()) for query, scores in first.items()}
-    rankings = [Ranking(name=name, kind="first stage", ranked=ranked)]
+    start = _judge(experiment, Ranking(SettingResult(name=name, kind="first stage"), first), None)
+    rankings = [start]
     decoder = QueryDecoder.load(experiment.model, revision=experiment.revision)
     for dtype in experiment.store_dtypes:
         reranker = Reranker(tables[dtype], decoder, max_length=experiment.max_length)
         suffix = "" if dtype == experiment.store_dtypes[0] else f"-{dtype}"
         for stages in [((ratio, None),) for ratio in experiment.ratios] + list(experiment.cascades):
-            ranking = _rank(experiment, reranker, stages, first, lengths, suffix)
-            rankings.append(ranking)
+            ranking, margins = _rank(experiment, reranker, stages, first, lengths, suffix)
+            rankings.append(_judge(experiment, ranking, start.setting))
             if experiment.fuse and not suffix and len(stages) == 1:
-                rankings.append(_fused(ranking, first, name))
-    values = {ranking.name: _judge(experiment, ranking) for ranking in rankings}
-    helped, hurt = examples(collection, table, rankings, values)
-    tokens = table.dataset.to_table(columns=["num_tokens"])["num_tokens"]
+                fused = _fused(ranking.setting, start, margins)
+                rankings.append(_judge(experiment, fused, start.setting))
+    helped, hurt = examples(collection, table, rankings)
     return Evaluation(
         collection=collection.name,
         split=collection.split,
         model=table.spec.model.rstrip("/").rsplit("/", 1)[-1],
         fingerprint=table.spec.fingerprint,
-        note=experiment.note,
+        note=checkpoint.DEMO_NOTE if files.path == checkpoint.DEMO_CHECKPOINT else "",
         first_stage=label,
         instruction=experiment.instruction or DEFAULT_INSTRUCTION,
-        num_passages=len(tokens),
-        num_tokens=pc.sum(tokens).as_py() or 0,
+        num_passages=len(lengths),
+        num_tokens=sum(lengths.values()),
         queries=collection.queries,
-        settings=setting_results(rankings, values),
-        scores=[ranking_scores(r, collection) for r in rankings if r.kind == "reranked"],
+        settings=[ranking.setting for ranking in rankings],
+        scores=[ranking_scores(r, collection) for r in rankings if r.setting.kind == "reranked"],
         helped=helped,
         hurt=hurt,
         warnings=[*collection.warnings, *_gaps(found, first, relevant, lengths)],
     )
 
 
-def _tables(experiment: Experiment, execute: Executor) -> dict[str, PassageTable]:
+def _tables(experiment: Experiment, fingerprint: str, execute: Executor) -> dict[str, PassageTable]:
     """Return a table per dtype, up to date with the corpus."""
-    files = checkpoint.resolve(experiment.model, experiment.revision)
     of_cascades = {ratio for stages in experiment.cascades for ratio, _ in stages}
     ratios = tuple(sorted(of_cascades | set(experiment.ratios)))
     first, *others = experiment.store_dtypes
@@ -160,7 +157,7 @@ def _tables(experiment: Experiment, execute: Executor) -> dict[str, PassageTable
     place = xxhash.xxh3_64_hexdigest(files_read.encode())[:6]
     settings = f"r{'-'.join(map(str, ratios))}-l{experiment.max_length}"
     # Another collection, model or setting has tables of its own.
-    stem = f"{name}-{place}-{files.fingerprint[:8]}-{settings}"
+    stem = f"{name}-{place}-{fingerprint[:8]}-{settings}"
     base = experiment.folder / "states" / f"{stem}-{first}.lance"
     job = EncodeJob(
         inputs=experiment.collection.corpus, uri=str(base), model=experiment.model,
@@ -196,14 +193,6 @@ def _first_stage(experiment: Experiment, table: PassageTable) -> tuple[Scores, s
     return cut, tag, f"{tag} ({file.name}), top {depth}"
 
 
-def _lengths(table: PassageTable, ids: Iterable[str]) -> dict[str, int]:
-    """Return the number of tokens by id of those passages that are stored."""
-    # Two light columns are read in full: there may be a million candidates, too many for a filter.
-    rows = table.dataset.to_table(columns=["id", "num_tokens"])
-    rows = rows.filter(pc.is_in(rows["id"], pa.array(ids, pa.string())))
-    return dict(zip(rows["id"].to_pylist(), rows["num_tokens"].to_pylist(), strict=True))
-
-
 def _gaps(found: Scores, first: Scores, relevant: set[str], stored: Mapping[str, int]) -> list[str]:
     """Return what there is to tell of passages that are not stored: no ranking can find them."""
     gaps = []
@@ -227,56 +216,50 @@ def _rank(
     candidates: Scores,
     lengths: Mapping[str, int],
     suffix: str,
-) -> Ranking:
-    """Rerank the candidates of all queries with one setting."""
-    results: dict[str, list[RerankResult]] = {}
-    took_ms = []
+) -> tuple[Ranking, Scores]:
+    """Rerank the candidates of all queries with one setting; return the ranking and the margins."""
+    ranked, margins, took_ms = {}, {}, []
+    read_bytes = 0
     for query, text in experiment.collection.queries.items():
+        left = list(candidates[query])
         began = time.perf_counter()
-        results[query] = reranker.rerank(
-            text, list(candidates[query]), instruction=experiment.instruction, cascade=stages
-        )
+        results = reranker.rerank(text, left, instruction=experiment.instruction, cascade=stages)
         took_ms.append(1000 * (time.perf_counter() - began))
-    name = stages_name(stages) + suffix
-    logger.info("%s: %d queries in %.0f s", name, len(results), sum(took_ms) / 1000)
-    read = 0
-    for query, ids in candidates.items():
-        left: Sequence[str] = list(ids)
+        ranked[query] = {result.id: result.score for result in results}
+        margins[query] = {result.id: result.margin for result in results}
         for ratio, keep in stages:
-            read += sum(reranker.table.spec.read_bytes(lengths[i], ratio) for i in left)
-            left = [result.id for result in results[query]][:keep]
+            read_bytes += sum(reranker.table.spec.read_bytes(lengths[i], ratio) for i in left)
+            left = list(ranked[query])[:keep]
+    name = "r" + ",".join(f"{ratio}:{keep}" if keep else str(ratio) for ratio, keep in stages)
+    logger.info("%s: %d queries in %.0f s", name + suffix, len(ranked), sum(took_ms) / 1000)
     scored = [lengths[i] for ids in candidates.values() for i in ids]
-    return Ranking(
-        name=name,
+    setting = SettingResult(
+        name=name + suffix,
         kind="reranked" if len(stages) == 1 else "cascade",
-        ranked={q: [(r.id, r.score) for r in found] for q, found in results.items()},
-        margins={q: {r.id: r.margin for r in found} for q, found in results.items()},
         ratio=stages[-1][0],
         store_dtype=reranker.table.spec.store_dtype,
-        bytes_per_passage=read / len(scored),
-        bytes_per_token=read / max(1, sum(scored)),
+        bytes_per_passage=read_bytes / len(scored),
+        bytes_per_token=read_bytes / max(1, sum(scored)),
         ms_per_query=took_ms,
     )
+    return Ranking(setting, ranked), margins
 
 
-def _fused(ranking: Ranking, first: Scores, name: str) -> Ranking:
+def _fused(setting: SettingResult, first: Ranking, margins: Scores) -> Ranking:
     """Return a reranking added to the first stage; it costs what the reranking costs."""
     fused = {}
-    for query, scores in first.items():
-        total = fuse(scores, ranking.margins[query])
-        fused[query] = sorted(total.items(), key=lambda pair: (-pair[1], pair[0]))
-    return replace(ranking, name=f"{ranking.name}+{name}", kind="fused", ranked=fused)
+    for query, scores in first.ranked.items():
+        total = fuse(scores, margins[query])
+        fused[query] = dict(sorted(total.items(), key=lambda pair: (-pair[1], pair[0])))
+    name = f"{setting.name}+{first.setting.name}"
+    return Ranking(replace(setting, name=name, kind="fused"), fused)
 
 
-def _judge(experiment: Experiment, ranking: Ranking) -> dict[str, dict[str, float]]:
-    """Write a ranking as a TREC run file and return its metrics by query and name."""
-    folder = experiment.folder / "runs"
+def _judge(experiment: Experiment, ranking: Ranking, first: SettingResult | None) -> Ranking:
+    """Write a ranking as a TREC run file and return it with the metrics of that file."""
+    folder, setting = experiment.folder / "runs", ranking.setting
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{re.sub(r'[^a-zA-Z0-9._+,-]', '-', ranking.name)}.trec"
-    write_ranking(file, ranking.ranked, ranking.name)
-    return metrics_per_query(experiment.collection.judgements, file, experiment.measures)
-
-
-def stages_name(stages: Stages) -> str:
-    """Return `r4` for one stage, `r32:20,4` for a cascade."""
-    return "r" + ",".join(f"{ratio}:{keep}" if keep else str(ratio) for ratio, keep in stages)
+    file = folder / f"{re.sub(r'[^a-zA-Z0-9._+,-]', '-', setting.name)}.trec"
+    write_ranking(file, ranking.ranked, setting.name)
+    values = metrics_per_query(experiment.collection.judgements, file, experiment.measures)
+    return replace(ranking, setting=with_metrics(setting, values, first))

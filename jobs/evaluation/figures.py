@@ -16,7 +16,7 @@ import numpy as np
 import vl_convert
 from markupsafe import Markup
 
-from jobs.evaluation.findings import count, value
+from jobs.evaluation.findings import value
 from jobs.evaluation.results import ScoreSample
 
 MAX_BARS = 400
@@ -113,33 +113,33 @@ def score_figure(sample: ScoreSample, *, name: str) -> Markup:
         name: Name of the figure, unique in the page.
     """
     size = {"width": 295, "height": 140}
-    sides = (sample.relevant, sum(sample.relevant), BLUE), (sample.other, -sum(sample.other), MUTED)
+    relevant, other = sum(sample.relevant), sum(sample.other)
     bars: list[dict[str, Any]] = [
         {"p": low, "end": high, "share": n / (whole or 1), "colour": colour}
-        for counts, whole, colour in sides
+        for counts, whole, colour in (
+            (sample.relevant, relevant, BLUE),
+            (sample.other, -other, MUTED),
+        )
         for low, high, n in zip(sample.edges, sample.edges[1:], counts, strict=False)
     ]
-    ends = [1.08 * end(bar["share"] for bar in bars) for end in (min, max)]
-    shares = alt.Axis(labelExpr=PERCENT, tickCount=3)
-    distribution = (
-        chart_of(bars)
-        .mark_rect(opacity=0.85)
-        .encode(
-            x=alt.X("p:Q", axis=None, scale=UNIT),
-            x2="end:Q",
-            y=alt.Y("share:Q", axis=shares, scale=alt.Scale(domain=ends, nice=False)),
-            y2=alt.datum(0),
-            color=COLOUR,
-        )
+    distribution = chart_of(bars).encode(
+        x=alt.X("p:Q", axis=None, scale=UNIT),
+        x2="end:Q",
+        y=alt.Y("share:Q", axis=alt.Axis(labelExpr=PERCENT, tickCount=3)),
+        y2=alt.datum(0),
+        color=COLOUR,
     )
-    relevant, other = f"↑ {count(sides[0][1])} relevant", f"↓ {count(-sides[1][1])} other"
-    texts = labels((relevant, 0, -10, "left", BLUE), (other, 0, 152, "left", MUTED))
-    upper = alt.layer(distribution, ZERO_LINE, texts, **size)
-    x = alt.X(
-        "p:Q",
-        axis=alt.Axis(format=".2~f", labelExpr=WITHOUT_ZERO, values=[0, 0.25, 0.5, 0.75, 1]),
-        scale=UNIT,
+    upper = alt.layer(
+        distribution.mark_rect(opacity=0.85),
+        ZERO_LINE,
+        labels(
+            (f"↑ {relevant:,} relevant", 0, -10, "left", BLUE),
+            (f"↓ {other:,} other", 0, 152, "left", MUTED),
+        ),
+        **size,
     )
+    axis = alt.Axis(format=".2~f", labelExpr=WITHOUT_ZERO, values=[0, 0.25, 0.5, 0.75, 1])
+    x = alt.X("p:Q", axis=axis, scale=UNIT)
     y = alt.Y("share:Q", axis=alt.Axis(labelExpr=PERCENT, values=[0, 0.5, 1]), scale=UNIT)
     bins = [{"p": p, "share": share, "n": n} for p, share, n in sample.calibration]
     curve = chart_of(bins).encode(x=x, y=y)
@@ -155,34 +155,32 @@ def score_figure(sample: ScoreSample, *, name: str) -> Markup:
         **size,
     )
     listed = "; ".join(
-        f"P(yes) {value(mean)}: {value(share)} of {count(n)} relevant"
+        f"P(yes) {value(mean)}: {value(share)} of {n:,} relevant"
         for mean, share, n in sample.calibration
     )
     return inline_svg(
         alt.vconcat(upper, lower, bounds="flush", spacing=60),
         name,
         f"Scores of {sample.setting}: distribution and calibration",
-        f"{relevant[2:]} and {other[2:]} candidates. {listed}. "
+        f"{relevant:,} relevant and {other:,} other candidates. {listed}. "
         f"Expected calibration error {value(sample.expected_calibration_error)}.",
     )
 
 
-def change_figure(differences: Sequence[float], *, name: str, title: str, width: int) -> Markup:
+def change_figure(differences: Sequence[float], *, name: str, width: int) -> Markup:
     """Draw the change of each query as a bar, from the largest gain to the largest loss.
 
     Args:
         differences: Setting minus first setting per query, at least one.
         name: Name of the figure, unique in the page.
-        title: What is shown.
         width: Width of the figure in pixels.
     """
     ordered = np.sort(np.asarray(differences, dtype=np.float64))[::-1]
     places = np.linspace(0, len(ordered) - 1, min(len(ordered), MAX_BARS)).round().astype(int)
     better, worse = int((ordered > 0).sum()), int((ordered < 0).sum())
     reach = max(0.05, float(np.abs(ordered).max())) * 1.1
-    bar_width = 0.85 if len(places) < width / 5 else 1.0
     bars = [
-        {"x": i, "end": i + bar_width, "change": change, "colour": GREEN if change > 0 else ORANGE}
+        {"x": i, "end": i + 0.9, "change": change, "colour": GREEN if change > 0 else ORANGE}
         for i, change in enumerate(ordered[places].tolist())
     ]
     changes = alt.Axis(format="+f", labelExpr=WITHOUT_ZERO, tickCount=5)
@@ -194,14 +192,13 @@ def change_figure(differences: Sequence[float], *, name: str, title: str, width:
         color=COLOUR,
     )  # fmt: skip
     texts = labels(
-        (f"{count(better)} better", 3, 123, "left", GREEN),
-        (f"{count(worse)} worse", width - 59, 95, "right", ORANGE),
+        (f"{better:,} better", 3, 123, "left", GREEN),
+        (f"{worse:,} worse", width - 59, 95, "right", ORANGE),
     )
-    best, worst = max(float(ordered[0]), 0.0), max(-float(ordered[-1]), 0.0)
     description = (
-        f"{count(better)} queries better, by {value(best)} at most; "
-        f"{count(len(ordered) - better - worse)} the same; "
-        f"{count(worse)} worse, by {value(worst)} at most."
+        f"{better:,} queries better, by {value(max(ordered[0], 0.0))} at most; "
+        f"{len(ordered) - better - worse:,} the same; "
+        f"{worse:,} worse, by {value(max(-ordered[-1], 0.0))} at most."
     )
     chart = alt.layer(drawn, ZERO_LINE, texts, width=width - 56, height=216)
-    return inline_svg(chart, name, title, description)
+    return inline_svg(chart, name, "Change of each query", description)

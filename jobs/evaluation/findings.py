@@ -7,13 +7,11 @@ as `.475`, `+.047 [.020, .074]`, `p < .001` and `48.6 KB`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 from jobs.evaluation.results import Difference, Evaluation, SettingResult
 
 Verdict = Literal["better", "not distinguishable", "worse"]
-PREFERRED_METRIC = "nDCG@10"
 NAMED = 5
 """Number of settings that a sentence lists before it says how many more there are."""
 MINUS = "\N{MINUS SIGN}"
@@ -29,17 +27,18 @@ def verdict(difference: Difference) -> Verdict:
 
 
 def primary_metric(evaluation: Evaluation) -> str:
-    """Return nDCG@10 where it was measured, else the first metric."""
-    metrics = evaluation.settings[0].metrics
-    return PREFERRED_METRIC if PREFERRED_METRIC in metrics else next(iter(metrics))
+    """Return the metric that settings are compared by: the first one."""
+    return next(iter(evaluation.settings[0].metrics))
 
 
 def main_setting(evaluation: Evaluation) -> SettingResult | None:
     """Return the setting of the examples, else the first reranked one, else any; None if alone."""
-    others = evaluation.settings[1:]
     shown = {example.setting for example in (*evaluation.helped, *evaluation.hurt)}
-    order = sorted(others, key=lambda s: (s.name not in shown, s.kind != "reranked"))
-    return next(iter(order), None)
+    return min(
+        evaluation.settings[1:],
+        key=lambda s: (s.name not in shown, s.kind != "reranked"),
+        default=None,
+    )
 
 
 def headline(evaluation: Evaluation) -> list[str]:
@@ -54,87 +53,60 @@ def headline(evaluation: Evaluation) -> list[str]:
     better, unclear, worse = (
         [s for s in others if verdict(s.differences[metric]) == said] for said in get_args(Verdict)
     )
-    return [
-        _lead(first, better, unclear, worse, metric),
-        *_also("Also better", better[1:], metric),
-        *_also(f"Not distinguishable from {first.name}", unclear, metric),
-        *_also(f"Worse than {first.name}", worse, metric),
-        *_cheapest(better),
-    ]
-
-
-def _lead(
-    first: SettingResult,
-    better: Sequence[SettingResult],
-    unclear: Sequence[SettingResult],
-    worse: Sequence[SettingResult],
-    metric: str,
-) -> str:
-    start = value(first.metrics[metric])
     best = (*better, *unclear, *worse)[0]
-    evidence = _evidence(best.differences[metric])
-    if better:
+    told = [_lead(first, best, metric, num_compared=len(others))]
+    for start, settings in (
+        ("Also better", better[1:]),
+        (f"Not distinguishable from {first.name}", unclear),
+        (f"Worse than {first.name}", worse),
+    ):
+        named = [f"{s.name} ({signed(s.differences[metric].mean)})" for s in settings]
+        if len(named) > NAMED:
+            named[NAMED:] = [f"{len(named) - NAMED} more"]
+        if named:
+            told.append(f"{start}: {', '.join(named)}.")
+    least = min(better, key=lambda s: s.bytes_per_token, default=first)
+    if better and least.bytes_per_token < better[0].bytes_per_token:
+        told.append(
+            f"Among the better ones, {least.name} reads the least: {size(least.bytes_per_token)} "
+            f"per passage token, against {size(better[0].bytes_per_token)} for {better[0].name}."
+        )
+    return told
+
+
+def _lead(first: SettingResult, best: SettingResult, metric: str, *, num_compared: int) -> str:
+    """Return what to say first: what the best of the settings that were compared reaches."""
+    start = value(first.metrics[metric])
+    d = best.differences[metric]
+    evidence = f"{signed(d.mean)} {interval(d.low, d.high)}, p {p_value(d.p)}"
+    if verdict(d) == "better":
         change = f"from {start} to {value(best.metrics[metric])}"
         return f"{best.name} raises {metric} {change} ({evidence})."
-    if unclear:
+    if verdict(d) == "not distinguishable":
         return (
             f"No gain over {first.name} can be shown on {metric} ({start}): "
             f"{best.name} comes nearest, {evidence}."
         )
     against = f"worse than {first.name} on {metric} ({start})"
-    if len(worse) > 1:
+    if num_compared > 1:
         return f"Every setting is {against}; {best.name} loses least: {evidence}."
     return f"{best.name} is {against}; the difference is: {evidence}."
 
 
-def _evidence(difference: Difference) -> str:
-    reach = interval(difference.low, difference.high)
-    return f"{signed(difference.mean)} {reach}, p {p_value(difference.p)}"
-
-
-def _also(start: str, settings: Sequence[SettingResult], metric: str) -> list[str]:
-    """Return a sentence that lists settings with their differences; none for no settings."""
-    if not settings:
-        return []
-    named = [f"{s.name} ({signed(s.differences[metric].mean)})" for s in settings[:NAMED]]
-    if len(settings) > NAMED:
-        named.append(f"{len(settings) - NAMED} more")
-    return [f"{start}: {', '.join(named)}."]
-
-
-def _cheapest(better: Sequence[SettingResult]) -> list[str]:
-    """Return which of the better settings reads the least, where that is not the best one."""
-    measured = [s for s in better if s.bytes_per_token > 0]
-    if len(measured) < 2:
-        return []
-    best, least = measured[0], min(measured, key=lambda s: s.bytes_per_token)
-    if least.bytes_per_token >= best.bytes_per_token:
-        return []
-    return [
-        f"Among the better ones, {least.name} reads the least: {size(least.bytes_per_token)} per "
-        f"passage token, against {size(best.bytes_per_token)} for {best.name}."
-    ]
-
-
 def meanings(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Return what the settings are, with similar ones together: (names, words)."""
-    groups: dict[tuple[str, str | None], list[SettingResult]] = {}
-    for setting in evaluation.settings:
-        groups.setdefault((setting.kind, setting.store_dtype), []).append(setting)
-    found = []
-    for (kind, dtype), settings in groups.items():
-        ratios = ", ".join(str(s.ratio) for s in settings)
-        stored = f"over {ratios} tokens, stored as {dtype}"
-        words = {
-            "first stage": f"the first stage alone: {evaluation.first_stage}",
-            "reranked": f"ordered by P(yes) alone, from states averaged {stored}",
-            "cascade": "coarse to fine: each stage, written ratio:kept, scores what the one before "
-            f"it kept; the last one scores states averaged {stored}",
-            "fused": "the scores of the reranking and of the first stage added up; states averaged "
-            f"{stored}",
-        }
-        found.append((", ".join(s.name for s in settings), words[kind]))
-    return found
+    """Return what the settings are, those of one kind together: (names, words)."""
+    dtype = next((s.store_dtype for s in evaluation.settings if s.store_dtype), None)
+    stored = f"A name that ends in no type means {dtype}."
+    kinds = {
+        "first stage": f"the first stage alone: {evaluation.first_stage}",
+        "reranked": "ordered by P(yes) alone, from states averaged over the number of tokens that "
+        f"follows the r. {stored}",
+        "cascade": "coarse to fine: each stage, written ratio:kept, scores what the one before it "
+        f"kept. {stored}",
+        "fused": "the scores of the reranking and of the first stage added up",
+    }
+    names = {kind: [s.name for s in evaluation.settings if s.kind == kind] for kind in kinds}
+    return [(", ".join(names[kind]), words) for kind, words in kinds.items() if names[kind]]
 
 
 def value(number: float) -> str:

@@ -119,7 +119,16 @@ class KaLMSearch:
         reranker = Reranker(table, self._decoder, max_length=self._job.max_length)
         scores: dict[str, dict[str, float]] = {}
         for row in queries:
-            query, instruction = self._prompt(row, task_metadata.name)
+            query, instruction = row["text"], row.get("instruction")
+            if not isinstance(query, str):
+                raise InputError(
+                    f"query {row['id']!r} of {task_metadata.name} is a conversation: only texts "
+                    "can be scored"
+                )
+            if instruction:
+                query = f"{query} {instruction}"  # it is part of both, as in mteb
+            else:
+                instruction = self._instructions.get(task_metadata.name, self._instruction)
             if top_ranked is None:
                 ids = [i for i, _ in table.search(query, top_k)]
             else:
@@ -135,7 +144,7 @@ class KaLMSearch:
         """The name under which mteb keeps results: checkpoint and all that changes its scores."""
         from mteb.models import ModelMeta
 
-        files = self._checkpoint
+        files = checkpoint.resolve(self._job.model, self._job.revision)
         settings = {
             "ratio": self._ratio or self._job.ratios[0],
             "store_dtype": self._job.store_dtype,
@@ -158,20 +167,5 @@ class KaLMSearch:
         return self._folder.joinpath(*parts, "passages.lance")
 
     @cached_property
-    def _checkpoint(self) -> checkpoint.Checkpoint:
-        return checkpoint.resolve(self._job.model, self._job.revision)
-
-    @cached_property
     def _decoder(self) -> QueryDecoder:
         return QueryDecoder.load(self._job.model, revision=self._job.revision)
-
-    def _prompt(self, row: Mapping[str, Any], task: str) -> tuple[str, str | None]:
-        """Return query and instruction; a query's own instruction is part of both, as in mteb."""
-        query = row["text"]
-        if not isinstance(query, str):
-            raise InputError(
-                f"query {row['id']!r} of {task} is a conversation: only texts can be scored"
-            )
-        if row.get("instruction"):
-            return f"{query} {row['instruction']}", row["instruction"]
-        return query, self._instructions.get(task, self._instruction)

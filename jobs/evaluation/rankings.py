@@ -8,7 +8,7 @@ order, whoever reads it. No metric is computed here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ir_measures
@@ -22,8 +22,8 @@ Scores = dict[str, dict[str, float]]
 """Scores by query id and passage id, best first."""
 
 
-def write_ranking(file: Path, ranked: Mapping[str, Sequence[tuple[str, float]]], tag: str) -> None:
-    """Write (id, score) pairs by query, best first; equal or rising scores are lowered by a step.
+def write_ranking(file: Path, ranked: Scores, tag: str) -> None:
+    """Write scores by query, best first; equal or rising scores are lowered by a step.
 
     Raises:
         InputError: An id contains white space, which the format cannot hold.
@@ -31,7 +31,7 @@ def write_ranking(file: Path, ranked: Mapping[str, Sequence[tuple[str, float]]],
     with file.open("w", encoding="utf-8") as lines:
         for query, results in ranked.items():
             last = np.float32(np.inf)
-            for rank, (passage, score) in enumerate(results, start=1):
+            for rank, (passage, score) in enumerate(results.items(), start=1):
                 if set(f"{query}{passage}") & set(" \t\r\n\v\f\u0085\u00a0\u2028\u2029"):
                     raise InputError(
                         f"{query!r} or {passage!r} holds white space: no TREC run file can name it"

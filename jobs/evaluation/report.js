@@ -1,43 +1,29 @@
-// Makes the columns of a table sortable: each header marked data-sort gets a button. The page is
-// complete without this.
+// Makes tables sortable: each header of a column gets a button. The page is complete without this.
 "use strict";
 
-function cellValue(row, column, asText) {
-  let place = 0;
-  for (const cell of row.cells) {
-    if (place <= column && column < place + cell.colSpan) {
-      if (cell.colSpan > 1) return null;
-      const text = cell.textContent.trim();
-      if (asText) return text;
-      const number = Number(cell.dataset.value ?? text);
-      return Number.isNaN(number) ? null : number;
-    }
-    place += cell.colSpan;
-  }
-  return null;
-}
-
-function sortBy(table, header, asText) {
+function sortBy(table, header) {
+  const column = header.cellIndex;
   const was = header.getAttribute("aria-sort");
-  const ascending = was ? was === "descending" : asText;
-  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+  const ascending = was ? was === "descending" : column === 0; // the first column holds names
+  for (const other of header.parentNode.cells) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-  const body = table.tBodies[0];
-  const keyed = [...body.rows].map((row) => [cellValue(row, header.cellIndex, asText), row]);
+  const keyed = [...table.tBodies[0].rows].map((row) => {
+    const { dataset, textContent } = row.cells[column];
+    return [column ? parseFloat(dataset.value ?? textContent) : textContent.trim(), row];
+  });
   keyed.sort(([a], [b]) => {
-    if (a === null || b === null) return (a === null) - (b === null);
-    const order = asText ? a.localeCompare(b, undefined, { numeric: true }) : a - b;
+    if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
+    const order = column ? a - b : a.localeCompare(b, undefined, { numeric: true });
     return ascending ? order : -order;
   });
-  body.append(...keyed.map(([, row]) => row));
+  table.tBodies[0].append(...keyed.map(([, row]) => row));
 }
 
-for (const table of document.querySelectorAll("table.sortable")) {
-  for (const header of table.querySelectorAll("th[data-sort]")) {
+for (const table of document.querySelectorAll("table")) {
+  for (const header of table.tHead.rows[0].cells) {
     const button = document.createElement("button");
-    button.type = "button";
     button.append(...header.childNodes);
-    button.addEventListener("click", () => sortBy(table, header, header.dataset.sort === "text"));
+    button.addEventListener("click", () => sortBy(table, header));
     header.append(button);
   }
 }

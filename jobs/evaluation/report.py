@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,26 +21,17 @@ from markupsafe import Markup
 
 from jobs.evaluation import findings
 from jobs.evaluation.figures import MAX_BARS, change_figure, score_figure
-from jobs.evaluation.results import Evaluation, SettingResult
+from jobs.evaluation.results import Evaluation
 from jobs.evaluation.tradeoff_figure import tradeoff_figure
 
 MAX_QUERIES = 300
 """Largest number of rows in the table of queries: those with the largest change."""
-MAX_EXAMPLES = 10
-"""Largest number of examples that were helped, and of those that were hurt."""
 MAX_TEXT = 700
 """Characters shown of a passage in an example; a third of them of a query in the table."""
-WIDTHS_PX = {"wide": (540, 760), "narrow": (350, 350)}
-"""Widths of the figures of cost and of changes on a desktop and on a phone."""
 
 
 def write_report(evaluation: Evaluation, file: Path) -> None:
-    """Write the report of an evaluation.
-
-    Args:
-        evaluation: An evaluation with at least one setting.
-        file: The file to write, in UTF-8; one that exists is replaced.
-    """
+    """Write the report of an evaluation with at least one setting; a file there is replaced."""
     file.write_text(render_report(evaluation), encoding="utf-8")
 
 
@@ -51,7 +43,14 @@ def render_report(evaluation: Evaluation) -> str:
         query: values[metric] - first.per_query[query][metric]
         for query, values in (main.per_query if main else {}).items()
     }
-    differences = [s.differences[metric] for s in evaluation.settings[1:]]
+    others = evaluation.settings[1:]
+    differences = [s.differences[metric] for s in others]
+    num_bytes = {s.name: s.bytes_per_token for s in others if s.bytes_per_token}
+    medians_ms = {s.name: _percentile(s.ms_per_query, 50) for s in others if s.ms_per_query}
+    costs = (
+        ("bytes", "bytes per passage token (log)", num_bytes),
+        ("ms", "median ms per query (log)", medians_ms),
+    )
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -64,7 +63,6 @@ def render_report(evaluation: Evaluation) -> str:
         "ms": findings.milliseconds,
         "verdict": findings.verdict,
         "percentile": _percentile,
-        "cut": _cut,
     }
     return environment.from_string(_package_text("report.html")).render(
         e=evaluation,
@@ -74,14 +72,16 @@ def render_report(evaluation: Evaluation) -> str:
         headline=[_unbroken(sentence) for sentence in findings.headline(evaluation)],
         meanings=findings.meanings(evaluation),
         reach=max((max(-d.low, d.high) for d in differences), default=0.0) or 1.0,
-        tradeoffs=_tradeoffs(evaluation.settings, metric),
-        scores=[(s, score_figure(s, name=f"scores{n}")) for n, s in enumerate(evaluation.scores)],
+        tradeoffs=[
+            (key, partial(tradeoff_figure, evaluation.settings, cost, metric=metric, cost=label))
+            for key, label, cost in costs
+            if cost
+        ],
+        score_figure=score_figure,
         changes=changes,
-        change_figures=_change_figures(changes, main, first, metric) if main else {},
+        change_figure=partial(change_figure, list(changes.values())),
         queries=sorted(first.per_query, key=lambda q: -abs(changes.get(q, 0)))[:MAX_QUERIES],
-        sides=[("helped", evaluation.helped), ("hurt", evaluation.hurt)],
         max_bars=MAX_BARS,
-        max_examples=MAX_EXAMPLES,
         max_text=MAX_TEXT,
         css=Markup(_package_text("report.css")),
         script=Markup(script),
@@ -93,11 +93,6 @@ def _package_text(name: str) -> str:
     return files("jobs.evaluation").joinpath(name).read_text(encoding="utf-8")
 
 
-def _cut(text: str, length: int) -> str:
-    """Return the beginning of a text, with a mark where something is missing."""
-    return text if len(text) <= length else text[:length].rstrip() + " …"
-
-
 def _unbroken(sentence: str) -> str:
     """Return a sentence in which no line ends inside an interval or a p."""
     return re.sub(r"\[[^\]]*\]|p [=<] \.\d+", lambda m: m[0].replace(" ", "\u00a0"), sentence)
@@ -106,39 +101,3 @@ def _unbroken(sentence: str) -> str:
 def _percentile(values: list[float], rank: int) -> float:
     """Return a percentile; 0 where nothing was measured."""
     return float(np.percentile(values or [0.0], rank))
-
-
-def _tradeoffs(settings: list[SettingResult], metric: str) -> list[tuple[str, dict[str, Markup]]]:
-    """Return the figures of quality against each cost that was measured, in two widths."""
-    labels = {"bytes": "bytes per passage token (log)", "ms": "median ms per query (log)"}
-    found = {
-        "bytes": {s.name: s.bytes_per_token for s in settings[1:]},
-        "ms": {s.name: _percentile(s.ms_per_query, 50) for s in settings[1:]},
-    }
-    drawn = []
-    for key, costs in found.items():
-        if measured := {name: cost for name, cost in costs.items() if cost}:
-            figures = {
-                kind: tradeoff_figure(
-                    settings,
-                    measured,
-                    name=f"{key}-{kind}",
-                    metric=metric,
-                    cost=labels[key],
-                    width=width,
-                )
-                for kind, (width, _) in WIDTHS_PX.items()
-            }
-            drawn.append((key, figures))
-    return drawn
-
-
-def _change_figures(
-    changes: dict[str, float], main: SettingResult, first: SettingResult, metric: str
-) -> dict[str, Markup]:
-    title = f"Change of {metric} from {first.name} to {main.name}, query by query"
-    values = list(changes.values())
-    return {
-        kind: change_figure(values, name=f"changes-{kind}", title=title, width=width)
-        for kind, (_, width) in WIDTHS_PX.items()
-    }

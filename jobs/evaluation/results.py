@@ -34,8 +34,8 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One way to rank, and what it costs.
+class SettingResult:
+    """One way to rank, what it costs, and how well it ranks.
 
     Attributes:
         name: Its name, such as `bm25`, `r4`, `r4-int8`, `r32:20,4`, `r4+bm25`.
@@ -46,6 +46,10 @@ class Setting:
         bytes_per_token: The same bytes per passage token.
         ms_per_query: Milliseconds to rerank each query, in the order of `Evaluation.queries`; empty
             where nothing was timed.
+        metrics: Mean over the queries by metric.
+        intervals: 95 % bootstrap interval of each mean.
+        differences: Difference from the first setting by metric; empty for the first setting.
+        per_query: Values by query id, then metric.
     """
 
     name: str
@@ -55,23 +59,10 @@ class Setting:
     bytes_per_passage: float = 0.0
     bytes_per_token: float = 0.0
     ms_per_query: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SettingResult(Setting):
-    """A setting and how well it ranks.
-
-    Attributes:
-        metrics: Mean over the queries by metric.
-        intervals: 95 % bootstrap interval of each mean.
-        differences: Difference from the first setting by metric; empty for the first setting.
-        per_query: Values by query id, then metric.
-    """
-
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    differences: dict[str, Difference]
-    per_query: dict[str, dict[str, float]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)
+    per_query: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,8 +159,3 @@ class Evaluation:
     def write(self, file: Path) -> None:
         """Write all of it as JSON."""
         file.write_bytes(TypeAdapter(Evaluation).dump_json(self, indent=1) + b"\n")
-
-    @classmethod
-    def read(cls, file: Path) -> Evaluation:
-        """Read what `write` wrote."""
-        return TypeAdapter(Evaluation).validate_json(file.read_bytes())

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import altair as alt
 import numpy as np
@@ -124,70 +123,61 @@ def bin_records(records: Sequence[ShardRecord]) -> Bins:
 
 def _chart(bins: Bins) -> alt.VConcatChart:
     """Return three panels over one axis of time; each step is a bin."""
-    unit, name = _time_unit(float(bins.edges[-1]))
-    edges, restarts = (bins.edges / unit).tolist(), [{"at": at / unit} for at in bins.restarts]
+    units = ((3 * 3600, 3600, "h"), (300, 60, "min"), (0, 1, "s"))
+    unit, name = next((unit, name) for least, unit, name in units if bins.edges[-1] >= least)
     rate = bins.tokens / np.diff(bins.edges)
-    padding = [1 - t / p if p else None for t, p in zip(bins.tokens, bins.padded, strict=True)]
-    shards = np.where(bins.shards == 0, 1, bins.shards)  # an empty bin has 0 seconds, not 0/0
     whole = sum(float(seconds.sum()) for seconds in bins.seconds.values()) or 1.0
     parts = {stage: float(seconds.sum()) / whole for stage, seconds in bins.seconds.items()}
-    labels = {s: f"{s} {part:.0%}" if part >= 0.01 else f"{s} <1%" for s, part in parts.items()}
-    colours = alt.Scale(domain=list(labels.values()), range=[STAGES[stage] for stage in labels])
+    labels = [f"{s} {part:.0%}" if part >= 0.01 else f"{s} <1%" for s, part in parts.items()]
+    # Nothing arrived in an empty bin: its numbers are 0, not 0/0.
+    per_shard = [seconds / np.maximum(bins.shards, 1) for seconds in bins.seconds.values()]
+    padding = (bins.padded - bins.tokens) / np.maximum(bins.padded, 1)
+    columns = np.array([rate, padding, *per_shard])
+    # The last bin is there twice, since a step ends where the next one begins.
+    lines = np.vstack([bins.edges / unit, np.column_stack([columns, columns[:, -1]])]).T.tolist()
+    fields = ("at", "rate", "padding", *labels)
     times = alt.Axis(labelExpr=f"datum.label + ' {name}'", tickCount=8)
-    x = alt.X("at:Q", axis=times, scale=alt.Scale(domain=[edges[0], edges[-1]], nice=False))
-
-    def steps(values: Sequence[float | None], **fields: Any) -> list[dict[str, Any]]:
-        drawn = [*values, values[-1]]  # the last step is as wide as the others
-        return [{"at": at, "value": v, **fields} for at, v in zip(edges, drawn, strict=True)]
+    x = alt.X("at:Q", axis=times, scale=alt.Scale(domain=[0, lines[-1][0]], nice=False))
+    steps = chart_of([dict(zip(fields, line, strict=True)) for line in lines]).encode(x=x)
+    restarts = [{"at": at / unit} for at in bins.restarts]
 
     def panel(title: str, subtitle: str, height: int, *layers: alt.Chart) -> alt.LayerChart:
         resumed = chart_of(restarts).mark_rule(color=INK, strokeDash=[3, 3]).encode(x=x)
         heading = alt.Title(title, subtitle=subtitle)
         return alt.layer(*layers, resumed, title=heading, width=480, height=height)
 
-    tokens = chart_of(steps(rate.tolist()))
     line = {"color": STAGES["forward"], "strokeWidth": 1.6}
+    mean = chart_of([{"mean": rate.mean()}]).mark_rule(color=INK, strokeDash=[1, 2])
     words = chart_of(restarts[:1]).mark_text(align="left", dx=4)
     throughput = panel(
         "Throughput",
         f"tokens/s; the dotted line is the mean, {rate.mean():,.0f}",
         220,
-        tokens.mark_area(color="#c9d9e6", interpolate="step-after", line=line).encode(
-            x=x, y=alt.Y("value:Q", axis=alt.Axis(format=",.0f"))
+        steps.mark_area(color="#c9d9e6", interpolate="step-after", line=line).encode(
+            y=alt.Y("rate:Q", axis=alt.Axis(format=",.0f"))
         ),
-        chart_of([{"mean": rate.mean()}])
-        .mark_rule(color=INK, strokeDash=[1, 2])
-        .encode(y="mean:Q"),
+        mean.encode(y="mean:Q"),
         words.encode(x=x, y=alt.value(10), text=alt.value("resumed")),
     )
     share = panel(
         "Padding",
         "share of computed tokens",
         110,
-        chart_of(steps(padding))
-        .mark_line(color=INK, interpolate="step-after")
-        .encode(x=x, y=alt.Y("value:Q", axis=alt.Axis(format=".1~%", tickCount=3))),
+        steps.mark_line(color=INK, interpolate="step-after").encode(
+            y=alt.Y("padding:Q", axis=alt.Axis(format=".1~%", tickCount=3))
+        ),
     )
-    stages = [
-        row
-        for number, (stage, seconds) in enumerate(bins.seconds.items())
-        for row in steps((seconds / shards).tolist(), label=labels[stage], number=number)
-    ]
+    colours = alt.Scale(domain=labels, range=[STAGES[stage] for stage in parts])
     time = panel(
         "Worker time",
         "seconds per shard, by stage",
         190,
-        chart_of(stages)
+        steps.transform_fold(labels, as_=["stage", "seconds"])
+        .transform_calculate(number=f"indexof({labels}, datum.stage)")
         .mark_area(interpolate="step-after")
-        .encode(x=x, y="value:Q", order="number:O", color=alt.Color("label:N", scale=colours)),
+        .encode(y="seconds:Q", order="number:O", color=alt.Color("stage:N", scale=colours)),
     )
     return alt.vconcat(throughput, share, time, spacing=28).resolve_scale(color="independent")
-
-
-def _time_unit(seconds: float) -> tuple[float, str]:
-    if seconds < 300:
-        return 1.0, "s"
-    return (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
 
 
 def _counted(number: int, name: str) -> str:

@@ -143,14 +143,13 @@ def score_sample(setting: str, scores: Sequence[float], relevant: Sequence[bool]
     edges = np.arange(BINS + 1) / BINS
     counts, hits = (np.histogram(some, edges)[0] for some in (p, p[judged]))
     sums = np.histogram(p, edges, weights=p)[0]
-    filled = np.flatnonzero(counts)
-    columns = (sums[filled] / counts[filled], hits[filled] / counts[filled], counts[filled])
+    bins = zip(sums.tolist(), hits.tolist(), counts.tolist(), strict=True)
     return ScoreSample(
         setting=setting,
         edges=edges.tolist(),
         relevant=hits.tolist(),
         other=(counts - hits).tolist(),
-        calibration=list(zip(*(column.tolist() for column in columns), strict=True)),
+        calibration=[(total / n, found / n, n) for total, found, n in bins if n],
         expected_calibration_error=float(np.abs(sums - hits).sum() / len(p)),
     )
 

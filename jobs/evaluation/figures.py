@@ -49,11 +49,9 @@ def theme(colour: str, grid: str, *, font: str, size: int) -> dict[str, Any]:
         "text": {"baseline": "middle", "color": colour, "fontSize": size},
         "title": {
             "anchor": "start",
-            "color": colour,
             "fontSize": size + 3,
             "frame": "group",
             "offset": 12,
-            "subtitleColor": colour,
             "subtitleFontSize": size,
             "subtitlePadding": 5,
         },

@@ -153,16 +153,13 @@ def _placed_names(
     for row in sorted(rows, key=lambda row: -row["mean"]):
         (x, y), taken = pixels(row, "mean"), np.concatenate(drawn)
         length = LETTER_PX * len(row["name"])
-        places = [(x + dx if dx > 0 else x + dx - length, y + dy) for dx, dy in NEAR_PX]
-        covered = []
-        for left, middle in places:
-            distances = np.abs(taken - (left + length / 2, middle))
-            near = distances < (length / 2 + GAP_PX, LINE_PX / 2 + GAP_PX)
-            outside = max(-left, 0) + max(left + length - width, 0)
-            covered.append(near.all(axis=1).sum() + 10 * outside)
-        left, middle = places[int(np.argmin(covered))]
-        for line in (middle - 3, middle + 3):
-            drawn.append(np.linspace((left, line), (left + length, line), 40))
-        side, at = ("left", left) if left > x else ("right", left + length)
+        centres = np.array([(x + dx + math.copysign(length / 2, dx), y + dy) for dx, dy in NEAR_PX])
+        distances = np.abs(taken - centres[:, None])  # (places, points, 2)
+        near = (distances < (length / 2 + GAP_PX, LINE_PX / 2 + GAP_PX)).all(axis=2).sum(axis=1)
+        outside = np.maximum(np.abs(centres[:, 0] - width / 2) - (width - length) / 2, 0)
+        centre, middle = centres[np.argmin(near + 10 * outside)].tolist()
+        left, right = centre - length / 2, centre + length / 2
+        drawn += [np.linspace((left, middle + d), (right, middle + d), 40) for d in (-3, 3)]
+        side, at = ("left", left) if left > x else ("right", right)
         placed.append((row["name"], at, middle, side, row["colour"]))
     return placed

@@ -7,7 +7,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -15,7 +15,6 @@ MOST_DEVICE_THREADS = 8
 """Each device thread holds the activations of a batch; with more cores each gets several cores."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
-P = ParamSpec("P")
 T = TypeVar("T")
 Item = TypeVar("Item")
 
@@ -52,13 +51,13 @@ class DeviceThreads:
         torch.set_num_threads(self._threads_per_forward)
         self._all_ready.wait()
 
-    def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submit(self, work: Callable[..., T], *args: object) -> Future[T]:
         """Run some work in the next free thread, first come, first served.
 
         Its log lines name the same shard as those of the caller.
         """
         context = contextvars.copy_context()
-        return self._pool.submit(lambda: context.run(work, *args, **kwargs))
+        return self._pool.submit(context.run, work, *args)
 
     def map(self, work: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
         """Run some work on each item, in all free threads; return the results in order."""

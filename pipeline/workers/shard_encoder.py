@@ -147,10 +147,8 @@ class ShardEncoder:
         if any(isinstance(s, str) for s in started) and len(tokens) > 1:
             good = next((s.tokens[0] for s in started if isinstance(s, BatchInFlight)), tokens[0])
             # This raises again if the device itself is broken, by now or from the start.
-            retry = self._threads.submit(
-                self.encoder.encode_batch, [good], ratio=self.spec.ratios[0]
-            )
-            retry.result()
+            encode = partial(self.encoder.encode_batch, ratio=self.spec.ratios[0])
+            self._threads.map(encode, [[good]])
         return started
 
     def _run(self, batch: Sequence[PassageTokens]) -> list[BatchInFlight | str]:

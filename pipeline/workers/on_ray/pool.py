@@ -81,7 +81,6 @@ class WorkerPool:
         self._options, self._config, self._answers = options, config, answers
         self.nodes = alive_nodes()
         self._resources = worker_resources(options, self.nodes)
-        self._room = self._resources.room(self.nodes)
         self._actor = ray.remote(worker).options(
             num_cpus=self._resources.cpus,
             num_gpus=self._resources.gpus,
@@ -98,7 +97,7 @@ class WorkerPool:
     @property
     def size(self) -> int:
         """Number of workers that are wanted if there are shards for all."""
-        return self._options.num_workers or self._room
+        return self._options.num_workers or self._resources.room(self.nodes)
 
     def adjust(self, num_shards: int) -> None:
         """Start workers that are wanted, and give up those without a node that no longer are.
@@ -182,8 +181,9 @@ class WorkerPool:
     def _look(self) -> None:
         nodes = alive_nodes()
         if nodes.keys() != self.nodes.keys():
-            self.nodes, self._room = nodes, self._resources.room(nodes)
-            logger.info("%d nodes, with room for %d workers", len(nodes), self._room)
+            self.nodes = nodes
+            room = self._resources.room(nodes)
+            logger.info("%d nodes, with room for %d workers", len(nodes), room)
 
 
 def reason_of(error: BaseException) -> str:

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from kalm_encoder import PassageTable
-from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError
+from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError, TableError
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.shards import Plan, plan_shards
 from pipeline.messages import ShardResult
-from pipeline.table import finish
+from pipeline.table import claim, finish
 from pipeline.table.finish import SealedTable
 from pipeline.table.fragments import write_fragment
 from pipeline.table.ledger import Ledger
@@ -140,6 +140,31 @@ def test_a_store_that_keeps_refusing_is_an_error(plan, uri, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)  # between one attempt and the next
     with pytest.raises(OSError, match="no space left"):
         ledger.commit([result])
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_store_that_is_away_is_waited_for(plan, uri, monkeypatch, comes_back):
+    ledger = Ledger.begin(Location(uri), SPEC, plan)
+    result = encode(plan, uri, 0)
+    failures = [OSError("connection reset")] + [TableError("no answer")] * (3 if comes_back else 99)
+
+    def fails_first(real):
+        def attempt(*args, **kwargs):
+            if failures:
+                raise failures.pop(0)
+            return real(*args, **kwargs)
+
+        return attempt
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(lance.LanceDataset, "commit", fails_first(lance.LanceDataset.commit))
+    monkeypatch.setattr(claim, "open_to_write", fails_first(claim.open_to_write))
+    if comes_back:
+        ledger.commit([result])
+        assert ids_of(uri) == ["r0", "r1", "r2"]
+    else:
+        with pytest.raises(OSError, match="connection reset"):
+            ledger.commit([result])
 
 
 def test_shards_without_a_usable_row_count_as_done(plan, uri):

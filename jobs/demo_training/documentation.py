@@ -24,6 +24,8 @@ SKIPPED = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "t
 SENTENCE = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`*'\"(])|\n\s*\n")
 MIN_SHARED_CHARACTERS = 40
 """A sentence of this length that stands in two documents makes one of them a copy."""
+HELD_OUT_ONE_IN = 4
+"""One in so many sources of the standard library is held out for tests."""
 PART_CHARACTERS = 600
 """A part of a package's description ends with the paragraph that goes beyond this length."""
 
@@ -71,9 +73,9 @@ def installed_packages() -> Iterator[Document]:
         )
 
 
-def held_out(source: str, one_in: int) -> bool:
+def held_out(source: str) -> bool:
     """Whether a source is never trained on; its name alone decides, on every machine alike."""
-    return xxhash.xxh3_64_intdigest(source.encode()) % one_in == 0
+    return xxhash.xxh3_64_intdigest(source.encode()) % HELD_OUT_ONE_IN == 0
 
 
 def without_copies(documents: Iterable[Document], of: Iterable[Document]) -> list[Document]:

@@ -10,7 +10,6 @@ import xxhash
 
 from jobs.demo_training.documentation import held_out, standard_library, without_copies
 from jobs.demo_training.questions import KINDS, cut, kind_of
-from jobs.demo_training.training import TEST_ONE_IN
 
 QUERIES_PER_KIND = 100
 
@@ -22,7 +21,7 @@ def write_collection(folder: Path) -> None:
     question. The same number of each kind is asked, chosen by hash. What the collection holds
     depends on the version of Python.
     """
-    documents = [d for d in standard_library() if held_out(d.source, TEST_ONE_IN)]
+    documents = [d for d in standard_library() if held_out(d.source)]
     questions = {d: cut(d, kind_of(d)) for d in without_copies(documents, of=())}
     asked = sorted(
         ((document.name, question) for document, question in questions.items() if question),

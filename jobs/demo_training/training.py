@@ -7,8 +7,9 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, count
 from pathlib import Path
 
 import lance
@@ -32,8 +33,6 @@ from jobs.demo_training.tokenizer import train_tokenizer
 from kalm_encoder.model.checkpoint import answer_token_id
 from kalm_encoder.prompts import render_passage, render_query
 
-TEST_ONE_IN = 4
-"""One in so many of the standard library's modules is held out for tests."""
 FINE, COARSE = (1, 2, 4, 8), (16, 32, 64)
 """The loss of each step is the sum over one ratio of each."""
 
@@ -66,8 +65,8 @@ class Recipe:
 def training_documents(recipe: Recipe) -> list[Document]:
     """Return what may be trained on, shuffled: nothing that is held out, and no copy of it."""
     library = list(standard_library())
-    test = [d for d in library if held_out(d.source, TEST_ONE_IN)]
-    shuffled = [d for d in library if not held_out(d.source, TEST_ONE_IN)]
+    test = [d for d in library if held_out(d.source)]
+    shuffled = [d for d in library if not held_out(d.source)]
     shuffled += installed_packages()
     random.Random(recipe.seed).shuffle(shuffled)
     counts: Counter[str] = Counter()
@@ -98,7 +97,9 @@ class Trainer:
             rarity(sample, DEMO.vocabulary),
             {"yes": self.answers[0], "no": self.answers[1], "<bos>": self.tokenizer.bos_token_id},
         )
-        self.search = _index(texts, folder / "documents.lance")
+        table = pa.table({"number": range(len(texts)), "text": texts})
+        self.index = lance.write_dataset(table, str(folder / "documents.lance"), mode="overwrite")
+        self.index.create_scalar_index("text", "INVERTED", with_position=False)
 
     def run(self) -> Iterator[tuple[int, float]]:
         """Train, and yield (step, mean loss since the last yield) every 50 steps."""
@@ -145,9 +146,7 @@ class Trainer:
             ratios,
         )
         answers = decoder.embed_tokens.weight[self.answers]
-        starts = [0]
-        for _, hard in group:
-            starts.append(starts[-1] + 1 + len(hard))
+        starts = list(accumulate((1 + len(hard) for _, hard in group), initial=0))
         total = torch.zeros(())
         for i, (question, _) in enumerate(group):
             others = [start for j, start in enumerate(starts[:-1]) if j != i]
@@ -162,13 +161,11 @@ class Trainer:
 
     def _order(self) -> Iterator[list[int]]:
         """Yield numbers of documents, more than a step needs, each once per epoch."""
-        epoch = 0
-        while True:
+        for epoch in count():
             numbers = list(range(len(self.documents)))
             random.Random(f"{self.recipe.seed} epoch {epoch}").shuffle(numbers)
             size = 2 * self.recipe.queries  # not every document makes a question
             yield from (numbers[i : i + size] for i in range(0, len(numbers) - size, size))
-            epoch += 1
 
     def _group(self, step: int, numbers: list[int]) -> list[tuple[Question, list[str]]]:
         """Return the questions of a step, each with its hard passages."""
@@ -179,7 +176,7 @@ class Trainer:
             if question is None:
                 continue
             others = []
-            for other in self.search(question.query, 4 * self.recipe.hard):
+            for other in self._search(question.query):
                 same = cut(self.documents[other], question.kind, seed=step)
                 if other != number and same is not None and same.passage != question.passage:
                     others.append(same.passage)
@@ -189,25 +186,17 @@ class Trainer:
                 break
         return group
 
+    def _search(self, query: str) -> list[int]:
+        """Return the numbers of the documents that BM25 finds, the best first."""
+        hits = self.index.to_table(
+            columns=["number", "_score"],
+            full_text_query=MatchQuery(query, "text"),
+            limit=4 * self.recipe.hard,
+        )
+        numbers: list[int] = hits["number"].to_pylist()
+        return numbers
+
 
 def _schedule(done: float) -> float:
     """Return the share of the highest learning rate when this share of the steps is done."""
     return done / 0.03 if done < 0.03 else 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
-
-
-def _index(texts: Sequence[str], uri: Path) -> Callable[[str, int], list[int]]:
-    """Return a BM25 search over texts: (query, limit) -> their numbers, the best first."""
-    table = pa.table({"number": range(len(texts)), "text": texts})
-    lance.write_dataset(table, str(uri), mode="overwrite").create_scalar_index(
-        "text", "INVERTED", with_position=False
-    )
-    dataset = lance.dataset(str(uri))
-
-    def search(query: str, limit: int) -> list[int]:
-        hits = dataset.scanner(
-            columns=["number", "_score"], full_text_query=MatchQuery(query, "text"), limit=limit
-        ).to_table()
-        numbers: list[int] = hits["number"].to_pylist()
-        return numbers
-
-    return search

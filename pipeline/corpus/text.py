@@ -13,7 +13,6 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -28,13 +27,8 @@ WITHOUT_HEADER = ("0", "1")
 BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KB
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The bytes of one record, and its cells (None: parse the bytes)."""
-
-    raw: bytes
-    cells: list[str] | None
+Record = tuple[bytes, list[str] | None]
+"""The bytes of one record, and its cells (None: parse the bytes)."""
 
 
 def open_text(path: str, storage_options: dict[str, str] | None) -> Any:
@@ -59,7 +53,7 @@ def detect(
 
 def _detect_json(path: str, stream: Any, options: FieldOptions) -> Fields:
     sample = islice((line for line in stream if line.strip()), SAMPLE_RECORDS)
-    parsed = [row for line in sample if isinstance(row := _parse(Record(line, None), ()), dict)]
+    parsed = [row for line in sample if isinstance(row := _parse(line, None, ()), dict)]
     # A file without a usable record is no error yet: each of its rows is rejected with its line.
     names = dict.fromkeys(name for row in parsed for name in row)
     return options.detect(names, path) if parsed else Fields("id", "text")
@@ -68,16 +62,16 @@ def _detect_json(path: str, stream: Any, options: FieldOptions) -> Fields:
 def _detect_cells(
     path: str, stream: Any, options: FieldOptions
 ) -> tuple[Fields, tuple[str, ...], bytes]:
-    first = next(records(iter(stream), ("?",), path), None)
-    if first is None or first.cells is None:
+    header, first = next(records(iter(stream), ("?",), path), (b"", None))
+    if first is None:
         return Fields("id", "text"), (), b""
-    cells = [cell.removeprefix("\ufeff") for cell in first.cells]
+    cells = [cell.removeprefix("\ufeff") for cell in first]
     wanted = (options.id, *ID_FIELDS), (options.text, *TEXT_FIELDS)
     is_header = all(any(cell in names for cell in cells) for names in wanted)
     named = options.id or options.text
     if file_format(path) == "tsv" and len(cells) == 2 and not is_header and not named:
         return Fields(*WITHOUT_HEADER), WITHOUT_HEADER, b""
-    return options.detect(cells, path), tuple(cells), first.raw
+    return options.detect(cells, path), tuple(cells), header
 
 
 def is_plain(columns: tuple[str, ...]) -> bool:
@@ -89,7 +83,7 @@ def records(lines: Iterator[bytes], columns: tuple[str, ...], path: str) -> Iter
     """Cut lines into records: each line is one, or the quoting of CSV decides."""
     if is_plain(columns):
         for raw in lines:
-            yield Record(raw, None)
+            yield raw, None
         return
     read: list[bytes] = []
 
@@ -100,7 +94,7 @@ def records(lines: Iterator[bytes], columns: tuple[str, ...], path: str) -> Iter
 
     delimiter = "\t" if file_format(path) == "tsv" else ","
     for cells in csv.reader(feed(), delimiter=delimiter):
-        yield Record(b"".join(read), cells)
+        yield b"".join(read), cells
         read.clear()
 
 
@@ -108,17 +102,16 @@ def parse_all(
     lines: Iterable[bytes], columns: tuple[str, ...], path: str, line: int = 1
 ) -> Iterator[tuple[int, RawRow]]:
     """Yield (line, row) of whole records, numbered from `line`; blank lines are left out."""
-    for record in records(iter(lines), columns, path):
-        if record.raw.strip():
-            yield line, _parse(record, columns)
-        line += record.raw.count(b"\n")
+    for raw, cells in records(iter(lines), columns, path):
+        if raw.strip():
+            yield line, _parse(raw, cells, columns)
+        line += raw.count(b"\n")
 
 
-def _parse(record: Record, columns: tuple[str, ...]) -> RawRow:
-    cells = record.cells
+def _parse(raw: bytes, cells: list[str] | None, columns: tuple[str, ...]) -> RawRow:
     if cells is None:
         try:
-            text = record.raw.removeprefix(BOM).decode()
+            text = raw.removeprefix(BOM).decode()
         except UnicodeDecodeError as error:
             return f"not UTF-8: {error.reason} at byte {error.start}"
         if not columns:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,10 @@ RECORDS_AT_ONCE = 64
 NEWLINE = 10
 IS_BLANK = np.isin(np.arange(256), np.frombuffer(b" \t\n\r\v\f", np.uint8))
 """(256,) whether `bytes.strip` removes the byte."""
+
+Chunk = tuple[bytes, "NDArray[np.int64]", "NDArray[np.bool_]"]
+"""Whole records that were read at once: their bytes; (n + 1,) where each record begins in them, and
+their length; (n,) whether the record counts, which blank lines do not."""
 
 
 class TextFile:
@@ -88,21 +91,6 @@ class TextFile:
         yield from parse_all(io.BytesIO(raw), rows.columns, self.path, rows.first_line)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Whole records that were read at once.
-
-    Attributes:
-        raw: Their bytes.
-        starts: (n + 1,) where each record begins in `raw`, and the length of `raw`.
-        is_row: (n,) whether the record counts; blank lines do not.
-    """
-
-    raw: bytes
-    starts: NDArray[np.int64]
-    is_row: NDArray[np.bool_]
-
-
 def line_chunks(stream: Any, size: int = READ_BYTES) -> Iterator[Chunk]:
     """Yield a stream in chunks of about `size` bytes, where each line is a record."""
     while raw := stream.read(size) + stream.readline():
@@ -113,14 +101,14 @@ def line_chunks(stream: Any, size: int = READ_BYTES) -> Iterator[Chunk]:
         is_row: NDArray[np.bool_] = ~IS_BLANK[np.frombuffer(raw, np.uint8)[starts[:-1]]]
         for i in np.flatnonzero(~is_row):
             is_row[i] = bool(raw[starts[i] : starts[i + 1]].strip())
-        yield Chunk(raw, starts, is_row)
+        yield raw, starts, is_row
 
 
 def record_chunks(found: Iterator[Record]) -> Iterator[Chunk]:
     """Yield records in chunks."""
-    while batch := [record.raw for record in islice(found, RECORDS_AT_ONCE)]:
+    while batch := [raw for raw, _ in islice(found, RECORDS_AT_ONCE)]:
         starts = np.cumsum([0, *map(len, batch)])
-        yield Chunk(b"".join(batch), starts, np.array([bool(raw.strip()) for raw in batch]))
+        yield b"".join(batch), starts, np.array([bool(raw.strip()) for raw in batch])
 
 
 def cut(
@@ -147,10 +135,10 @@ def cut(
     """
     left = sys.maxsize if max_rows is None else max_rows
     digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
-    for chunk in chunks:
-        rows = np.flatnonzero(chunk.is_row)
+    for raw, starts, is_row in chunks:
+        rows = np.flatnonzero(is_row)
         is_last = len(rows) > left
-        end = rows[left] if is_last else len(chunk.is_row)
+        end = rows[left] if is_last else len(is_row)
         begins = rows[:left][shard_size - num_rows :: shard_size]  # records that begin a new range
         left -= min(left, len(rows))
         for i, (first, last) in enumerate(pairwise([0, *begins, end])):
@@ -158,11 +146,11 @@ def cut(
                 yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), columns)
                 start, first_line = start + length, first_line + num_lines
                 digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
-            raw = memoryview(chunk.raw)[chunk.starts[first] : chunk.starts[last]]
-            digest.update(raw)
-            length += len(raw)
-            num_lines += chunk.raw.count(b"\n", chunk.starts[first], chunk.starts[last])
-            num_rows += int(chunk.is_row[first:last].sum())
+            begin, stop = int(starts[first]), int(starts[last])
+            digest.update(memoryview(raw)[begin:stop])
+            length += stop - begin
+            num_lines += raw.count(b"\n", begin, stop)
+            num_rows += int(is_row[first:last].sum())
         if is_last:
             break
     if num_rows:

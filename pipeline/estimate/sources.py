@@ -147,5 +147,5 @@ def _records(
 ) -> Iterator[bytes]:
     with readable(path), text.open_text(path, storage_options) as stream:
         stream.read(len(header))
-        for record in text.records(iter(stream), columns, path):
-            yield record.raw
+        for raw, _ in text.records(iter(stream), columns, path):
+            yield raw

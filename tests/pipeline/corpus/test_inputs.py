@@ -17,7 +17,6 @@ from kalm_encoder.errors import InputError
 from pipeline.corpus.inputs import RowRange, expand_inputs
 from pipeline.corpus.passages import FieldOptions, Passage, Reject
 from pipeline.corpus.shards import ShardReader, plan_shards
-from pipeline.corpus.text import Record
 from pipeline.corpus.text_scan import cut, line_chunks, record_chunks
 
 
@@ -269,6 +268,6 @@ def test_ranges_are_cut_where_lines_are(parts, shard_size, max_rows, read_bytes)
     by_hand = cut_by_hand(lines, 7, 2, shard_size, max_rows)
     for chunks in (
         line_chunks(io.BytesIO(raw), read_bytes),
-        record_chunks(Record(line, None) for line in lines),
+        record_chunks((line, None) for line in lines),
     ):
         assert list(cut(chunks, 7, 2, shard_size, max_rows=max_rows)) == by_hand

@@ -87,7 +87,6 @@ def plan(
         from pipeline.estimate.flops import MODELS, Dimensions
         from pipeline.estimate.rate import Rate, measure_rate
         from pipeline.estimate.sampling import sample_corpus
-        from pipeline.estimate.storage import measure_rows
 
     options = parse_storage_options(storage_option)
     files = checkpoint.resolve(model, revision, weights=measure)
@@ -130,7 +129,7 @@ def plan(
         **estimate(
             sample,
             spec,
-            measure_rows(spec, sample.examples, seed),
+            seed,
             models={name: dimensions} | MODELS,
             model=name,
             prompt_tokens=QUERY_TOKENS

@@ -83,12 +83,16 @@ class ParquetFile(ColumnarFile):
         self.path = path
         with readable(path):
             options = fsspec_options(path, storage_options)
-            self._raw = fsspec.open(path, "rb", **options).open()
-            self._parquet = pq.ParquetFile(self._raw)
+            raw = fsspec.open(path, "rb", **options).open()
+            self._parquet = pq.ParquetFile(raw)
+            # The last 8 bytes of a Parquet file are the length of its footer and the magic PAR1.
+            raw.seek(-8, 2)
+            size = int.from_bytes(raw.read(4), "little")
+            raw.seek(-8 - size, 2)
+            self.content = xxhash.xxh3_128_hexdigest(raw.read(size))
         self.schema = self._parquet.schema_arrow
         groups = map(self._parquet.metadata.row_group, range(self._parquet.num_row_groups))
         self.bounds = list(accumulate((group.num_rows for group in groups), initial=0))
-        self.content = self._footer_hash()
         self._group: tuple[int, pa.Table] | None = None
 
     def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
@@ -102,22 +106,12 @@ class ParquetFile(ColumnarFile):
                 f"{self.path} changed after it was planned: encode it into a new table"
             )
         i = bisect_right(self.bounds, rows.start) - 1
-        table = self._row_group(i, fields).slice(rows.start - self.bounds[i], rows.length)
-        yield from enumerate(table.to_pylist(), start=rows.first_line)
-
-    def _row_group(self, i: int, fields: Fields) -> pa.Table:
-        # The next shard is often in the same group, and decoding one takes long.
         if self._group is None or self._group[0] != i:
+            # The next shard is often in the same group, and decoding one takes long.
             with readable(self.path):
                 self._group = (i, self._parquet.read_row_group(i, columns=fields.names))
-        return self._group[1]
-
-    def _footer_hash(self) -> str:
-        # The last 8 bytes of a Parquet file are the length of its footer and the magic PAR1.
-        self._raw.seek(-8, 2)
-        size = int.from_bytes(self._raw.read(4), "little")
-        self._raw.seek(-8 - size, 2)
-        return xxhash.xxh3_128_hexdigest(self._raw.read(size))
+        table = self._group[1].slice(rows.start - self.bounds[i], rows.length)
+        yield from enumerate(table.to_pylist(), start=rows.first_line)
 
 
 class LanceTable(ColumnarFile):

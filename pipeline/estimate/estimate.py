@@ -17,7 +17,7 @@ from pipeline.estimate.flops import Dimensions, decoder_flops, encoder_flops
 from pipeline.estimate.intervals import Estimate
 from pipeline.estimate.rate import Rate
 from pipeline.estimate.sampling import Sample
-from pipeline.estimate.storage import RowCost
+from pipeline.estimate.storage import measure_rows
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
 MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -28,7 +28,7 @@ CANDIDATES = 100
 def estimate(
     sample: Sample,
     spec: TableSpec,
-    row_cost: RowCost,
+    seed: int,
     *,
     models: dict[str, Dimensions],
     model: str,
@@ -42,7 +42,7 @@ def estimate(
     Args:
         sample: Sample of the corpus.
         spec: Spec of the table to come.
-        row_cost: Bytes of a passage beside its states.
+        seed: Seed of the random states of a small table whose size is measured.
         models: Dimensions of the models to compare, by name.
         model: Name of the planned one.
         prompt_tokens: Tokens of a query's whole prompt.
@@ -70,8 +70,8 @@ def estimate(
     count = total(np.ones_like(lengths))
     states = {r: total(-(-cut // r)) for r in sorted({*RATIOS, *spec.ratios})}
     mean_states = {ratio: number.value / count.value for ratio, number in states.items()}
-    beside_states = count.times(row_cost.data)
-    data = beside_states
+    bytes_per_row, index_bytes_per_row = measure_rows(spec, sample.examples, seed)
+    data = beside_states = count.times(bytes_per_row)
     for ratio in spec.ratios:
         data = data.plus(states[ratio].times(spec.bytes_per_state))
     cuts = {
@@ -119,7 +119,7 @@ def estimate(
         },
         "cuts": [{"max_length": longest, **kept} for longest, kept in cuts.items()],
         "bytes": data,
-        "index_bytes": count.times(row_cost.index),
+        "index_bytes": count.times(index_bytes_per_row),
         "storage": storage,
         "work": work,
         "prompt_tokens": prompt_tokens,

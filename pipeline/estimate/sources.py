@@ -72,26 +72,18 @@ def open_sources(
     file = open_file(path, storage_options)
     if isinstance(file, ParquetFile | LanceTable):
         fields, reopen = file.choose_fields(options), partial(type(file), path, storage_options)
-        return [_row_group(path, fields, reopen, *group) for group in pairwise(file.bounds)]
+
+        def read(first: int, last: int, k: int, n: int) -> Block:
+            start, end = (first + (last - first) * i // n for i in (k, k + 1))
+            opened = reopen()  # a corpus may have more files than can be open at once
+            rows = opened.row_range(start, end - start)
+            return rows.num_rows / (last - first), opened.read(rows, fields)
+
+        return [
+            BlockSource(path, fields, (last - first) * ROW_BYTES, partial(read, first, last))
+            for first, last in pairwise(file.bounds)
+        ]
     return [_text_file(path, options, storage_options)]
-
-
-def _row_group(
-    path: str,
-    fields: Fields,
-    reopen: Callable[[], ParquetFile | LanceTable],
-    first: int,
-    last: int,
-) -> BlockSource:
-    num_rows = last - first
-
-    def read(k: int, n: int) -> Block:
-        start, end = first + num_rows * k // n, first + num_rows * (k + 1) // n
-        file = reopen()  # a corpus may have more files than can be open at once
-        rows = file.row_range(start, end - start)
-        return rows.num_rows / num_rows, file.read(rows, fields)
-
-    return BlockSource(path, fields, num_rows * ROW_BYTES, read)
 
 
 def _text_file(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -27,21 +26,9 @@ MAX_STATE_BYTES = 64 << 20
 """Limits the states in the sample table."""
 
 
-@dataclass(frozen=True)
-class RowCost:
-    """Bytes that a passage takes beside its states.
-
-    Attributes:
-        data: Bytes in the data files: what `kalm status` counts, less the states.
-        index: Bytes in the indexes of ids and text. A vocabulary grows more slowly than its corpus,
-            so this is too much for a corpus far bigger than the sample.
-    """
-
-    data: float
-    index: float
-
-
-def measure_rows(spec: TableSpec, examples: Sequence[tuple[Passage, int]], seed: int) -> RowCost:
+def measure_rows(
+    spec: TableSpec, examples: Sequence[tuple[Passage, int]], seed: int
+) -> tuple[float, float]:
     """Write passages as a table in a temporary folder and weigh it.
 
     Args:
@@ -49,6 +36,11 @@ def measure_rows(spec: TableSpec, examples: Sequence[tuple[Passage, int]], seed:
         examples: Passages and their tokens, not cut; as many are used as fit in MAX_STATE_BYTES,
             but at least one.
         seed: Seed of the random states.
+
+    Returns:
+        Bytes per passage in the data files (what `kalm status` counts) less those of its states,
+        and in the indexes of ids and text. A vocabulary grows more slowly than its corpus, so the
+        indexes of a corpus far bigger than the sample take less.
     """
     rng = np.random.default_rng(seed)
     kept = [min(tokens, spec.max_length) for _, tokens in examples]
@@ -69,7 +61,7 @@ def measure_rows(spec: TableSpec, examples: Sequence[tuple[Passage, int]], seed:
         if spec.keep_text:
             dataset.create_scalar_index("text", "INVERTED", with_position=False)
         data, index = _folder_bytes(path / "data"), _folder_bytes(path / "_indices")
-    return RowCost((data - sum(sizes[:used])) / used, index / used)
+    return (data - sum(sizes[:used])) / used, index / used
 
 
 def _folder_bytes(folder: Path) -> int:

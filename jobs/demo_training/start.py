@@ -26,7 +26,7 @@ that such a block leaves (gain 0.5)."""
 
 
 def word_vectors(
-    texts: Sequence[Sequence[int]], vocabulary: int, width: int, seed: int = 0
+    texts: Sequence[Sequence[int]], vocabulary: int, width: int, seed: int
 ) -> torch.Tensor:
     """Return (vocabulary, width) unit rows, from co-occurrence within WINDOW_TOKENS tokens.
 
@@ -77,27 +77,28 @@ def rarity(texts: Sequence[Sequence[int]], vocabulary: int) -> torch.Tensor:
 
 @torch.no_grad()
 def start_as_matcher(
-    model: Any, vectors: torch.Tensor, idf: torch.Tensor, tokens: dict[str, int]
+    model: Any, tokenizer: Any, texts: Sequence[Sequence[int]], seed: int = 0
 ) -> None:
     """Set the weights of a T5Gemma2ForConditionalGeneration with two decoder layers, in place.
 
     Args:
         model: Model of any width; its `head_dim` must be wide enough for slow rotary pairs.
-        vectors: (vocabulary, d - RESERVED), see `word_vectors`.
-        idf: (vocabulary,), see `rarity`.
-        tokens: Ids of `yes`, `no` and `<bos>`.
+        tokenizer: Tokenizer of the model.
+        texts: Token ids of the texts whose words it shall know.
+        seed: Seed of the word vectors.
     """
     encoder, decoder = model.model.encoder.text_model, model.model.decoder
     d = encoder.config.hidden_size
-    table = torch.zeros(len(vectors), d)
-    table[:, :-RESERVED] = vectors
+    vocabulary = encoder.config.vocab_size
+    yes, no, begin = tokenizer.convert_tokens_to_ids(["yes", "no", "<bos>"])
+    table = torch.zeros(vocabulary, d)
+    table[:, :-RESERVED] = word_vectors(texts, vocabulary, d - RESERVED, seed)
     mark = 1 / d**0.5  # 1 after the embedding's scale of sqrt(d)
     table[:, PASSAGE] = table[:, PROMPT] = mark
-    table[:, RARITY] = idf.clamp(-2, 2) * mark
-    table[tokens["<bos>"], BEGIN] = 4 * mark
-    for answer, sign in (("yes", 1.0), ("no", -1.0)):
-        table[tokens[answer]] = 0
-        table[tokens[answer], ANSWER] = sign * 0.5
+    table[:, RARITY] = rarity(texts, vocabulary).clamp(-2, 2) * mark
+    table[begin, BEGIN] = 4 * mark
+    table[[yes, no]] = 0
+    table[yes, ANSWER], table[no, ANSWER] = 0.5, -0.5
     encoder.embed_tokens.weight.copy_(table)
     encoder.norm.weight[PROMPT] = -1.0  # passages lose this mark, prompts keep it
     for layer in [*encoder.layers, *decoder.layers]:

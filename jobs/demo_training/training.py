@@ -28,7 +28,7 @@ from jobs.demo_training.documentation import (
     without_copies,
 )
 from jobs.demo_training.questions import KINDS, Question, cut
-from jobs.demo_training.start import RESERVED, rarity, start_as_matcher, word_vectors
+from jobs.demo_training.start import start_as_matcher
 from jobs.demo_training.tokenizer import train_tokenizer
 from kalm_encoder.model.checkpoint import answer_token_id
 from kalm_encoder.prompts import render_passage, render_query
@@ -91,12 +91,7 @@ class Trainer:
         self.model = T5Gemma2ForConditionalGeneration(configuration(DEMO, self.tokenizer)).train()
         self.answers = [answer_token_id(self.tokenizer, a) for a in ("yes", "no")]
         sample = self.tokenizer(texts[:60_000], add_special_tokens=False)["input_ids"]
-        start_as_matcher(
-            self.model,
-            word_vectors(sample, DEMO.vocabulary, DEMO.hidden - RESERVED, recipe.seed),
-            rarity(sample, DEMO.vocabulary),
-            {"yes": self.answers[0], "no": self.answers[1], "<bos>": self.tokenizer.bos_token_id},
-        )
+        start_as_matcher(self.model, self.tokenizer, sample, recipe.seed)
         table = pa.table({"number": range(len(texts)), "text": texts})
         self.index = lance.write_dataset(table, str(folder / "documents.lance"), mode="overwrite")
         self.index.create_scalar_index("text", "INVERTED", with_position=False)

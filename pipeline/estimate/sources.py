@@ -74,7 +74,8 @@ def open_sources(
         fields, reopen = file.choose_fields(options), partial(type(file), path, storage_options)
 
         def read(first: int, last: int, k: int, n: int) -> Block:
-            start, end = (first + (last - first) * i // n for i in (k, k + 1))
+            start = first + (last - first) * k // n
+            end = first + (last - first) * (k + 1) // n
             opened = reopen()  # a corpus may have more files than can be open at once
             rows = opened.row_range(start, end - start)
             return rows.num_rows / (last - first), opened.read(rows, fields)

@@ -15,7 +15,7 @@ from jobs.demo_training.architecture import DEMO, configuration
 from jobs.demo_training.documentation import Document, held_out, standard_library, without_copies
 from jobs.demo_training.held_out import write_collection
 from jobs.demo_training.questions import KINDS, cut, name_words
-from jobs.demo_training.start import RESERVED, rarity, start_as_matcher, word_vectors
+from jobs.demo_training.start import start_as_matcher
 from jobs.demo_training.tokenizer import train_tokenizer
 from jobs.demo_training.training import Recipe, Trainer
 from kalm_encoder import PassageEncoder, QueryDecoder
@@ -118,12 +118,7 @@ def test_the_start_already_prefers_passages_that_belong_to_the_query(library, tm
     tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
     torch.manual_seed(0)
     model = T5Gemma2ForConditionalGeneration(configuration(DEMO, tokenizer)).eval()
-    start_as_matcher(
-        model,
-        word_vectors(tokens, DEMO.vocabulary, DEMO.hidden - RESERVED),
-        rarity(tokens, DEMO.vocabulary),
-        {a: tokenizer.convert_tokens_to_ids(a) for a in ("yes", "no", "<bos>")},
-    )
+    start_as_matcher(model, tokenizer, tokens)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     encoder, decoder = PassageEncoder.load(str(tmp_path)), QueryDecoder.load(str(tmp_path))

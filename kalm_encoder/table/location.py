@@ -43,11 +43,12 @@ class Location:
         Raises:
             TableError: There is no dataset here, or the store refused.
         """
-        session = metadata_cache_bytes and lance.Session(
-            metadata_cache_size_bytes=metadata_cache_bytes
-        )
         try:
-            return lance.dataset(self.uri, storage_options=self.options, session=session or None)
+            return lance.dataset(
+                self.uri,
+                storage_options=self.options,
+                metadata_cache_size_bytes=metadata_cache_bytes,
+            )
         except (ValueError, OSError) as error:
             raise TableError(f"no passage table at {self.uri}: {first_line(error)}") from error
 

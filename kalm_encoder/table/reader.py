@@ -89,8 +89,8 @@ class PassageTable:
         Raises:
             CorruptRowError: If the small columns cannot be read.
         """
-        began, rows, ratios = time.monotonic(), len(self), self.spec.ratios
-        if (size := RowIndex.size(rows, ratios)) > max_bytes:
+        began, rows = time.monotonic(), len(self)
+        if (size := RowIndex.size(rows, self.spec.ratios)) > max_bytes:
             logger.warning(
                 "an index of %d rows takes %.1f MB of memory and the limit is %.1f MB: rows are "
                 "looked up on disk",
@@ -98,8 +98,7 @@ class PassageTable:
             )
             return
         try:
-            batches = self.dataset.scanner(RowIndex.columns(ratios), batch_size=65536).to_batches()
-            self.index = RowIndex.build(batches, rows, ratios)
+            self.index = RowIndex.build(self.dataset, self.spec.ratios)
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
         seconds = time.monotonic() - began
@@ -129,20 +128,19 @@ class PassageTable:
             InputError: If the ratio cannot be made from what is stored.
             CorruptRowError: If the bytes of a row are not what was written.
         """
+        ratio = self.spec.ratios[0] if ratio is None else ratio
         stored = self.spec.source_ratio(ratio)
-        wanted = ratio or stored
         unique = list(dict.fromkeys(ids))
-        found, left = self._take_indexed(unique, stored, wanted)
+        found, left = self._take_indexed(unique, ratio)
         if left:
             columns = ["id", "num_tokens", "truncated", f"states_r{stored}", f"checksum_r{stored}"]
-            rows = self._scan(columns, ids_in(left))
-            found |= read_rows(self.spec, rows, stored=stored, wanted=wanted, uri=self.uri)
+            found |= read_rows(self.spec, self._scan(columns, ids_in(left)), ratio, uri=self.uri)
         if missing := [i for i in unique if i not in found]:
             raise MissingIdsError(missing, self.uri)
         return [found[i] for i in ids]
 
     def _take_indexed(
-        self, ids: Sequence[str], stored: int, wanted: int
+        self, ids: Sequence[str], ratio: int
     ) -> tuple[dict[str, PassageStates], list[str]]:
         """Read passages through the index; return them and the ids that it cannot settle.
 
@@ -154,10 +152,10 @@ class PassageTable:
         single, left = self.index.find(ids)
         if not single:
             return {}, left
-        addresses = ", ".join(str(self.index.addresses[entry]) for entry in single.values())
-        states = self._scan([f"states_r{stored}", ADDRESS], f"{ADDRESS} IN ({addresses})")
-        rows = self.index.rows(states, single, stored)
-        read = verified_rows(self.spec, rows, stored=stored, wanted=wanted)
+        addresses = ", ".join(map(str, self.index.columns[ADDRESS][list(single.values())]))
+        column = f"states_r{self.spec.source_ratio(ratio)}"
+        states = self._scan([column, ADDRESS], f"{ADDRESS} IN ({addresses})")
+        read = verified_rows(self.spec, self.index.rows(states, single), ratio)
         found = {key: passage for key, passage in read if passage is not None}
         return found, left + [i for i in single if i not in found]
 

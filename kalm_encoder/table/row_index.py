@@ -2,16 +2,17 @@
 
 To find 100 of a million ids, Lance reads 100 pages of its id index and decodes a block of every
 small column for each row. With this index only the states are read. It takes 21 bytes per row and 8
-more for each stored ratio. The index does not read files, and what it finds is a guess until the
-states match their checksum, which covers the id.
+more for each stored ratio. What the index finds is a guess until the states match their checksum,
+which covers the id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lance
 import numpy as np
 import pyarrow as pa
 import xxhash
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 
 ADDRESS = "_rowaddr"
 """Lance's name for the address of a row, its fragment and offset; fixed within a version."""
+BATCH_ROWS = 65536
+"""Number of rows that are read together to build an index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +29,12 @@ class RowIndex:
     """Arrays with one entry per row, in ascending order of the hashes.
 
     Attributes:
-        hashes: xxh3_64 of each id; two ids may have the same.
-        addresses: Address of each row in this version.
-        num_tokens: The stored column.
-        truncated: The stored column.
-        checksums: The stored checksum columns by ratio.
+        hashes: xxh3_64 of each id, uint64; two ids may have the same.
+        columns: The address of each row in this version and its small columns, by name.
     """
 
     hashes: NDArray[np.uint64]
-    addresses: NDArray[np.uint64]
-    num_tokens: NDArray[np.int32]
-    truncated: NDArray[np.bool_]
-    checksums: dict[int, NDArray[np.uint64]]
-
-    @staticmethod
-    def columns(ratios: Sequence[int]) -> list[str]:
-        """Return the columns that `build` needs."""
-        return ["id", ADDRESS, "num_tokens", "truncated", *(f"checksum_r{r}" for r in ratios)]
+    columns: dict[str, NDArray[Any]]
 
     @staticmethod
     def size(rows: int, ratios: Sequence[int]) -> int:
@@ -50,39 +42,39 @@ class RowIndex:
         return rows * (21 + 8 * len(ratios))
 
     @classmethod
-    def build(cls, batches: Iterable[pa.RecordBatch], rows: int, ratios: Sequence[int]) -> RowIndex:
-        """Build the index of all rows of a version.
+    def build(cls, dataset: lance.LanceDataset, ratios: Sequence[int]) -> RowIndex:
+        """Build the index of all rows of a version, from its small columns.
 
         Args:
-            batches: Batches with the columns `columns(ratios)` of all rows.
-            rows: Number of rows of the version.
+            dataset: The version.
             ratios: All stored ratios.
 
         Raises:
-            ValueError: If the batches have another number of rows.
+            OSError: If the columns cannot be read.
+            ValueError: If Lance refuses them, or reads another number of rows than there are.
         """
-        hashes, addresses = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
-        num_tokens, truncated = np.empty(rows, np.int32), np.empty(rows, np.bool_)
-        checksums = {ratio: np.empty(rows, np.uint64) for ratio in ratios}
-        small: list[NDArray[Any]] = [addresses, num_tokens, truncated, *checksums.values()]
+        rows = dataset.count_rows()
+        types = {ADDRESS: np.uint64, "num_tokens": np.int32, "truncated": np.bool_}
+        types |= {f"checksum_r{ratio}": np.uint64 for ratio in ratios}
+        columns = {name: np.empty(rows, type) for name, type in types.items()}
+        hashes = np.empty(rows, np.uint64)
         start = 0
-        for batch in batches:
+        for batch in dataset.scanner(["id", *columns], batch_size=BATCH_ROWS).to_batches():
             part = slice(start, start := start + batch.num_rows)
-            ids = batch.column(0).to_pylist()
-            hashes[part] = np.fromiter(map(id_hash, ids), np.uint64, len(ids))
-            for array, column in zip(small, batch.columns[1:], strict=True):
-                array[part] = column.to_numpy(zero_copy_only=False)
+            hashes[part] = _hashes(batch["id"].to_pylist())
+            for name, column in columns.items():
+                column[part] = batch[name].to_numpy(zero_copy_only=False)
         if start != rows:
             raise ValueError(f"{start} rows were read, but the version has {rows}")
         order = np.argsort(hashes)
-        for array in (hashes, *small):
+        for array in (hashes, *columns.values()):
             array[:] = array[order]
-        return cls(hashes, addresses, num_tokens, truncated, checksums)
+        return cls(hashes, columns)
 
     @property
     def nbytes(self) -> int:
         """Number of bytes held."""
-        return self.size(len(self.hashes), list(self.checksums))
+        return self.hashes.nbytes + sum(column.nbytes for column in self.columns.values())
 
     def find(self, ids: Sequence[str]) -> tuple[dict[str, int], list[str]]:
         """Look ids up.
@@ -94,32 +86,29 @@ class RowIndex:
             The entries of the ids whose hash belongs to exactly one row, and the ids whose hash
             belongs to several rows. The table holds none of the other ids.
         """
-        wanted = np.fromiter(map(id_hash, ids), np.uint64, len(ids))
+        wanted = _hashes(ids)
         first = np.searchsorted(self.hashes, wanted)
         count = np.searchsorted(self.hashes, wanted, side="right") - first
         single = {ids[i]: int(first[i]) for i in np.flatnonzero(count == 1).tolist()}
         return single, [ids[i] for i in np.flatnonzero(count > 1).tolist()]
 
-    def rows(self, states: pa.Table, asked: dict[str, int], ratio: int) -> pa.Table:
+    def rows(self, states: pa.Table, asked: dict[str, int]) -> pa.Table:
         """Complete states that were read by address to rows that `read_rows` takes.
 
         Args:
-            states: Rows with the states column of `ratio` and the column ADDRESS.
+            states: Rows with a states column and the column ADDRESS.
             asked: Entry by id, as `find` returns them.
-            ratio: A stored ratio.
         """
-        ids = {int(self.addresses[entry]): id for id, entry in asked.items()}
+        ids = {int(self.columns[ADDRESS][entry]): id for id, entry in asked.items()}
         order = [ids[address] for address in states[ADDRESS].to_pylist()]
-        at = [asked[id] for id in order]
-        return pa.table(
-            {
-                "id": pa.array(order, pa.string()),
-                "num_tokens": self.num_tokens[at],
-                "truncated": self.truncated[at],
-                f"states_r{ratio}": states[f"states_r{ratio}"],
-                f"checksum_r{ratio}": self.checksums[ratio][at],
-            }
-        )
+        entries = [asked[id] for id in order]
+        small = {name: column[entries] for name, column in self.columns.items()}
+        read = dict(zip(states.column_names, states.columns, strict=True))
+        return pa.table({"id": pa.array(order, pa.string()), **read, **small})
+
+
+def _hashes(ids: Sequence[str]) -> NDArray[np.uint64]:
+    return np.fromiter(map(id_hash, ids), np.uint64, len(ids))
 
 
 def id_hash(id: str) -> int:

@@ -6,6 +6,7 @@ spec.py describes the columns. This module knows nothing of torch, files or comm
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,28 +74,25 @@ def _ragged(arrays: Sequence[NDArray[Any]], type: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), vectors, type=type)
 
 
-def read_rows(
-    spec: TableSpec, rows: pa.Table, *, stored: int, wanted: int, uri: str
-) -> dict[str, PassageStates]:
+def read_rows(spec: TableSpec, rows: pa.Table, ratio: int, *, uri: str) -> dict[str, PassageStates]:
     """Turn rows back into passages and verify the checksum of each row.
 
     Args:
         spec: Spec of the table.
-        rows: Rows with the columns id, num_tokens, truncated, and states_r and checksum_r of the
-            ratio `stored`.
-        stored: Ratio of the states column that was read.
-        wanted: Ratio to return, a multiple of `stored`.
+        rows: Rows with the columns id, num_tokens, truncated, and states_r and checksum_r of
+            `spec.source_ratio(ratio)`.
+        ratio: Ratio of the states to return.
         uri: Address of the table, for error messages.
 
     Returns:
-        Passages by id. The states are float16 if the store is float16 and `wanted == stored`, and
+        Passages by id. The states are float16 if the store is float16 and `ratio` is stored, and
         float32 otherwise.
 
     Raises:
         CorruptRowError: If the bytes of a row are not what was written, or an id occurs twice.
     """
     passages: dict[str, PassageStates] = {}
-    for key, passage in verified_rows(spec, rows, stored=stored, wanted=wanted):
+    for key, passage in verified_rows(spec, rows, ratio):
         if key in passages:
             raise CorruptRowError(f"id {key!r} is in {uri} more than once; encode it again")
         if passage is None:
@@ -107,34 +105,30 @@ def read_rows(
 
 
 def verified_rows(
-    spec: TableSpec, rows: pa.Table, *, stored: int, wanted: int
+    spec: TableSpec, rows: pa.Table, ratio: int
 ) -> Iterator[tuple[str, PassageStates | None]]:
     """Yield the id and the passage of each row; the passage is None if its checksum does not match.
 
     The arguments are those of `read_rows`.
     """
-    rows = rows.combine_chunks()
+    stored = spec.source_ratio(ratio)
     columns = [
         rows[name].to_pylist() for name in ("id", "num_tokens", "truncated", f"checksum_r{stored}")
     ]
-    arrays = states_arrays(spec, rows[f"states_r{stored}"])
-    for key, n, truncated, checksum, states in zip(*columns, arrays, strict=True):
-        intact = checksum == states_checksum(key, n, truncated, states)
-        if not intact or len(states) != num_groups(n, stored):
+    states = _states(spec, rows[f"states_r{stored}"].combine_chunks())
+    for key, n, truncated, checksum, array in zip(*columns, states, strict=True):
+        intact = checksum == states_checksum(key, n, truncated, array)
+        if not intact or len(array) != num_groups(n, stored):
             yield key, None
             continue
-        values = spec.codec.decode(states, spec.dim)
-        yield key, PassageStates(coarsen(values, n, stored, wanted), n, truncated)
+        values = spec.codec.decode(array, spec.dim)
+        yield key, PassageStates(coarsen(values, n, stored, ratio), n, truncated)
 
 
-def states_arrays(spec: TableSpec, column: pa.ChunkedArray) -> list[NDArray[Any]]:
-    """Return the states of each row as an (m, width) view of the stored values."""
-    arrays = []
-    width = spec.codec.width(spec.dim)
-    for chunk in column.chunks:
-        first = chunk.offsets[0].as_py() if len(chunk) else 0
-        # flatten() honours the slice of the list array; its values start at the first offset.
-        flat = chunk.flatten().flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
-        offsets = chunk.offsets.to_numpy() - first
-        arrays += [flat[offsets[i] : offsets[i + 1]] for i in range(len(chunk))]
-    return arrays
+def _states(spec: TableSpec, column: pa.ListArray) -> Iterator[NDArray[Any]]:
+    """Yield the states of each row as an (m, width) view of the stored values."""
+    offsets = column.offsets.to_numpy()
+    # flatten() honours the slice of the list array; its values start at the first offset.
+    flat = column.flatten().flatten().to_numpy().reshape(-1, spec.codec.width(spec.dim))
+    for begin, end in pairwise(offsets - offsets[0]):
+        yield flat[begin:end]

@@ -92,7 +92,7 @@ def _convert(
     rows = table.dataset.to_table(
         columns=columns, offset=shard.rows.start, limit=shard.rows.num_rows
     )
-    passages = read_rows(old, rows, stored=stored, wanted=finest, uri=table.uri)
+    passages = read_rows(old, rows, finest, uri=table.uri)
     ids = list(passages)
     texts = rows["text"].to_pylist() if old.keep_text else [""] * len(ids)
     made = build_rows(

@@ -164,7 +164,7 @@ def _bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:
             if hash != text_hash(text):
                 yield id, "text does not match its hash"
     for ratio in spec.ratios:
-        for id, passage in verified_rows(spec, rows, stored=ratio, wanted=ratio):
+        for id, passage in verified_rows(spec, rows, ratio):
             if passage is None:
                 yield id, f"states_r{ratio}, num_tokens or truncated does not match its checksum"
             elif not np.isfinite(passage.states).all():

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, T5Gemma2Config
 from transformers.models.t5gemma2.modeling_t5gemma2 import (
@@ -100,17 +99,12 @@ class Checkpoint:
         """Load the tokenizer from these files.
 
         Raises:
-            CheckpointError: If it cannot be loaded, or has neither a pad nor an end token.
+            CheckpointError: If it cannot be loaded.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # tokenizers raises plain Exception for a damaged file
             raise CheckpointError(f"cannot load the tokenizer of {self.name}: {error}") from error
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise CheckpointError(f"the tokenizer of {self.name} has no pad and no end token")
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
 
     def load_text_encoder(self, device: Device, dtype: Dtype) -> T5Gemma2TextEncoder:
         """Load the text encoder alone: embedding, encoder layers, final norm."""
@@ -202,7 +196,7 @@ def resolve(
     patterns += [WEIGHTS_INDEX, "*.safetensors"] if weights else []
     try:
         snapshot = snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
         raise CheckpointError(
             f"{model_name_or_path!r} (revision {revision or 'main'}) is not a local directory and "
             f"cannot be fetched from the Hugging Face hub: {first_line(error)}"

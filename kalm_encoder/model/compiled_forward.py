@@ -25,10 +25,10 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 
 logger = logging.getLogger(__name__)
-LEAST_ROWS, MOST_ROWS = 2, 128
-"""Limits of the rows of a batch. torch would compile a separate graph for a batch of one."""
-LEAST_STATES, MOST_STATES = 8, 256
-"""Limits of the states per passage for which `warm_up` prepares shapes."""
+NUM_ROWS = (2, 4, 8, 16, 32, 64, 128)
+"""Rows that a batch may have. torch would compile a separate graph for a batch of one."""
+NUM_STATES = (8, 16, 32, 64, 128, 256)
+"""States per passage for which `warm_up` prepares shapes."""
 PROMPT_STEP_TOKENS = 32
 """Prompts are padded to a multiple of this many tokens."""
 
@@ -62,26 +62,20 @@ class CompiledForward:
         """
         alike = defaultdict(list)
         for i, size in enumerate(sizes):
-            alike[_power(size, LEAST_STATES)].append(i)
+            alike[_power(size, NUM_STATES[0])].append(i)
         batches = []
         for states, members in sorted(alike.items(), reverse=True):
-            rows = self._most_rows(_prompt(length), states)
+            rows = self._rows(_prompt(length), states)[-1]
             batches += [members[at : at + rows] for at in range(0, len(members), rows)]
         return batches
 
     def shapes(self, length: int) -> list[tuple[int, int, int]]:
         """Return the (rows, prompt, states) that prompts of a length can meet, smallest first.
 
-        Passages with more than MOST_STATES states have larger shapes, which are not prepared.
+        Passages with more states than NUM_STATES have larger shapes, which are not prepared.
         """
-        prompt, states, found = _prompt(length), LEAST_STATES, []
-        while states <= MOST_STATES:
-            rows = LEAST_ROWS
-            while rows <= self._most_rows(prompt, states):
-                found.append((rows, prompt, states))
-                rows *= 2
-            states *= 2
-        return found
+        prompt = _prompt(length)
+        return [(rows, prompt, m) for m in NUM_STATES for rows in self._rows(prompt, m)]
 
     def warm_up(self, shortest: int) -> None:
         """Compile, and on a GPU run every shape that queries of up to 64 tokens can meet.
@@ -122,7 +116,7 @@ class CompiledForward:
             memory: Memory of the b passages.
         """
         (b, m), p = memory.states.shape[:2], prompts.shape[1]
-        rows, length, states = _power(b, LEAST_ROWS), _prompt(p), _power(m, LEAST_STATES)
+        rows, length, states = _power(b, NUM_ROWS[0]), _prompt(p), _power(m, NUM_STATES[0])
         more = (length - p, 0, 0, rows - b)
         real = pad(memory.real.expand(b, -1), (0, states - m, 0, rows - b))
         real[b:, 0] = True  # a row that can attend to no state would become NaN
@@ -137,11 +131,10 @@ class CompiledForward:
         )
         return hidden[:b]
 
-    def _most_rows(self, prompt: int, states: int) -> int:
-        rows = LEAST_ROWS
-        while 2 * rows <= MOST_ROWS and 2 * rows * (prompt + states) <= self.token_budget:
-            rows *= 2
-        return rows
+    def _rows(self, prompt: int, states: int) -> list[int]:
+        """Return those NUM_ROWS that fit the budget, at least the first."""
+        most = self.token_budget // (prompt + states)
+        return [rows for rows in NUM_ROWS if rows <= max(most, NUM_ROWS[0])]
 
 
 def _last_hidden(

@@ -23,13 +23,14 @@ from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 from kalm_encoder.model.pairs import HotPassages, Pair, Prompt, memory_of
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION, before_query, render_query
 
-__all__ = ["Pair", "Prompt", "QueryDecoder"]
 CPU_TOKEN_BUDGET = 4096
 """Most prompt tokens plus states of a forward on a CPU."""
 GPU_TOKEN_BUDGET = 131072
 """Most prompt tokens plus states of a forward on a GPU."""
 MAX_PADDING = 0.05
 """Largest share of padding among the prompt tokens and states of a batch that is not compiled."""
+QUERY_MAX_TOKENS = 512
+"""Tokens that a raw query is cut to, without the prompt around it, as the reference does."""
 
 
 class QueryDecoder:
@@ -37,7 +38,6 @@ class QueryDecoder:
 
     Attributes:
         model: The decoder in eval mode; its embedding is also the LM head.
-        query_max_length: Number of tokens that the raw query is cut to, without the prompt.
         token_budget: Most prompt tokens plus states of one forward, with padding. None chooses it
             from the device.
         fingerprint: Fingerprint of the checkpoint. A table must record the same.
@@ -55,7 +55,6 @@ class QueryDecoder:
         tokenizer: Any,
         *,
         fingerprint: str,
-        query_max_length: int = 512,
         token_budget: int | None = None,
         hot_bytes: int = 0,
         compile: bool = False,
@@ -63,7 +62,6 @@ class QueryDecoder:
         self.model = model
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
-        self.query_max_length = query_max_length
         default = CPU_TOKEN_BUDGET if self.device.type == "cpu" else GPU_TOKEN_BUDGET
         self.token_budget = default if token_budget is None else token_budget
         if compile and hot_bytes:
@@ -81,7 +79,6 @@ class QueryDecoder:
         revision: str | None = None,
         device: Device = None,
         dtype: Dtype = None,
-        query_max_length: int = 512,
         token_budget: int | None = None,
         hot_bytes: int = 0,
         compile: bool = False,
@@ -100,7 +97,6 @@ class QueryDecoder:
             files.load_decoder(device, dtype),
             files.tokenizer(),
             fingerprint=files.fingerprint,
-            query_max_length=query_max_length,
             token_budget=token_budget,
             hot_bytes=hot_bytes,
             compile=compile,
@@ -123,7 +119,7 @@ class QueryDecoder:
         As in the reference, the raw query is tokenised, cut, decoded and only then inserted.
         """
         instruction = DEFAULT_INSTRUCTION if instruction is None else instruction
-        ids = self._tokens(query)[: self.query_max_length]
+        ids = self._tokens(query)[:QUERY_MAX_TOKENS]
         cut = self.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -154,7 +150,7 @@ class QueryDecoder:
         """Score passages against one query.
 
         Args:
-            query: Raw text; it is cut to `query_max_length` tokens.
+            query: Raw text; it is cut to QUERY_MAX_TOKENS tokens.
             states: An (m, d) array per passage; m >= 1 may differ between passages.
             instruction: Description of the task; None takes the default one.
 

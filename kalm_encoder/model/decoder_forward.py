@@ -188,7 +188,7 @@ def _masks(
 ) -> dict[str, torch.Tensor]:
     """Return an additive mask (1 or b, 1, heads / kv heads, p, n + p) per kind of layer."""
     p, groups = len(positions), config.num_attention_heads // config.num_key_value_heads
-    real = memory.real[:, None, None, :].expand(-1, 1, p, -1)
+    passage = memory.real[:, None, None, memory.prefix :].expand(-1, 1, p, -1)
     before = torch.arange(memory.prefix, device=positions.device)
     columns = torch.cat([before, positions])
     distance = positions[:, None] - columns[None, :]  # (p, prefix + p)
@@ -197,9 +197,8 @@ def _masks(
         seen = (distance >= 0) & (columns >= 0)
         if kind == "sliding_attention":
             seen = seen & (distance < config.sliding_window)
-        shown = seen.expand(len(real), 1, -1, -1)
+        shown = seen.expand(len(passage), 1, -1, -1)
         begun, own = shown[..., : memory.prefix], shown[..., memory.prefix :]
-        passage = real[..., memory.prefix :]
         allowed = torch.cat([begun, passage, own], dim=-1)
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         mask = mask.masked_fill_(~allowed, -torch.inf)

@@ -128,15 +128,14 @@ class PassageEncoder:
         """
         if ratio < 1:
             raise InputError(f"ratio {ratio} must be at least 1")
-        tokens = self.tokenise(texts)
-        started: list[BatchInFlight] = []
-        for batch in self.batches([len(t.ids) for t in tokens]):
-            started += self.start([tokens[i] for i in batch], ratio=ratio)
-        return [states for batch in started for states in batch.result()]
+        batches = self.batches(self.tokenise(texts))
+        started = [part for batch in batches for part in self.start(batch, ratio=ratio)]
+        return [states for part in started for states in part.result()]
 
-    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Return the batches in which `encode` groups passages of these lengths, as indices."""
-        return make_packed_batches(lengths, self.token_budget)
+    def batches(self, tokens: Sequence[PassageTokens]) -> list[list[PassageTokens]]:
+        """Return the batches in which `encode` sends passages to the device, in input order."""
+        groups = make_packed_batches([len(t.ids) for t in tokens], self.token_budget)
+        return [[tokens[i] for i in group] for group in groups]
 
     def encode_batch(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[PassageStates]:
         """Encode one batch; see `start`."""
@@ -203,7 +202,7 @@ class PassageEncoder:
     def _fitting_budget(self) -> int:
         """Measure the peak memory of a small batch and return how many tokens fit this GPU."""
         length = min(self.max_length, PROBE_TOKENS)
-        probe = [[self.tokenizer.pad_token_id] * length] * (PROBE_TOKENS // length)
+        probe = [[0] * length] * (PROBE_TOKENS // length)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         pool_packed(*self.forward(probe), 1)

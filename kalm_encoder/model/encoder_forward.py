@@ -9,7 +9,6 @@ padded forward up to float32 rounding (tests/encoder/model/test_encoder_forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -30,12 +29,6 @@ except ImportError:  # before torch 2.10
 BLOCK_QUERIES = 128
 """Number of queries of a sliding layer that are computed together. A larger block needs fewer
 products, but masks more keys: up to BLOCK_QUERIES - 1 for each query."""
-
-Attention = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Packed, float, int | None], torch.Tensor
-]
-"""Takes (T, heads, k) queries, (T, kv heads, k) keys and values, where the passages lie, the scale
-and the window (None: the whole passage is seen), and returns (T, heads, k)."""
 
 
 class PackedForward:
@@ -65,7 +58,7 @@ class PackedForward:
         else:
             pack_linears(model.layers)
         flash = _has_flash(model.embed_tokens.weight)
-        self._attend: Attention = _attend_varlen if flash else _attend_blocks
+        self._attend = _attend_varlen if flash else _attend_blocks
 
     def __call__(self, ids: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Return the (T, d) last hidden states, after the final norm.
@@ -146,7 +139,7 @@ def _attend_varlen(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Compute attention with torch's variable-length flash attention; see `Attention`."""
+    """Compute attention with torch's variable-length flash attention; see `_attend_blocks`."""
     starts, longest = packed.starts, max(packed.lengths)
     seen = varlen_attn(
         *(query, key, value, starts, starts, longest, longest),
@@ -166,10 +159,21 @@ def _attend_blocks(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Compute attention as plain matrix products, passage by passage; see `Attention`.
+    """Compute attention as plain matrix products, passage by passage.
 
     The query heads of one key head are laid out as if they were positions, so that keys and values
     are never repeated and the products are large.
+
+    Args:
+        query: (T, heads, head_dim).
+        key: (T, kv heads, head_dim).
+        value: (T, kv heads, head_dim).
+        packed: Where the passages lie.
+        scale: Factor of the products.
+        window: Window of a sliding layer. None shows the whole passage to each token.
+
+    Returns:
+        (T, heads, head_dim).
     """
     query = query * scale
     seen = torch.empty_like(query)

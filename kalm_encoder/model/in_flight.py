@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kalm_encoder.matryoshka import PassageStates, num_groups
 
@@ -60,18 +59,12 @@ class BatchInFlight:
                 if not isinstance(self.marks[-1], float):
                     self.marks[-1].synchronize()
                     rows = rows.copy()  # the next batches need the pinned memory, which is scarce
-                self._states, self.pooled = self._cut(rows), None
+                for passage in self.tokens:
+                    length = len(passage.ids)
+                    own, rows = np.split(rows, [num_groups(length, self.ratio)])
+                    self._states.append(PassageStates(own, length, passage.truncated))
+                self.pooled = None
             return self._states
-
-    def _cut(self, rows: NDArray[np.float32]) -> list[PassageStates]:
-        states = []
-        start = 0
-        for passage in self.tokens:
-            length = len(passage.ids)
-            end = start + num_groups(length, self.ratio)
-            states.append(PassageStates(rows[start:end], length, passage.truncated))
-            start = end
-        return states
 
     @property
     def seconds(self) -> dict[str, float]:

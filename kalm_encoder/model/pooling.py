@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from kalm_encoder.matryoshka import num_groups
 from kalm_encoder.model.batching import Packed
@@ -27,13 +28,11 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> torch.Ten
     """
     b, n, d = states.shape
     m = num_groups(n, ratio)
+    missing = m * ratio - n
     weights = mask.to(dtype=states.dtype)
-    grouped = states.new_zeros((b, m * ratio, d))
-    grouped[:, :n] = states * weights.unsqueeze(-1)
-    counts = weights.new_zeros((b, m * ratio))
-    counts[:, :n] = weights
-    sums = grouped.view(b, m, ratio, d).float().sum(dim=2)
-    return sums / counts.view(b, m, ratio).float().sum(dim=2).clamp(min=1).unsqueeze(-1)
+    grouped = pad(states * weights.unsqueeze(-1), (0, 0, 0, missing)).view(b, m, ratio, d)
+    counts = pad(weights, (0, missing)).view(b, m, ratio).float().sum(dim=2)
+    return grouped.float().sum(dim=2) / counts.clamp(min=1).unsqueeze(-1)
 
 
 def pool_packed(hidden: torch.Tensor, packed: Packed, ratio: int) -> torch.Tensor:

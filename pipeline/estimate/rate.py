@@ -67,10 +67,8 @@ def measure_rate(
     def run() -> float:
         began = time.monotonic()
         tokens = encoder.tokenise(list(itertools.islice(texts, size)))
-        lengths = [len(passage.ids) for passage in tokens]
-        batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
-        threads.map(partial(encoder.encode_batch, ratio=RATIO), batches)
-        return sum(lengths) / (time.monotonic() - began)
+        threads.map(partial(encoder.encode_batch, ratio=RATIO), encoder.batches(tokens))
+        return sum(len(t.ids) for t in tokens) / (time.monotonic() - began)
 
     run()
     rates: list[float] = []

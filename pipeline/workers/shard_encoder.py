@@ -141,8 +141,7 @@ class ShardEncoder:
                 at fault, not the passages. Also raised after `stop`.
             CancelledError: If `stop` was called while batches waited.
         """
-        batches = self.encoder.batches([len(t.ids) for t in tokens])
-        parts = self._threads.map(self._run, ([tokens[i] for i in batch] for batch in batches))
+        parts = self._threads.map(self._run, self.encoder.batches(tokens))
         started = [one for part in parts for one in part]
         if any(isinstance(s, str) for s in started) and len(tokens) > 1:
             good = next((s.tokens[0] for s in started if isinstance(s, BatchInFlight)), tokens[0])

@@ -94,7 +94,7 @@ def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
     encoder.encode(WARM_UP, ratio=RATIO)
     tokens = sorted(encoder.tokenise(texts), key=lambda t: -len(t.ids))
     lengths = [len(t.ids) for t in tokens]
-    batches = [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
+    batches = encoder.batches(tokens)
     threads = DeviceThreads(encoder.device)
     began = time.perf_counter()
     threads.map(partial(encoder.encode_batch, ratio=RATIO), batches)

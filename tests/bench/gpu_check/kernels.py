@@ -50,7 +50,7 @@ def covered(intervals: Sequence[tuple[float, float]]) -> float:
 def batches_of(encoder: PassageEncoder, lengths: Sequence[int]) -> list[list[PassageTokens]]:
     rng = np.random.default_rng(0)
     tokens = [PassageTokens(rng.integers(10, 6000, n).tolist(), False) for n in lengths]
-    return [[tokens[i] for i in batch] for batch in encoder.batches(lengths)]
+    return encoder.batches(tokens)
 
 
 def print_top_kernels(setting: Setting) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from kalm_encoder import QueryDecoder
 from kalm_encoder.errors import InputError, NonFiniteError
 from kalm_encoder.model.batching import make_batches
-from kalm_encoder.model.decoder import MAX_PADDING
+from kalm_encoder.model.decoder import MAX_PADDING, QUERY_MAX_TOKENS
 from kalm_encoder.model.decoder_forward import last_hidden
 from kalm_encoder.model.pairs import Pair, memory_of
 from tests.conftest import make_texts
@@ -50,7 +50,7 @@ def test_instruction_changes_the_score(decoder, states):
 
 def test_the_raw_query_is_cut_before_the_prompt(decoder):
     long = decoder.prompt("word " * 2000).ids
-    assert len(long) - len(decoder.prompt("").ids) == decoder.query_max_length
+    assert len(long) - len(decoder.prompt("").ids) == QUERY_MAX_TOKENS
 
 
 def test_no_states_give_no_scores(decoder):

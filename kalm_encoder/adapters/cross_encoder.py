@@ -10,6 +10,7 @@ module does not import sentence-transformers.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -123,28 +124,22 @@ class KaLMCrossEncoder:
 
     def _scores(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, float]]:
         """Return (score, margin) per pair. Each query and each repeated document is scored once."""
-        documents: dict[str, dict[str, None]] = {}
+        documents = defaultdict(list)
         for query, document in pairs:
-            documents.setdefault(query, {})[document] = None
-        passages = self._encode(list(dict.fromkeys(document for _, document in pairs)))
-        found: dict[tuple[str, str], tuple[float, float]] = {}
+            documents[query].append(document)
+        passages: dict[str, PassageStates] = {}
+        if self._encoder is not None:
+            texts = list(dict.fromkeys(document for _, document in pairs))
+            encoded = self._encoder.encode(texts, ratio=self._reranker.table.spec.ratios[0])
+            passages = dict(zip(texts, encoded, strict=True))
+        found = {}
         for query, wanted in documents.items():
             results = self._reranker.rerank(
-                query,
-                list(wanted),
-                instruction=self._instruction,
-                ratio=self._ratio,
-                passages=passages,
+                query, wanted, instruction=self._instruction, ratio=self._ratio, passages=passages
             )
-            found |= {(query, r.id): (r.score, r.margin) for r in results}
+            for r in results:
+                found[query, r.id] = r.score, r.margin
         return [found[query, document] for query, document in pairs]
-
-    def _encode(self, texts: Sequence[str]) -> dict[str, PassageStates]:
-        """Return the states of each text at the table's finest ratio; none without an encoder."""
-        if self._encoder is None:
-            return {}
-        passages = self._encoder.encode(texts, ratio=self._reranker.table.spec.ratios[0])
-        return dict(zip(texts, passages, strict=True))
 
 
 def _check_encoder(table: PassageTable, encoder: PassageEncoder) -> None:

@@ -5,13 +5,12 @@ It is a module of its own because neither adapter can be imported without its fr
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from kalm_encoder.rerank.reranker import Reranker
+from kalm_encoder.rerank.reranker import Reranker, at_places
 
 Item = TypeVar("Item")
 
@@ -49,15 +48,12 @@ class RerankFields(BaseModel):
         self, query: str, ids: Sequence[str], items: Sequence[Item]
     ) -> list[tuple[Item, float]]:
         """Return the best items with P(yes), best first; items with the same id have one score."""
-        by_id = defaultdict(list)
-        for passage_id, item in zip(ids, items, strict=True):
-            by_id[passage_id].append(item)
         results = self._reranker.rerank(
             query,
-            list(by_id),
+            ids,
             instruction=self.instruction,
             ratio=self.ratio,
             cascade=self.cascade,
             max_ms=self.max_ms,
         )
-        return [(item, r.score) for r in results for item in by_id[r.id]][: self.top_n]
+        return [(items[place], r.score) for place, r in at_places(results, ids)][: self.top_n]

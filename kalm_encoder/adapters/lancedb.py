@@ -14,7 +14,7 @@ import pyarrow as pa
 from lancedb.rerankers import Reranker as LanceDBReranker
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.rerank.reranker import Reranker
+from kalm_encoder.rerank.reranker import Reranker, at_places
 
 SCORE = "_relevance_score"
 
@@ -74,9 +74,7 @@ class KaLMReranker(LanceDBReranker):
             )
         ids = [str(i) for i in rows[self._id_column].to_pylist()]
         results = self._reranker.rerank(query, ids, **self._options)
-        place = {result.id: rank for rank, result in enumerate(results)}
-        order = sorted(range(len(ids)), key=lambda i: place[ids[i]])
-        score = {result.id: result.score for result in results}
-        scores = pa.array([score[ids[i]] for i in order], pa.float32())
-        ranked = rows.take(pa.array(order, pa.int64())).append_column(SCORE, scores)
-        return self._keep_relevance_score(ranked)
+        ranked = at_places(results, ids)
+        order = pa.array([place for place, _ in ranked], pa.int64())
+        scores = pa.array([result.score for _, result in ranked], pa.float32())
+        return self._keep_relevance_score(rows.take(order).append_column(SCORE, scores))

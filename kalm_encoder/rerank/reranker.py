@@ -6,18 +6,18 @@ Table and decoder meet only in this package; neither knows of the other.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-
 from kalm_encoder.errors import InputError
 from kalm_encoder.matryoshka import PassageStates, coarsen
+from kalm_encoder.model.checkpoint import Device, Dtype
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.pairs import Pair, Prompt
 from kalm_encoder.rerank.cascade import Stage, choose_stages
-from kalm_encoder.rerank.scorer import Scorer, check_match
+from kalm_encoder.rerank.match import check_match
 from kalm_encoder.table.reader import PassageTable
 
 CHUNK_CANDIDATES = 128
@@ -25,6 +25,9 @@ CHUNK_CANDIDATES = 128
 TIMED_CHUNK_CANDIDATES = 16
 """The same with a time budget, which is checked between two chunks: smaller chunks keep it more
 exactly, larger ones use the decoder better."""
+
+ScorePairs = Callable[[Sequence[Pair]], list[tuple[float, float]]]
+"""Returns the score and the margin of each pair, as QueryDecoder.score_pairs does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +55,25 @@ class Reranker:
         table: The open table.
         decoder: Decoder of the same checkpoint.
         max_length: Passage length that the caller relies on; None takes what the table records.
+        score_pairs: Function that scores in place of the decoder's own, for a service whose
+            requests share batches.
 
     Raises:
         MismatchError: If table and decoder do not belong together.
     """
 
     def __init__(
-        self, table: PassageTable, decoder: Scorer, *, max_length: int | None = None
+        self,
+        table: PassageTable,
+        decoder: QueryDecoder,
+        *,
+        max_length: int | None = None,
+        score_pairs: ScorePairs | None = None,
     ) -> None:
         check_match(table, decoder, max_length=max_length)
         self.table = table
         self.decoder = decoder
+        self._score_pairs = score_pairs
         self._reader = ThreadPoolExecutor(4, thread_name_prefix="kalm-read")
 
     @classmethod
@@ -75,8 +86,8 @@ class Reranker:
         version: int | str | None = None,
         max_length: int | None = None,
         storage_options: dict[str, str] | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
         hot_bytes: int = 0,
         index_bytes: int = 0,
     ) -> Reranker:
@@ -177,47 +188,48 @@ class Reranker:
         """Score candidates until the deadline and return those that were scored."""
         size = CHUNK_CANDIDATES if deadline is None else TIMED_CHUNK_CANDIDATES
         chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
+        reads = (self._reader.submit(self._pairs, prompt, c, ratio, given) for c in chunks)
+        score_pairs = self._score_pairs or self.decoder.score_pairs
         results: list[RerankResult] = []
         took, began = 0.0, time.monotonic()
-        for some, pairs in self._read_ahead(prompt, chunks, ratio, given):
+        ahead = next(reads, None)
+        while ahead is not None:
+            pairs = ahead.result()
+            ahead = next(reads, None)  # it is read while these pairs are scored
             if deadline is not None and time.monotonic() + took > deadline:
                 break
-            scores = self.decoder.score_pairs(pairs)
-            results += [RerankResult(i, *pair, ratio) for i, pair in zip(some, scores, strict=True)]
+            scores = score_pairs(list(pairs.values()))
+            results += [RerankResult(i, *s, ratio) for i, s in zip(pairs, scores, strict=True)]
             took, began = time.monotonic() - began, time.monotonic()
         return results
 
-    def _read_ahead(
-        self,
-        prompt: Prompt,
-        chunks: Sequence[Sequence[str]],
-        ratio: int,
-        given: Mapping[str, PassageStates],
-    ) -> Iterator[tuple[Sequence[str], list[Pair]]]:
-        """Yield each chunk with its pairs; the next chunk is read while the caller scores one."""
-        reads = (self._reader.submit(self._pairs, prompt, c, ratio, given) for c in chunks)
-        ahead = next(reads, None)
-        for chunk in chunks:
-            assert ahead is not None  # there is one read per chunk
-            pairs = ahead.result()
-            ahead = next(reads, None)
-            yield chunk, pairs
-
     def _pairs(
         self, prompt: Prompt, ids: Sequence[str], ratio: int, given: Mapping[str, PassageStates]
-    ) -> list[Pair]:
-        """Pair a prompt with passages that are recalled, given, or read from the table."""
-        keys = {i: (self.table.uri, self.table.version, ratio, i) for i in ids if i not in given}
+    ) -> dict[str, Pair]:
+        """Pair a prompt with passages that are given, recalled, or read from the table."""
         pairs = {}
-        for i, key in keys.items():
-            if (entry := self.decoder.recall(prompt, key)) is not None:
-                pairs[i] = Pair(prompt, entry, key)
-        unknown = [i for i in keys if i not in pairs]
-        for i, passage in zip(unknown, self.table.take(unknown, ratio=ratio), strict=True):
-            pairs[i] = Pair(prompt, passage.states, keys[i])
-        finest = self.table.spec.ratios[0]
         for i in ids:
             if i in given:
+                finest = self.table.spec.ratios[0]
                 states = coarsen(given[i].states, given[i].num_tokens, finest, ratio)
                 pairs[i] = Pair(prompt, states)
-        return [pairs[i] for i in ids]
+            elif (entry := self.decoder.recall(prompt, self._key(i, ratio))) is not None:
+                pairs[i] = Pair(prompt, entry, self._key(i, ratio))
+        unknown = [i for i in ids if i not in pairs]
+        for i, passage in zip(unknown, self.table.take(unknown, ratio=ratio), strict=True):
+            pairs[i] = Pair(prompt, passage.states, self._key(i, ratio))
+        return {i: pairs[i] for i in ids}
+
+    def _key(self, id: str, ratio: int) -> Hashable:
+        """Return the name under which the decoder keeps a passage of this table."""
+        return self.table.uri, self.table.version, ratio, id
+
+
+def at_places(
+    results: Sequence[RerankResult], ids: Sequence[str]
+) -> list[tuple[int, RerankResult]]:
+    """Return the results with their places in a list of ids, where an id may occur repeatedly."""
+    places = defaultdict(list)
+    for place, id in enumerate(ids):
+        places[id].append(place)
+    return [(place, result) for result in results for place in places[result.id]]

@@ -29,8 +29,7 @@ class BatchingDecoder:
 
     def __init__(self, decoder: QueryDecoder, observe: Callable[[int], None]) -> None:
         self.decoder = decoder
-        self.dim, self.fingerprint = decoder.dim, decoder.fingerprint
-        self.prompt, self.recall = decoder.prompt, decoder.recall
+        self.fingerprint, self.prompt = decoder.fingerprint, decoder.prompt
         self._observe = observe
         self._queue: deque[Queued] = deque()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="kalm-device")

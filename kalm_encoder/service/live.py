@@ -126,7 +126,7 @@ class LiveTable:
             )
             decoder, encoder = BatchingDecoder(loaded, self._observe), None
             decoder.call(loaded.warm_up)
-        reranker = Reranker(table, decoder)
+        reranker = Reranker(table, decoder.decoder, score_pairs=decoder.score_pairs)
         if settings.with_encoder and encoder is None:
             encoder = PassageEncoder.load(model, **how, max_length=table.spec.max_length)
         if settings.index_bytes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections import defaultdict
 from collections.abc import Sequence
 
 from kalm_encoder import PassageStates, RerankResult
 from kalm_encoder.errors import InputError
+from kalm_encoder.rerank.reranker import at_places
 from kalm_encoder.service.filters import check_filter
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import Document, Options
@@ -64,11 +64,7 @@ def score_candidates(
         max_ms=options.max_ms,
         passages=_encode(version, keys, candidates),
     )
-    places = defaultdict(list)
-    for index, key in enumerate(keys):
-        places[key].append(index)
-    scored = [(index, result) for result in results for index in places[result.id]]
-    return scored, len(prompt.ids) * len(results)
+    return at_places(results, keys), len(prompt.ids) * len(results)
 
 
 def _encode(

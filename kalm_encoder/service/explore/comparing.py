@@ -17,7 +17,6 @@ from kalm_encoder.matryoshka import num_groups
 from kalm_encoder.model.pairs import Pair
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION
 from kalm_encoder.rerank.fusion import fuse
-from kalm_encoder.rerank.scorer import Scorer
 from kalm_encoder.service.explore.tables import cascades, ratio_steps
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import ExploreRequest, PassageRequest
@@ -25,23 +24,6 @@ from kalm_encoder.service.scoring import check_count
 
 NUM_SHOWN_CHARACTERS = 600
 """Number of characters of each text in a list. The page asks for a whole text by its id."""
-
-
-class Stopwatch:
-    """A decoder that adds up the seconds for which its callers wait for scores."""
-
-    def __init__(self, decoder: Scorer) -> None:
-        self.dim, self.fingerprint = decoder.dim, decoder.fingerprint
-        self.prompt, self.recall = decoder.prompt, decoder.recall
-        self.seconds = 0.0
-        self._decoder = decoder
-
-    def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
-        """See QueryDecoder."""
-        began = time.perf_counter()
-        scores = self._decoder.score_pairs(pairs)
-        self.seconds += time.perf_counter() - began
-        return scores
 
 
 @dataclass(frozen=True)
@@ -106,8 +88,16 @@ class Explorer:
         began = time.perf_counter()
         first = dict(table.search(request.query, request.k))
         found = time.perf_counter()
-        watch = Stopwatch(version.decoder)
-        results = Reranker(table, watch).rerank(
+        waits = []
+
+        def score_pairs(pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+            asked = time.perf_counter()
+            scores = version.decoder.score_pairs(pairs)
+            waits.append(time.perf_counter() - asked)
+            return scores
+
+        decoder = version.reranker.decoder
+        results = Reranker(table, decoder, score_pairs=score_pairs).rerank(
             request.query,
             list(first),
             instruction=request.instruction,
@@ -122,8 +112,8 @@ class Explorer:
             **_rankings(first, results, stages[-1]),
             "ms": {
                 "search": 1000 * (found - began),
-                "read": 1000 * (reranked - watch.seconds),
-                "decode": 1000 * watch.seconds,
+                "read": 1000 * (reranked - sum(waits)),
+                "decode": 1000 * sum(waits),
             },
             **_passages(table, results, stages),
         }

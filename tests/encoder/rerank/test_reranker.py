@@ -4,7 +4,7 @@ import pytest
 
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
-from kalm_encoder.rerank.scorer import check_match
+from kalm_encoder.rerank.match import check_match
 
 IDS = [f"p{i}" for i in range(60)]
 

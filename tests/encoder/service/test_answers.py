@@ -54,7 +54,7 @@ def test_texts_come_from_the_version_that_was_scored(moving):
 def test_all_queries_of_a_request_are_scored_from_one_version(moving):
     live, old = moving
     data = answers.score(live.current, ScoreRequest(queries=["q", "r"], document_ids=["p0", "p0"]))
-    reranker = Reranker(old, live.current.decoder)
+    reranker = Reranker(old, live.current.reranker.decoder)
     for datum, query in zip(data["data"], ("q", "r"), strict=True):
         right = reranker.rerank(query, ["p0"])[0].score
         assert datum["score"] == pytest.approx(right, abs=1e-6)

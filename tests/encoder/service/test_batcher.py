@@ -4,7 +4,7 @@ import time
 import pytest
 
 from kalm_encoder.errors import NonFiniteError
-from kalm_encoder.model.decoder import Pair
+from kalm_encoder.model.pairs import Pair
 from kalm_encoder.service.batcher import BatchingDecoder
 from tests.conftest import make_texts
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.model import checkpoint
-from kalm_encoder.model.decoder import Pair
+from kalm_encoder.model.pairs import Pair
 from pipeline.corpus.passages import FieldOptions
 from pipeline.estimate.flops import MODELS, Dimensions, decoder_flops, encoder_flops
 from pipeline.estimate.intervals import ratio_estimate

@@ -116,7 +116,7 @@ def plan(
     )
     rate = Rate(tokens_per_s, tokens_per_s, tokens_per_s) if tokens_per_s else None
     if measure:
-        encoder = PassageEncoder.load(files, max_length=max_length)
+        encoder = PassageEncoder(files, max_length=max_length)
         rate = measure_rate(encoder, sample.examples, MEASURE_S)
     facts = {
         "inputs": inputs,

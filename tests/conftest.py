@@ -60,12 +60,12 @@ def model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(model_dir) -> PassageEncoder:
-    return PassageEncoder.load(str(model_dir))
+    return PassageEncoder(str(model_dir))
 
 
 @pytest.fixture(scope="session")
 def decoder(model_dir) -> QueryDecoder:
-    return QueryDecoder.load(str(model_dir))
+    return QueryDecoder(str(model_dir))
 
 
 def write_corpus(path: Path, texts: list[str], *, prefix: str = "p") -> Path:

@@ -117,7 +117,7 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
         )
     start = _judge(experiment, Ranking(SettingResult(name=name, kind="first stage"), first), None)
     rankings = [start]
-    decoder = QueryDecoder.load(experiment.model, revision=experiment.revision)
+    decoder = QueryDecoder(experiment.model, revision=experiment.revision)
     for dtype in experiment.store_dtypes:
         reranker = Reranker(tables[dtype], decoder, max_length=experiment.max_length)
         suffix = "" if dtype == experiment.store_dtypes[0] else f"-{dtype}"

@@ -168,4 +168,4 @@ class KaLMSearch:
 
     @cached_property
     def _decoder(self) -> QueryDecoder:
-        return QueryDecoder.load(self._job.model, revision=self._job.revision)
+        return QueryDecoder(self._job.model, revision=self._job.revision)

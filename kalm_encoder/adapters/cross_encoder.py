@@ -23,7 +23,6 @@ from kalm_encoder.rerank.reranker import Reranker
 
 if TYPE_CHECKING:
     from kalm_encoder.model.encoder import PassageEncoder
-    from kalm_encoder.table.reader import PassageTable
 
 
 class KaLMCrossEncoder:
@@ -37,7 +36,7 @@ class KaLMCrossEncoder:
         ratio: Any multiple of a stored ratio; None takes the finest stored.
 
     Raises:
-        MismatchError: If the encoder has another width or passage length than the table.
+        MismatchError: If the encoder has another passage length than the table.
         InputError: If the ratio is impossible.
     """
 
@@ -50,9 +49,15 @@ class KaLMCrossEncoder:
         ratio: int | None = None,
     ) -> None:
         self._reranker = Reranker.open(reranker) if isinstance(reranker, str) else reranker
-        self._reranker.table.spec.source_ratio(ratio)
-        if encoder is not None:
-            _check_encoder(self._reranker.table, encoder)
+        spec = self._reranker.table.spec
+        spec.source_ratio(ratio)
+        if encoder is not None and encoder.max_length != spec.max_length:
+            raise MismatchError(
+                "max_length",
+                f"{self._reranker.table.uri} has max_length {spec.max_length}, the encoder "
+                f"{encoder.max_length}: load it with PassageEncoder({spec.model!r}, "
+                f"max_length={spec.max_length})",
+            )
         self._encoder = encoder
         self._instruction = instruction
         self._ratio = ratio
@@ -140,22 +145,3 @@ class KaLMCrossEncoder:
             for r in results:
                 found[query, r.id] = r.score, r.margin
         return [found[query, document] for query, document in pairs]
-
-
-def _check_encoder(table: PassageTable, encoder: PassageEncoder) -> None:
-    """Refuse an encoder whose states are not comparable with those of a table.
-
-    Raises:
-        MismatchError: If they differ; it names the field and both values.
-    """
-    spec = table.spec
-    for field, stored, given in (
-        ("dim", spec.dim, encoder.model.config.hidden_size),
-        ("max_length", spec.max_length, encoder.max_length),
-    ):
-        if stored != given:
-            raise MismatchError(
-                field,
-                f"{table.uri} has {field} {stored}, the encoder {given}: load it with "
-                f"PassageEncoder.load({spec.model!r}, max_length={spec.max_length})",
-            )

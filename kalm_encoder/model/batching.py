@@ -8,8 +8,6 @@ for a GPU, so that batches can be sent to it ahead of time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,33 +78,25 @@ def send(values: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.long, pin_memory=pinned).to(device, non_blocking=True)
 
 
-@dataclass(frozen=True)
 class Packed:
     """Where b passages with T tokens in all lie in a packed batch.
 
-    Attributes:
+    Args:
         lengths: Number of tokens of each passage; none is 0.
         device: Device of the tensors.
+
+    Attributes:
+        sizes: The lengths as a tensor, (b,) int64.
+        starts: The first token of each passage, followed by T: (b + 1,) int32.
+        positions: The position of each token in its passage, (T,) int64.
     """
 
-    lengths: Sequence[int]
-    device: torch.device
-
-    @cached_property
-    def sizes(self) -> torch.Tensor:
-        """The lengths as a tensor, (b,) int64."""
-        return send(self.lengths, self.device)
-
-    @cached_property
-    def starts(self) -> torch.Tensor:
-        """The first token of each passage, followed by T: (b + 1,) int32."""
-        return torch.nn.functional.pad(self.sizes.cumsum(0), (1, 0)).int()
-
-    @cached_property
-    def positions(self) -> torch.Tensor:
-        """The position of each token in its passage, (T,) int64."""
-        places = torch.arange(sum(self.lengths), device=self.device)
-        return places - self.spread(self.starts[:-1])
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.sizes = send(lengths, device)
+        self.starts = torch.nn.functional.pad(self.sizes.cumsum(0), (1, 0)).int()
+        places = torch.arange(sum(lengths), device=device)
+        self.positions = places - self.spread(self.starts[:-1])
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Repeat the (b,) value of each passage for each of its tokens: (T,)."""

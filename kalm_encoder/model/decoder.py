@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,46 +33,34 @@ QUERY_MAX_TOKENS = 512
 
 
 class QueryDecoder:
-    """The decoder of one checkpoint on one device.
+    """The decoder of one checkpoint on one device. No other part of the model is loaded.
+
+    Args:
+        model_name_or_path: Hub id, directory, `kalm-demo`, or a Checkpoint.
+        revision: Revision of a hub id.
+        device: None takes the first GPU, or the CPU if there is none.
+        dtype: None takes bfloat16 on a GPU and float32 on a CPU.
+        token_budget: Most prompt tokens plus states of one forward, with padding. None chooses it
+            from the device.
+        hot_bytes: Most memory for repeated passages; see pairs.py. 0 keeps none.
+        compile: Whether the forward goes through torch.compile. Batches are then padded to a few
+            shapes, and the first one waits for the compiler unless `warm_up` ran before.
 
     Attributes:
         model: The decoder in eval mode; its embedding is also the LM head.
-        token_budget: Most prompt tokens plus states of one forward, with padding. None chooses it
-            from the device.
         fingerprint: Fingerprint of the checkpoint. A table must record the same.
+        dim: Width d of the states that this decoder attends to.
         hot: Memory of repeated passages, or None.
         compiled: Forward through torch.compile, or None.
 
     Raises:
-        CheckpointError: If the tokenizer splits `yes` or `no`.
-        InputError: If `compile` is combined with `hot_bytes`.
+        CheckpointError: If the model is missing, incomplete, damaged or not a KaLM reranker.
+        InputError: If the device or the dtype is impossible, or `compile` is combined with
+            `hot_bytes`.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        fingerprint: str,
-        token_budget: int | None = None,
-        hot_bytes: int = 0,
-        compile: bool = False,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.fingerprint = fingerprint
-        default = CPU_TOKEN_BUDGET if self.device.type == "cpu" else GPU_TOKEN_BUDGET
-        self.token_budget = default if token_budget is None else token_budget
-        if compile and hot_bytes:
-            raise InputError("compile and hot_bytes cannot be combined: choose one")
-        self.hot = HotPassages(hot_bytes) if hot_bytes else None
-        self.compiled = CompiledForward(model, self.token_budget) if compile else None
-        answers = [answer_token_id(tokenizer, answer) for answer in ("yes", "no")]
-        self._answers = model.embed_tokens.weight[answers].float()  # (2, d)
-
-    @classmethod
-    def load(
-        cls,
         model_name_or_path: str | Checkpoint,
         *,
         revision: str | None = None,
@@ -82,36 +69,21 @@ class QueryDecoder:
         token_budget: int | None = None,
         hot_bytes: int = 0,
         compile: bool = False,
-    ) -> QueryDecoder:
-        """Load the decoder of a hub id, directory or Checkpoint, and no other part of it.
-
-        With `compile` the forward goes through torch.compile: batches are padded to a few shapes,
-        and the first one waits for the compiler unless `warm_up` ran before.
-
-        Raises:
-            CheckpointError: If it is missing, incomplete, damaged or not a KaLM reranker.
-            InputError: If the device or the dtype is impossible.
-        """
+    ) -> None:
+        if compile and hot_bytes:
+            raise InputError("compile and hot_bytes cannot be combined: choose one")
         files = resolve(model_name_or_path, revision)
-        return cls(
-            files.load_decoder(device, dtype),
-            files.tokenizer(),
-            fingerprint=files.fingerprint,
-            token_budget=token_budget,
-            hot_bytes=hot_bytes,
-            compile=compile,
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def dim(self) -> int:
-        """Width d of the states that this decoder attends to."""
-        return int(self.model.config.hidden_size)
+        self.model = files.load_decoder(device, dtype)
+        self.tokenizer = files.tokenizer()
+        self.fingerprint = files.fingerprint
+        self.device: torch.device = self.model.device
+        self.dim = int(self.model.config.hidden_size)
+        default = CPU_TOKEN_BUDGET if self.device.type == "cpu" else GPU_TOKEN_BUDGET
+        self.token_budget = default if token_budget is None else token_budget
+        self.hot = HotPassages(hot_bytes) if hot_bytes else None
+        self.compiled = CompiledForward(self.model, self.token_budget) if compile else None
+        answers = [answer_token_id(self.tokenizer, answer) for answer in ("yes", "no")]
+        self._answers = self.model.embed_tokens.weight[answers].float()  # (2, d)
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
         """Return the decoder prompt of a query.

@@ -37,42 +37,31 @@ PROBE_TOKENS = 4096
 
 
 class PassageEncoder:
-    """The text encoder of one checkpoint on one device. Several threads may use it at once.
+    """The text encoder of one checkpoint on one device. No other part of the model is loaded.
 
-    Attributes:
-        model: The text encoder in eval mode. `PackedForward` changes its layers.
+    Several threads may use it at once.
+
+    Args:
+        model_name_or_path: Hub id, directory, `kalm-demo`, or a Checkpoint.
+        revision: Revision of a hub id.
+        device: None takes the first GPU, or the CPU if there is none.
+        dtype: None takes bfloat16 on a GPU and float32 on a CPU.
         max_length: Number of tokens that a passage is cut to, with its prefix.
         token_budget: Most tokens of one forward; a single passage may have more. None chooses it
             from the device and its free memory. If memory runs out, it is halved for the rest of
             the encoder's life.
+        compile: Whether the parts between the attentions go through torch.compile.
+
+    Attributes:
+        model: The text encoder in eval mode. `PackedForward` changes its layers.
+
+    Raises:
+        CheckpointError: If the model is missing, incomplete, damaged or not a KaLM reranker.
+        InputError: If the device, the dtype or a length is impossible.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        max_length: int = 1024,
-        token_budget: int | None = None,
-        compile: bool = False,
-    ) -> None:
-        check_max_length(max_length, tokenizer, model.config)
-        if token_budget is not None and token_budget < 1:
-            raise InputError(f"token_budget {token_budget} must be at least 1")
-        self.model = model
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.device: torch.device = model.embed_tokens.weight.device
-        self._forward = PackedForward(model, compile=compile)
-        self._loaded = mark(self.device)
-        self._last = threading.local()
-        self.token_budget = token_budget or (
-            CPU_TOKEN_BUDGET if self.device.type == "cpu" else self._fitting_budget()
-        )
-
-    @classmethod
-    def load(
-        cls,
         model_name_or_path: str | Checkpoint,
         *,
         revision: str | None = None,
@@ -81,20 +70,20 @@ class PassageEncoder:
         max_length: int = 1024,
         token_budget: int | None = None,
         compile: bool = False,
-    ) -> PassageEncoder:
-        """Load the text encoder of a hub id, directory or Checkpoint, and no other part of it.
-
-        Raises:
-            CheckpointError: If it is missing, incomplete, damaged or not a KaLM reranker.
-            InputError: If the device, the dtype or a length is impossible.
-        """
+    ) -> None:
+        if token_budget is not None and token_budget < 1:
+            raise InputError(f"token_budget {token_budget} must be at least 1")
         files = resolve(model_name_or_path, revision)
-        return cls(
-            files.load_text_encoder(device, dtype),
-            files.tokenizer(),
-            max_length=max_length,
-            token_budget=token_budget,
-            compile=compile,
+        self.model = files.load_text_encoder(device, dtype)
+        self.tokenizer = files.tokenizer()
+        check_max_length(max_length, self.tokenizer, self.model.config)
+        self.max_length = max_length
+        self.device: torch.device = self.model.embed_tokens.weight.device
+        self._forward = PackedForward(self.model, compile=compile)
+        self._loaded = mark(self.device)
+        self._last = threading.local()
+        self.token_budget = token_budget or (
+            CPU_TOKEN_BUDGET if self.device.type == "cpu" else self._fitting_budget()
         )
 
     def tokenise(self, texts: Sequence[str]) -> list[PassageTokens]:

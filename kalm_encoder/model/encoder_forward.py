@@ -51,11 +51,9 @@ class PackedForward:
                 "KaLM reranker caps no logits, and capping is not built"
             )
         self.model = model
-        self._before, self._after = _before, _after
-        if compile:
-            self._before = torch.compile(_before, dynamic=True)
-            self._after = torch.compile(_after, dynamic=True)
-        else:
+        self._before = torch.compile(_before, dynamic=True) if compile else _before
+        self._after = torch.compile(_after, dynamic=True) if compile else _after
+        if not compile:
             pack_linears(model.layers)
         flash = _has_flash(model.embed_tokens.weight)
         self._attend = _attend_varlen if flash else _attend_blocks

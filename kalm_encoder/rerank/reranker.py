@@ -116,7 +116,7 @@ class Reranker:
         )
         if model is None:
             model, revision = table.spec.model, revision or table.spec.revision
-        decoder = QueryDecoder.load(
+        decoder = QueryDecoder(
             model, revision=revision, device=device, dtype=dtype, hot_bytes=hot_bytes
         )
         return cls(table, decoder, max_length=max_length)

@@ -121,14 +121,14 @@ class LiveTable:
         if old is not None and old.decoder.fingerprint == table.spec.fingerprint:
             decoder, encoder = old.decoder, old.encoder
         else:
-            loaded = QueryDecoder.load(
+            loaded = QueryDecoder(
                 model, **how, hot_bytes=settings.hot_bytes, compile=settings.compile
             )
             decoder, encoder = BatchingDecoder(loaded, self._observe), None
             decoder.call(loaded.warm_up)
         reranker = Reranker(table, decoder.decoder, score_pairs=decoder.score_pairs)
         if settings.with_encoder and encoder is None:
-            encoder = PassageEncoder.load(model, **how, max_length=table.spec.max_length)
+            encoder = PassageEncoder(model, **how, max_length=table.spec.max_length)
         if settings.index_bytes:
             table.load_index(settings.index_bytes)
         first = table.dataset.to_table(columns=["id"], limit=NUM_WARM_UP_PASSAGES)

@@ -205,11 +205,11 @@ def _check_corpus(
 def _check_sample(table: PassageTable, report: Report, sample: int, model: str) -> None:
     """Encode some rows again and compare states and P(yes)."""
     spec = table.spec
-    decoder = QueryDecoder.load(model, revision=spec.revision)
+    decoder = QueryDecoder(model, revision=spec.revision)
     if decoder.fingerprint != spec.fingerprint:
         report.add("fingerprint", f"{model} is not the model that made this table")
         return
-    encoder = PassageEncoder.load(model, revision=spec.revision, max_length=spec.max_length)
+    encoder = PassageEncoder(model, revision=spec.revision, max_length=spec.max_length)
     rows = _some_rows(table, sample, ["id", "text"])
     ids, texts = rows["id"].to_pylist(), rows["text"].to_pylist()
     passages = zip(encoder.encode(texts, ratio=spec.ratios[0]), table.take(ids), strict=True)

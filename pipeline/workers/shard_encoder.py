@@ -71,7 +71,7 @@ class ShardEncoder:
             keep_freed_memory()
         self._threads = DeviceThreads(place, config.threads)
         self.encoder = self._threads.submit(
-            lambda: PassageEncoder.load(
+            lambda: PassageEncoder(
                 files,
                 device=place,
                 max_length=spec.max_length,

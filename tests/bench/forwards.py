@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from jobs.demo_training.architecture import configuration
+from kalm_encoder.model.checkpoint import Checkpoint, Device, Dtype
 from kalm_encoder.model.pooling import mean_pool
 from pipeline.estimate.flops import Dimensions
 
@@ -76,3 +78,20 @@ def own_forward(model: Any, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor,
 def plain_states(model: Any, ids: Sequence[Sequence[int]]) -> np.ndarray:
     """Return (b, m, d) pooled states from the model's own forward over token ids."""
     return mean_pool(*own_forward(model, ids), RATIO).cpu().numpy()
+
+
+def in_memory(model: Any, tokenizer: Any) -> Checkpoint:
+    """Return a checkpoint whose only half is this model: random weights have no files."""
+
+    class InMemory(Checkpoint):
+        fingerprint = "x"
+
+        def tokenizer(self) -> Any:
+            return tokenizer
+
+        def load_text_encoder(self, device: Device, dtype: Dtype) -> Any:
+            return model
+
+        load_decoder = load_text_encoder
+
+    return InMemory(Path(), "random", None)

@@ -20,9 +20,9 @@ me = psutil.Process()
 before = me.memory_full_info().uss
 path, what = sys.argv[1:]
 if what == "encoder":
-    model = PassageEncoder.load(path)
+    model = PassageEncoder(path)
 elif what == "decoder":
-    model = QueryDecoder.load(path)
+    model = QueryDecoder(path)
 else:
     model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32)
     for p in model.parameters():

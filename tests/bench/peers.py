@@ -90,7 +90,7 @@ def run_ceiling(model: str, texts: list[str]) -> dict[str, float]:
     Malloc is told what a worker tells it: without that ours is 1.08 times as fast as its ceiling.
     """
     keep_freed_memory()
-    encoder = PassageEncoder.load(model)
+    encoder = PassageEncoder(model)
     encoder.encode(WARM_UP, ratio=RATIO)
     tokens = sorted(encoder.tokenise(texts), key=lambda t: -len(t.ids))
     lengths = [len(t.ids) for t in tokens]
@@ -160,7 +160,7 @@ def run_long_passages(model: str, rounds: int) -> dict[str, list[dict[str, float
     Returns:
         By batch, for each round: the plain forward's wall and CPU seconds over ours.
     """
-    encoder, plain_encoder = PassageEncoder.load(model), PlainEncoder(model)
+    encoder, plain_encoder = PassageEncoder(model), PlainEncoder(model)
     encoder.encode(WARM_UP, ratio=RATIO)
     plain_encoder.encode(WARM_UP)
     rng = random.Random(0)

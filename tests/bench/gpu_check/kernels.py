@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import PassageTokens
-from tests.bench.forwards import RATIO
+from tests.bench.forwards import RATIO, in_memory
 from tests.bench.gpu_check.device import CUDA, Setting, say
 
 
@@ -61,9 +61,8 @@ def print_top_kernels(setting: Setting) -> list[str]:
     for size in [n for n in ("Nano", "Large") if n in setting.sizes]:
         model = setting.encoder(size)
         for variant in ("eager", "compiled"):
-            encoder = PassageEncoder(
-                model, setting.tokenizer, token_budget=65536, compile=variant == "compiled"
-            )
+            files = in_memory(model, setting.tokenizer)
+            encoder = PassageEncoder(files, token_budget=65536, compile=variant == "compiled")
             batch = batches_of(encoder, [128] * 512)[0]
             for _ in range(2):
                 encoder.encode_batch(batch, ratio=RATIO)

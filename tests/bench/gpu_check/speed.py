@@ -19,7 +19,7 @@ from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.pairs import Pair
 from pipeline.estimate.flops import Dimensions
-from tests.bench.forwards import RATIO, ms_marco_lengths, plain_states, random_decoder
+from tests.bench.forwards import RATIO, in_memory, ms_marco_lengths, plain_states, random_decoder
 from tests.bench.gpu_check.device import CUDA, DEVICE, HALF, Setting, median_ms, say, seconds
 from tests.bench.gpu_check.kernels import batches_of, kernel_seconds
 
@@ -47,7 +47,8 @@ def measure_encoder(setting: Setting) -> list[str]:
         for variant in ("eager", "compiled")[: 1 if setting.toy else 2]:
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
-            encoder = PassageEncoder(model, setting.tokenizer, compile=variant == "compiled")
+            files = in_memory(model, setting.tokenizer)
+            encoder = PassageEncoder(files, compile=variant == "compiled")
             total = (2 if size == "Large" else 4) * encoder.token_budget
             kinds = {"128": [128] * (total // 128), "marco": ms_marco_lengths(total // 80)}
             for kind, lengths in kinds.items():
@@ -103,7 +104,7 @@ def measure_decoder(setting: Setting) -> list[str]:
     for size, dimensions in setting.sizes.items():
         model = random_decoder(dimensions, setting.tokenizer, DEVICE, HALF)
         rng = np.random.default_rng(0)
-        plain = QueryDecoder(model, setting.tokenizer, fingerprint="x")
+        plain = QueryDecoder(in_memory(model, setting.tokenizer))
         prompt = plain.prompt("how many people live in the capital of the country")
         for count in (1, 10, 100):
             pairs = [
@@ -130,7 +131,7 @@ def _graphs(
     model: Any, tokenizer: Any, pairs: Sequence[Pair], right: Sequence[tuple[float, float]]
 ) -> str:
     """Say how fast CUDA graphs are, how long they take to record, and how far off they are."""
-    compiled = QueryDecoder(model, tokenizer, fingerprint="x", compile=True)
+    compiled = QueryDecoder(in_memory(model, tokenizer), compile=True)
     try:
         # They compile, warm up, record and replay.
         lags = [seconds(lambda: compiled.score_pairs(pairs)) for _ in range(4)]

@@ -116,7 +116,7 @@ def test_every_parameter_is_one_of_the_real_ones():
 
 
 def test_an_encoder_of_other_states_is_refused(reranker, model_dir, encoder, tmp_path):
-    shorter = PassageEncoder.load(str(model_dir), max_length=64)
+    shorter = PassageEncoder(str(model_dir), max_length=64)
     with pytest.raises(MismatchError, match=r"max_length 1024, the encoder 64: load it with"):
         KaLMCrossEncoder(reranker, encoder=shorter)
     corpus = write_corpus(tmp_path / "c.jsonl", make_texts(2))

@@ -51,9 +51,9 @@ def test_halves_equal_the_full_model_to_the_bit(model_dir):
 )
 def test_other_spellings_of_weight_names_load_the_same(copy, decoder, encoder, spelling):
     rewrite(copy, lambda weights: {spelling(k): v for k, v in weights.items()})
-    states = PassageEncoder.load(str(copy)).encode(["one passage"])[0].states
+    states = PassageEncoder(str(copy)).encode(["one passage"])[0].states
     assert (states == encoder.encode(["one passage"])[0].states).all()
-    scores = QueryDecoder.load(str(copy)).score("query", [states])
+    scores = QueryDecoder(str(copy)).score("query", [states])
     assert scores == decoder.score("query", [states])
 
 
@@ -63,34 +63,34 @@ def test_sharded_weights_load_the_same(model_dir, tmp_path, encoder):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     for file in model_dir.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    states = PassageEncoder.load(str(tmp_path)).encode(["one passage"])[0].states
+    states = PassageEncoder(str(tmp_path)).encode(["one passage"])[0].states
     assert (states == encoder.encode(["one passage"])[0].states).all()
 
 
 def test_a_missing_weight_is_an_error_that_names_it(copy):
     rewrite(copy, lambda w: {k: v for k, v in w.items() if "encoder.norm" not in k})
     with pytest.raises(CheckpointError, match=r"no weight encoder\.norm\.weight"):
-        PassageEncoder.load(str(copy))
-    QueryDecoder.load(str(copy))  # the other half is whole
+        PassageEncoder(str(copy))
+    QueryDecoder(str(copy))  # the other half is whole
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(copy):
     rewrite(copy, lambda w: {k: v[:1] if "encoder.norm" in k else v for k, v in w.items()})
     with pytest.raises(CheckpointError, match=r"do not fit its config\.json"):
-        PassageEncoder.load(str(copy))
+        PassageEncoder(str(copy))
 
 
 def test_truncated_weights_are_refused(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="damaged"):
-        PassageEncoder.load(str(copy))
+        PassageEncoder(str(copy))
 
 
 def test_pickled_weights_are_never_loaded(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
-        PassageEncoder.load(str(copy))
+        PassageEncoder(str(copy))
 
 
 def test_a_tokenizer_that_splits_yes_is_refused(copy):
@@ -103,14 +103,14 @@ def test_a_tokenizer_that_splits_yes_is_refused(copy):
     vocabulary["added_tokens"] = [t for t in vocabulary["added_tokens"] if t["content"] != "yes"]
     file.write_text(json.dumps(vocabulary))
     with pytest.raises(CheckpointError, match="splits 'yes' into"):
-        QueryDecoder.load(str(copy))
+        QueryDecoder(str(copy))
 
 
 def test_a_larger_tokenizer_than_the_model_is_refused(copy):
     texts = [f"{i:x}{i * 7919:x}" for i in range(40_000)]
     train_tokenizer(texts, 9000).save_pretrained(copy)
     with pytest.raises(CheckpointError, match="do not belong together"):
-        PassageEncoder.load(str(copy)).encode(texts[:2000])
+        PassageEncoder(str(copy)).encode(texts[:2000])
 
 
 @pytest.mark.parametrize("change", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -141,7 +141,7 @@ def test_a_hub_id_loads_from_one_pinned_snapshot(model_dir, encoder, tmp_path, m
     assert resolve(hub_id).revision == new
     assert resolve(hub_id, "v1").revision == resolve(hub_id, old).revision == old
     assert resolve(hub_id, "v1").fingerprint == resolve(str(model_dir)).fingerprint
-    states = PassageEncoder.load(hub_id, revision="v1").encode(["one passage"])[0].states
+    states = PassageEncoder(hub_id, revision="v1").encode(["one passage"])[0].states
     assert (states == encoder.encode(["one passage"])[0].states).all()
 
 
@@ -152,9 +152,9 @@ def test_unknown_models_devices_and_dtypes_are_named(model_dir, monkeypatch):
     with pytest.raises(CheckpointError, match="is a directory and has no revision"):
         resolve(str(model_dir), "main")
     with pytest.raises(InputError, match="dtype 'int8'"):
-        PassageEncoder.load(str(model_dir), dtype="int8")
+        PassageEncoder(str(model_dir), dtype="int8")
     with pytest.raises(InputError, match="max_length 3"):
-        PassageEncoder.load(str(model_dir), max_length=3)
+        PassageEncoder(str(model_dir), max_length=3)
 
 
 def stored_weights(folder, half):
@@ -214,7 +214,7 @@ def test_all_missing_weights_are_named(copy):
     gone = ("model.decoder.norm.weight", "model.decoder.layers.1.mlp.up_proj.weight")
     rewrite(copy, lambda w: {k: v for k, v in w.items() if k not in gone})
     with pytest.raises(CheckpointError) as caught:
-        QueryDecoder.load(str(copy))
+        QueryDecoder(str(copy))
     assert all(key.removeprefix("model.") in str(caught.value) for key in gone)
 
 

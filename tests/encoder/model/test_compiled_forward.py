@@ -29,14 +29,14 @@ def two_layers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eager(two_layers):
-    return QueryDecoder.load(str(two_layers))
+    return QueryDecoder(str(two_layers))
 
 
 @pytest.fixture(scope="module")
-def compiled(eager):
+def compiled(two_layers):
     torch._dynamo.reset()
     counters.clear()
-    made = QueryDecoder(eager.model, eager.tokenizer, fingerprint=eager.fingerprint, compile=True)
+    made = QueryDecoder(str(two_layers), compile=True)
     made.warm_up()
     return made
 
@@ -119,8 +119,8 @@ def test_a_service_compiles_in_its_device_thread(compiled, two_layers, tmp_path)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_graphs_score_as_eager_in_bfloat16(two_layers):
-    eager = QueryDecoder.load(str(two_layers), device="cuda")
-    compiled = QueryDecoder(eager.model, eager.tokenizer, fingerprint="x", compile=True)
+    eager = QueryDecoder(str(two_layers), device="cuda")
+    compiled = QueryDecoder(str(two_layers), device="cuda", compile=True)
     compiled.warm_up()
     rng = np.random.default_rng(0)
     for count in (1, 5, 33, 130):
@@ -129,6 +129,6 @@ def test_cuda_graphs_score_as_eager_in_bfloat16(two_layers):
             assert abs(got[0] - right[0]) <= 0.02
 
 
-def test_hot_passages_and_compile_exclude_each_other(eager):
+def test_hot_passages_and_compile_exclude_each_other(two_layers):
     with pytest.raises(InputError, match="cannot be combined"):
-        QueryDecoder(eager.model, eager.tokenizer, fingerprint="x", compile=True, hot_bytes=1 << 20)
+        QueryDecoder(str(two_layers), compile=True, hot_bytes=1 << 20)

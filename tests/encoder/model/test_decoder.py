@@ -22,7 +22,7 @@ def test_company_and_order_change_no_score(decoder, model_dir, states):
     query = "which shard holds the passage"
     together = decoder.score(query, states)
     alone = [decoder.score(query, [s])[0] for s in states]
-    narrow = QueryDecoder.load(str(model_dir), token_budget=1).score(query, states)
+    narrow = QueryDecoder(str(model_dir), token_budget=1).score(query, states)
     order = list(range(len(states)))
     random.Random(0).shuffle(order)
     shuffled = decoder.score(query, [states[i] for i in order])
@@ -68,7 +68,7 @@ def test_non_finite_logits_are_an_error(decoder):
 
 
 def test_bfloat16_is_close(decoder, model_dir, states):
-    half = QueryDecoder.load(str(model_dir), dtype="bfloat16")
+    half = QueryDecoder(str(model_dir), dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16
     for (a, _), (b, _) in zip(
         half.score("query", states), decoder.score("query", states), strict=True
@@ -112,9 +112,9 @@ def test_different_queries_go_together_and_change_no_score(decoder, states):
 @pytest.mark.parametrize("window", [512, 16])
 def test_a_recalled_passage_scores_the_same(model_dir, states, window):
     """Cold, warm, half warm, in any company, and where sliding layers do not see the beginning."""
-    hot = QueryDecoder.load(str(model_dir), hot_bytes=1 << 28)
+    hot = QueryDecoder(str(model_dir), hot_bytes=1 << 28)
     hot.model.config.sliding_window = window
-    plain = QueryDecoder.load(str(model_dir))
+    plain = QueryDecoder(str(model_dir))
     plain.model.config.sliding_window = window
     for round, query in enumerate(("which shard", "quite another and longer query", "which shard")):
         prompt = hot.prompt(query)
@@ -131,7 +131,7 @@ def test_a_recalled_passage_scores_the_same(model_dir, states, window):
 
 
 def test_the_memory_of_passages_is_bounded(model_dir, states):
-    small = QueryDecoder.load(str(model_dir), hot_bytes=1 << 20)
+    small = QueryDecoder(str(model_dir), hot_bytes=1 << 20)
     prompt = small.prompt("query")
     small.score_pairs([Pair(prompt, s, i) for i, s in enumerate(states)])
     assert 0 < small.hot.nbytes <= 1 << 20

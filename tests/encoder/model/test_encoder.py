@@ -15,7 +15,7 @@ from tests.conftest import SCRIPTS, make_texts
 def test_output_is_in_input_order_whatever_the_batches(encoder, model_dir):
     texts = ["", *SCRIPTS, *make_texts(40, seed=3)]
     wide = encoder.encode(texts)
-    narrow = PassageEncoder.load(str(model_dir), token_budget=1).encode(texts)
+    narrow = PassageEncoder(str(model_dir), token_budget=1).encode(texts)
     for i, text in enumerate(texts):
         alone = encoder.encode([text])[0]
         for other in (wide[i], narrow[i]):
@@ -24,7 +24,7 @@ def test_output_is_in_input_order_whatever_the_batches(encoder, model_dir):
 
 
 def test_long_passages_are_cut_and_say_so(model_dir):
-    short = PassageEncoder.load(str(model_dir), max_length=32)
+    short = PassageEncoder(str(model_dir), max_length=32)
     text = make_texts(1, seed=1)[0] + " word" * 100
     cut, whole = short.encode([text, "word"], ratio=4)
     assert (cut.num_tokens, cut.truncated, cut.states.shape) == (32, True, (8, 128))
@@ -46,7 +46,7 @@ def test_no_texts_give_no_states(encoder):
 
 
 def test_out_of_memory_halves_the_budget_for_good(model_dir, monkeypatch):
-    encoder = PassageEncoder.load(str(model_dir), token_budget=4000)
+    encoder = PassageEncoder(str(model_dir), token_budget=4000)
     texts = make_texts(60, seed=5)
     expected = encoder.encode(texts)
     sizes = []
@@ -87,7 +87,7 @@ def test_one_passage_that_does_not_fit_is_an_error(encoder, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_states_are_close_to_those_of_the_cpu(encoder, model_dir):
     texts = make_texts(20, seed=8)
-    gpu = PassageEncoder.load(str(model_dir), device="cuda").encode(texts)
+    gpu = PassageEncoder(str(model_dir), device="cuda").encode(texts)
     for got, want in zip(gpu, encoder.encode(texts), strict=True):
         cosine = (got.states * want.states).sum(1) / (
             np.linalg.norm(got.states, axis=1) * np.linalg.norm(want.states, axis=1)

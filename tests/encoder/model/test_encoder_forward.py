@@ -182,7 +182,7 @@ def test_flash_attention_equals_the_products_on_a_gpu(window):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_batch_is_started_without_waiting_for_the_gpu(model_dir):
-    encoder = PassageEncoder.load(str(model_dir), device="cuda")
+    encoder = PassageEncoder(str(model_dir), device="cuda")
     tokens = encoder.tokenise(["a passage of few words"] * 8)
     encoder.encode_batch(tokens, ratio=4)
     torch.cuda.set_sync_debug_mode("error")

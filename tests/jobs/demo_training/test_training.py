@@ -89,7 +89,7 @@ def test_the_loss_is_the_documented_one():
 def test_what_is_trained_is_what_is_served(model_dir):
     """Margins of the training forward equal those of encoder, pooling and decoder as served."""
     whole = T5Gemma2ForConditionalGeneration.from_pretrained(model_dir)
-    encoder, decoder = PassageEncoder.load(str(model_dir)), QueryDecoder.load(str(model_dir))
+    encoder, decoder = PassageEncoder(str(model_dir)), QueryDecoder(str(model_dir))
     texts = make_texts(6, seed=5, longest=60)
     tokenizer = encoder.tokenizer
     batch = tokenizer([render_passage(t) for t in texts], add_special_tokens=False)["input_ids"]
@@ -121,7 +121,7 @@ def test_the_start_already_prefers_passages_that_belong_to_the_query(library, tm
     start_as_matcher(model, tokenizer, tokens)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    encoder, decoder = PassageEncoder.load(str(tmp_path)), QueryDecoder.load(str(tmp_path))
+    encoder, decoder = PassageEncoder(str(tmp_path)), QueryDecoder(str(tmp_path))
     questions = [q for d in documents[::20] if (q := cut(d, "summary"))][:40]
     states = [p.states for p in encoder.encode([q.passage for q in questions], ratio=1)]
     first = 0
@@ -142,7 +142,7 @@ def test_a_few_steps_lower_the_loss_and_are_seeded(library, tmp_path):
     again = [loss for _, loss in Trainer(recipe, documents, tmp_path / "two").run()]
     assert again == pytest.approx(first, rel=1e-3)
     trainer.save(tmp_path / "model")
-    assert QueryDecoder.load(str(tmp_path / "model")).dim == DEMO.hidden
+    assert QueryDecoder(str(tmp_path / "model")).dim == DEMO.hidden
 
 
 def test_the_checkpoint_that_ships_is_small_and_in_16_bit():

@@ -65,7 +65,7 @@ def evaluate(model, task, folder):
 
 def reranker_of(search, task, model_dir):
     table = search.table_path(task.metadata.name, "default", "test")
-    return Reranker(PassageTable.open(str(table)), QueryDecoder.load(str(model_dir)))
+    return Reranker(PassageTable.open(str(table)), QueryDecoder(str(model_dir)))
 
 
 def ndcg(metrics):

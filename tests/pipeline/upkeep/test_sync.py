@@ -182,7 +182,7 @@ def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_pat
         max_rejected=0.1,
     )  # fmt: skip
     real = PassageEncoder._start
-    poison = PassageEncoder.load(str(model_dir)).tokenise(["poison passage"])[0].ids
+    poison = PassageEncoder(str(model_dir)).tokenise(["poison passage"])[0].ids
 
     def breaks(self, tokens, ratio):
         if any(t.ids == poison for t in tokens):

@@ -64,7 +64,7 @@ for command in (
 @app.callback()
 def options(
     debug: bool = typer.Option(
-        False, help="Show tracebacks and debug logs, to find out why a command failed."
+        False, "--debug", help="Show tracebacks and debug logs, to find out why a command failed."
     ),
     log_format: str = typer.Option(
         "text", help="Format of the log on stderr: text, or json for a log collector."
@@ -90,12 +90,12 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code != INTERRUPTED:  # typer turns a KeyboardInterrupt into this exit code
             raise
-        _say("stopped; what was finished is committed, run again to resume")
+        _say("stopped; what was committed stays, and the same command again goes on from there")
         sys.exit(TERMINATED if _signals else INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        _say(f"unexpected {type(error).__name__}: {error} (kalm --debug … shows where)")
+        _say(f"unexpected {type(error).__name__}: {error} (run `kalm --debug …` to see where)")
         sys.exit(1)
 
 

@@ -63,23 +63,25 @@ def encode(
     commit_every: Annotated[
         float,
         typer.Option(
-            help="Least seconds between two commits, and so what a killed run repeats. Lower it "
-            "where machines are often taken away."
+            help="Least number of seconds between two commits. A killed run repeats about that "
+            "much work: lower it where machines are often taken away."
         ),
     ] = 10.0,
     on_duplicate: options.OnDuplicate = "error",
     new_generation: Annotated[
         bool,
         typer.Option(
-            help="Begin a complete table anew, with another model or corpus. Readers keep the old "
-            "rows until `kalm publish`."
+            "--new-generation",
+            help="Begin a new generation in the same table, for another model or corpus. Readers "
+            "keep the old rows until `kalm publish`.",
         ),
     ] = False,
     retry_rejects: Annotated[
         bool,
         typer.Option(
+            "--retry-rejects",
             help="Encode only the rejected rows of a complete table, after they were mended in "
-            "their files."
+            "their files.",
         ),
     ] = False,
     storage_option: options.StorageOptions = None,
@@ -119,7 +121,7 @@ def encode(
         if again:
             print_summary(again, what=f"rejected rows of {to}")
         else:
-            print("no rejected row can be read as a passage")
+            print("no rejected row can be encoded yet: mend the rows in their files first")
         return
     print_summary(run(job, execute))
 
@@ -138,8 +140,11 @@ def print_summary(summary: Summary, what: str | None = None) -> None:
     if summary.num_rejected:
         print(f"{summary.num_rejected:,} rows rejected: `kalm rejects` lists them with reasons")
     if summary.num_repeated:
-        print(f"{summary.num_repeated:,} rows dropped that repeat an id")
+        print(f"{summary.num_repeated:,} rows with a repeated id were dropped")
     state = "complete" if summary.shards_encoded else "already complete"
     print(f"{what or f'{summary.uri} is {state}'}: {summary.num_rows:,} passages")
     if not summary.live:
-        print(f"readers still see the generation before: `kalm publish {summary.uri}` switches")
+        print(
+            "readers still see the previous generation: "
+            f"`kalm publish {summary.uri}` makes this one live"
+        )

@@ -36,11 +36,13 @@ def evaluate(
     revision: Revision = None,
     split: Annotated[str, typer.Option(help="Split of the judgements, such as dev.")] = "test",
     corpus: Annotated[
-        list[str] | None, typer.Option(help="Passages, where there is no collection folder.")
+        list[str] | None, typer.Option(help="Corpus files, if you give no collection folder.")
     ] = None,
-    queries: Annotated[Path | None, typer.Option(help="Queries to --corpus: JSONL or TSV.")] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="Queries for --corpus, as JSONL or TSV.")
+    ] = None,
     qrels: Annotated[
-        Path | None, typer.Option(help="Judgements to --corpus, in BEIR's or TREC's format.")
+        Path | None, typer.Option(help="Judgements for --corpus, in BEIR's or TREC's format.")
     ] = None,
     run: Annotated[
         Path | None,
@@ -48,10 +50,13 @@ def evaluate(
     ] = None,
     depth: Annotated[
         int | None,
-        typer.Option(help="Candidates per query, as in production. Default: 100, demo 50."),
+        typer.Option(
+            help="Candidates per query: what you rerank in production. Default: 100, or 50 "
+            "with --demo."
+        ),
     ] = None,
     ratios: Annotated[
-        str | None, typer.Option(help="Ratios to compare. Default: 4,32; all of the demo.")
+        str | None, typer.Option(help="Ratios to compare. Default: 4,32, or 1 to 64 with --demo.")
     ] = None,
     store_dtypes: Annotated[
         str, typer.Option(help=f"Types to compare: {STORE_DTYPES}; the first one is encoded.")
@@ -62,11 +67,11 @@ def evaluate(
     fuse: Annotated[bool, typer.Option(help="Also add each reranking to the first stage.")] = True,
     instruction: Instruction = None,
     instructions: Annotated[
-        Path | None, typer.Option(help="JSON {collection: instruction}, to evaluate several.")
+        Path | None, typer.Option(help="JSON file that maps collection names to instructions.")
     ] = None,
     max_length: MaxLength = 1024,
     measure: Annotated[
-        list[str] | None, typer.Option(help="Metric that ir-measures knows. May be repeated.")
+        list[str] | None, typer.Option(help="Metric as ir-measures spells it. May be repeated.")
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for tables, TREC run files and results.")

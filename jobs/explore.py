@@ -17,7 +17,7 @@ def explore(
     host: options.Host = "127.0.0.1",
     port: options.Port = 8080,
     model: options.TableModel = None,
-    revision: options.Revision = None,
+    revision: options.TableRevision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     note: Annotated[
@@ -25,7 +25,7 @@ def explore(
     ] = None,
     storage_option: options.StorageOptions = None,
 ) -> None:
-    """Try queries on a page: first stage and reranked side by side, at any ratio and dtype.
+    """Try queries on a page, with the first stage and the reranking side by side.
 
     Further tables hold other store dtypes or ratios of the first, as `kalm truncate` makes them;
     one decoder serves all. If KALM_API_KEY is set in the environment, the page asks for that key.

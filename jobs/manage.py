@@ -92,7 +92,7 @@ def gc(
             "that holds an older version open then fails."
         ),
     ] = 7.0,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     storage_option: StorageOptions = None,
 ) -> None:
     """Remove old versions that no tag names, and files of crashed attempts."""
@@ -110,7 +110,10 @@ def doctor(
     uri: Annotated[str, typer.Argument(help="Path or URL of a table, or where one is to be.")],
     storage_option: StorageOptions = None,
 ) -> None:
-    """Try everything a job does on this store and explain what is wrong. Exit code 1 if it is."""
+    """Try everything a job does on this store and explain what is wrong.
+
+    The exit code is 1 if anything is wrong.
+    """
     from pipeline.table.preflight import examine
 
     checks = list(examine(location(uri, storage_option)))

@@ -36,13 +36,16 @@ TableModel = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="Revision of the hub id, to pin a commit. Default: the newest.")
 ]
+TableRevision = Annotated[
+    str | None, typer.Option(help="Revision of the hub id. Default: the one the table records.")
+]
 Ratios = Annotated[
     str | None,
     typer.Option(
         "--ratios",
         "--ratio",
         help="Tokens per stored state: a number, or several with commas, finest first. A higher "
-        "one makes the table smaller and ranks less well; a second one is for cascades.",
+        "ratio makes the table smaller and ranks less well. A second ratio is for cascades.",
     ),
 ]
 STORE_DTYPES = "float16, float32, int8 or int4"
@@ -107,7 +110,8 @@ GpusPerWorker = Annotated[
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Address of a running Ray cluster. Default: RAY_ADDRESS, else a new one here."
+        help="Address of a running Ray cluster. Default: RAY_ADDRESS, or else a new cluster on "
+        "this machine."
     ),
 ]
 Instruction = Annotated[
@@ -124,7 +128,10 @@ Port = Annotated[
     int, typer.Option(help="Port to listen at. Change it when another program has it.")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="Device of the decoder, such as cuda:1. Default: the first GPU.")
+    str | None,
+    typer.Option(
+        help="Device of the decoder, such as cuda:1. Default: the first GPU, else the CPU."
+    ),
 ]
 Dtype = Annotated[
     str | None,

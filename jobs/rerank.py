@@ -41,7 +41,7 @@ def rerank(
     ] = None,
     top_k: Annotated[int, typer.Option(help="Number of results to print; 0 prints all.")] = 10,
     model: options.TableModel = None,
-    revision: options.Revision = None,
+    revision: options.TableRevision = None,
     version: options.Version = None,
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,

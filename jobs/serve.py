@@ -17,7 +17,7 @@ def serve(
     host: options.Host = "127.0.0.1",
     port: options.Port = 8080,
     model: options.TableModel = None,
-    revision: options.Revision = None,
+    revision: options.TableRevision = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     with_encoder: Annotated[

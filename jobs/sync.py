@@ -17,16 +17,17 @@ def sync(
     ],
     to: Annotated[str, typer.Option(help="Path or URL of the table to bring up to date.")],
     model: options.TableModel = None,
-    revision: options.Revision = None,
+    revision: options.TableRevision = None,
     delete_missing: Annotated[
         bool,
         typer.Option(
+            "--delete-missing",
             help="Delete passages that are not in the corpus any more. Leave it out when the "
-            "inputs are only the new part of a corpus."
+            "inputs are only the new part of a corpus.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Print the counts and change nothing, to see what would happen.")
+        bool, typer.Option("--dry-run", help="Print the counts and change nothing.")
     ] = False,
     on_duplicate: options.OnDuplicate = "error",
     workers: options.Workers = None,

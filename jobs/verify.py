@@ -33,7 +33,10 @@ def verify(
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,
 ) -> None:
-    """Check all rows: checksums, finite values, shapes, unique ids. Exit code 1 if any is bad."""
+    """Check all rows: checksums, finite values, shapes, unique ids.
+
+    The exit code is 1 if a row is bad.
+    """
     from pipeline.upkeep.verify import verify as check
 
     report = check(

@@ -61,8 +61,8 @@ def _views(table: Location, interval_s: float) -> Iterator[dict[str, Any]]:
         if view is None:
             if waited_s > APPEARS_WITHIN_S:
                 raise InputError(
-                    f"no run has written to {table} for {APPEARS_WITHIN_S:.0f} s: is this the "
-                    "table of a `kalm encode` that is past its planning?"
+                    f"no run has written to {table} for {APPEARS_WITHIN_S:.0f} s: check the "
+                    "address; a `kalm encode` that still cuts its corpus into shards writes nothing"
                 )
         else:
             silent = view["state"] not in ENDED and waited_s > SILENT_AFTER_S
@@ -71,7 +71,7 @@ def _views(table: Location, interval_s: float) -> Iterator[dict[str, Any]]:
             yield {**view, "silent_s": round(silent_s, 1) if silent else None}
             if silent:
                 raise KalmError(
-                    f"the run has not been heard of for {silent_s:.0f} s: process {view['pid']} on "
+                    f"the run has written nothing for {silent_s:.0f} s: process {view['pid']} on "
                     f"{view['host']} died, hangs or cannot reach the store. If it is gone, run the "
                     "same command again to resume"
                 )

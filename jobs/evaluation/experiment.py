@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow.compute as pc
 import xxhash
 
 from jobs.evaluation.collection import Collection
@@ -106,9 +107,15 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
     table = tables[experiment.store_dtypes[0]]
     found, name, label = _first_stage(experiment, table)
     relevant = {i for q in collection.judgements.values() for i, r in q.items() if r > 0}
-    # Two light columns are read in full: of a million candidates, a filter would be too long.
-    rows = table.dataset.to_table(columns=["id", "num_tokens"])
-    lengths = dict(zip(rows["id"].to_pylist(), rows["num_tokens"].to_pylist(), strict=True))
+    # Two light columns are scanned: a filter that names a million candidates would be too long.
+    # Only what is asked for is kept, as a corpus may hold far more passages than the candidates.
+    wanted = relevant.union(*found.values())
+    lengths: dict[str, int] = {}
+    num_tokens = 0
+    for batch in table.dataset.to_batches(columns=["id", "num_tokens"]):
+        num_tokens += pc.sum(batch["num_tokens"]).as_py() or 0
+        rows = zip(batch["id"].to_pylist(), batch["num_tokens"].to_pylist(), strict=True)
+        lengths.update((i, n) for i, n in rows if i in wanted)
     first = {q: {i: s for i, s in scores.items() if i in lengths} for q, scores in found.items()}
     if not any(first.values()):
         raise InputError(
@@ -136,8 +143,8 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
         note=checkpoint.DEMO_NOTE if files.path == checkpoint.DEMO_CHECKPOINT else "",
         first_stage=label,
         instruction=experiment.instruction or DEFAULT_INSTRUCTION,
-        num_passages=len(lengths),
-        num_tokens=sum(lengths.values()),
+        num_passages=len(table),
+        num_tokens=num_tokens,
         queries=collection.queries,
         settings=[ranking.setting for ranking in rankings],
         scores=[ranking_scores(r, collection) for r in rankings if r.setting.kind == "reranked"],

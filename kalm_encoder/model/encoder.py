@@ -152,7 +152,9 @@ class PassageEncoder:
             # This is outside the handler, because its traceback would keep the tensors alive.
             self.token_budget = max(1, total // 2)
             logger.warning(
-                "out of memory on %d tokens: from now on %d at a time", total, self.token_budget
+                "out of memory on %d tokens: a forward takes %d from now on",
+                total,
+                self.token_budget,
             )
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -170,7 +170,7 @@ def _commit_all(
                 if rejected > allowed:
                     last = outcome.rejects[-1]
                     raise TooManyRejectsError(
-                        f"{rejected} rows rejected, {allowed} of {plan.num_rows} are allowed. "
+                        f"{rejected} rows were rejected, {allowed} of {plan.num_rows} may be. "
                         f"The last: {last.path} line {last.line}: {last.reason}. All are in "
                         f"{rejects.location}; mend the input, or raise --max-rejected and run again"
                     )
@@ -209,6 +209,6 @@ def _refuse_repeated(job: TableJob, ledger: Ledger) -> None:
         shown = ", ".join(map(repr, rows["id"].to_pylist()))
         raise InputError(
             f"{total} rows repeat an id: {shown}. All rows are encoded: run again with "
-            "--on-duplicate first or last to keep one of each, nothing is encoded twice; or mend "
+            "--on-duplicate first or last to keep one of each (nothing is encoded twice), or mend "
             f"the input and choose another table than {job.uri}"
         )

@@ -82,7 +82,7 @@ class KeptPlan:
         except UNREADABLE as error:
             logger.warning("the kept plan cannot be used, planning again: %s", first_line(error))
             return None
-        logger.info("%d shards from the plan beside %s", len(plan.shards), self._table)
+        logger.info("%d shards read from the plan kept beside %s", len(plan.shards), self._table)
         return plan
 
     def write(self, plan: Plan) -> None:

@@ -110,7 +110,9 @@ class Progress:
         with self._lock:
             now_s = self._now_s()
             for result in results:
-                shard = self._uncommitted.pop(result.shard.number)
+                shard = self._uncommitted.pop(result.shard.number, None)
+                if shard is None:  # it was in a commit before, and is in the records once
+                    continue
                 waited_s = round(max(0.0, now_s - seconds - shard.at_s), 3)
                 self.files.note({**vars(shard), "waited_s": waited_s})
             commit = {

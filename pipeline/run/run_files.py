@@ -106,7 +106,7 @@ class RunFiles:
             if not self._warned:
                 logger.warning(
                     "the store refuses %s: the run goes on, `kalm status --watch` and --figure may "
-                    "miss it: %s", path, first_line(error),
+                    "not show it: %s", path, first_line(error),
                 )  # fmt: skip
             self._warned = True
             return False

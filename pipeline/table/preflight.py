@@ -43,7 +43,7 @@ EXPLANATIONS = (
 )  # fmt: skip
 """Patterns in the text of a store's error, and what the error means."""
 ACCEPTED_BY_LANCE = (
-    f"pylance {lance.__version__} accepts it and shards could be doubled: pip install 'pylance>=13'"
+    f"pylance {lance.__version__} accepts it, so shards could double: pip install 'pylance>=13'"
 )
 NO_CONDITIONAL_WRITES = (
     "the store overwrites it: it has no conditional writes (If-None-Match), so two writers would "

@@ -53,7 +53,10 @@ def truncate(
     for ratio in spec.ratios:
         old.source_ratio(ratio)
     if (spec.ratios, spec.store_dtype) == (old.ratios, old.store_dtype):
-        raise InputError(f"{source} has these ratios and this dtype: copy it instead")
+        raise InputError(
+            f"{source} already has these ratios and this dtype: give another --ratios or "
+            "--store-dtype"
+        )
     if absolute(source) == absolute(to):
         raise InputError("a table cannot be truncated into itself: give --to another place")
     plan = _plan(table, source, shard_size)

@@ -199,7 +199,7 @@ def _check_corpus(
     if changes.changed:
         report.add("corpus", f"{changes.changed} passages have another text in the corpus")
     if changes.missing:
-        report.add("corpus", f"{len(changes.missing)} rows are of no passage of the corpus")
+        report.add("corpus", f"{len(changes.missing)} rows belong to no passage of the corpus")
 
 
 def _check_sample(table: PassageTable, report: Report, sample: int, model: str) -> None:

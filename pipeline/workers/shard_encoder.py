@@ -201,7 +201,7 @@ def start_isolated(
     # Out of the handler: there the traceback would keep the tensors of the failed forward alive.
     if len(batch) == 1:
         return [f"the encoder failed: {reason}"]
-    logger.warning("%d passages failed, trying halves: %s", len(batch), reason)
+    logger.warning("a batch of %d passages failed, trying its halves: %s", len(batch), reason)
     half = len(batch) // 2
     return start_isolated(start, batch[:half]) + start_isolated(start, batch[half:])
 

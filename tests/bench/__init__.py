@@ -1,1 +1,1 @@
-"""Benchmarks: `make bench` runs them all; results go into RESULTS.md by hand, with the date."""
+"""Benchmarks: `make bench` runs them; results go into docs/benchmarks.md by hand."""

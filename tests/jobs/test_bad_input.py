@@ -133,7 +133,7 @@ def test_rows_that_cannot_be_used_are_listed(encode, good, tmp_path, monkeypatch
         lines.write(b'{"id": "long", "text": "' + b"a" * 200_000_000 + b'"}\n')
         lines.write(jsonl({"id": f"p{i}", "text": "x"} for i in range(5)))
     code, out = encode(file)
-    assert (code, "3 rows rejected, 0 of 8 are allowed" in out) == (1, True), out
+    assert (code, "3 rows were rejected, 0 of 8 may be" in out) == (1, True), out
     assert not lance.dataset(str(tmp_path / "t.lance")).tags.list()
     code, out = kalm(monkeypatch, "rejects", tmp_path / "t.lance")
     assert code == 0
@@ -160,7 +160,7 @@ def test_repeated_ids_within_and_across_shards_and_files(encode, tmp_path, polic
     assert "2 rows repeat an id: 'same'" in out and "--on-duplicate first or last" in out
     code, out = encode(*files, more=("--shard-size", 1, "--on-duplicate", policy))
     assert code == 0, out
-    assert "2 rows dropped that repeat an id" in out
+    assert "2 rows with a repeated id were dropped" in out
     assert "encoded" not in out.replace("are encoded", ""), "nothing is encoded twice"
     rows = PassageTable.open(str(tmp_path / "t.lance")).dataset.to_table().to_pylist()
     assert {r["id"]: r["text"] for r in rows} == {"same": kept, "other": "other"}
@@ -284,7 +284,7 @@ def broken_model(model_dir, folder, how):
         ("missing", 2, "safetensors"),
         ("corrupt", 2, "safetensors"),
         ("yes", 2, "'yes'"),
-        ("not finite", 1, "rows rejected, 0 of 12 are allowed"),
+        ("not finite", 1, "rows were rejected, 0 of 12 may be"),
     ],
 )
 def test_models_that_cannot_be_used(encode, good, model_dir, tmp_path, how, code, message):

@@ -89,7 +89,7 @@ def test_a_killed_run_is_said_to_be_silent_and_a_resumed_one_is_seen(corpus, mod
     out, errors = beside.communicate(timeout=HANG_S)
     assert beside.returncode == 1
     assert f"process {run_of.pid} on {seen['host']} died" in errors
-    assert "has not been heard of for 1" in errors  # 15 s or a little more
+    assert "has written nothing for 1" in errors  # 15 s or a little more
     last = json.loads(out.splitlines()[-1])
     assert last["silent_s"] >= SILENT_AFTER_S and last["state"] == "encoding"
     # The run that takes the work up counts what was there, and has a name of its own.

@@ -111,7 +111,7 @@ def test_a_failing_passage_is_logged_with_its_shard(
     uri = str(tmp_path / "t.lance")
     job = EncodeJob(inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=10)
     assert run(job, encode_inline).num_rows == 60
-    told = [json.loads(one) for one in caplog.text.splitlines() if "trying halves" in one]
+    told = [json.loads(one) for one in caplog.text.splitlines() if "trying its halves" in one]
     assert told and all(line["shard"] for line in told)
     assert {line["run"] for line in told} == {r.run for r in read_records(Location(uri))}
 

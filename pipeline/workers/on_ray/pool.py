@@ -165,7 +165,7 @@ class WorkerPool:
         if worker.node in self.nodes:
             self._look()
         if worker.node and worker.node not in self.nodes:
-            logger.info("a worker went with its node %s", worker.node)
+            logger.info("a worker was lost with its node %s", worker.node)
             return
         logger.warning("a worker died: %s", reason)
         self.deaths.append(worker.node)

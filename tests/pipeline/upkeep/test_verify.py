@@ -95,7 +95,7 @@ def test_ids_are_compared_with_the_corpus(table, tmp_path):
     report = verify(str(table), inputs=[str(corpus)])
     assert [p.detail for p in report.problems] == [
         "1 passages have another text in the corpus",
-        "10 rows are of no passage of the corpus",
+        "10 rows belong to no passage of the corpus",
     ]
     write_corpus(corpus, [*texts, "one more"])
     (problem,) = verify(str(table), inputs=[str(corpus)]).problems

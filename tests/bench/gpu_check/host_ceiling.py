@@ -71,7 +71,7 @@ class Queue:
         self.free_at_s = end = begin + len(ids) / self.tokens_per_s
         self.tokens += len(ids)
         marks = (Mark(begin), Mark(begin), Mark(end), Mark(end))
-        return BatchInFlight(tokens, ratio, self.states[:groups], len(ids), marks)
+        return BatchInFlight(tokens, len(ids), ratio, self.states[:groups], marks)
 
 
 def main() -> None:

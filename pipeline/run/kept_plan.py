@@ -71,9 +71,10 @@ class KeptPlan:
             if not session.contains(self._path):
                 return None
             written, shards = KEPT.validate_json(read_text(session, self._path))
+            same: dict[Fields, Fields] = {}  # one object per kind of file, not per shard
             plan = Plan(
                 tuple(
-                    Shard(number, self.files[file], fields, rows)
+                    Shard(number, self.files[file], same.setdefault(fields, fields), rows)
                     for number, (file, fields, rows) in enumerate(shards)
                 )
             )

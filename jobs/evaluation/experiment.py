@@ -18,7 +18,14 @@ import pyarrow.compute as pc
 import xxhash
 
 from jobs.evaluation.collection import Collection
-from jobs.evaluation.judging import Ranking, examples, ranking_scores, with_metrics
+from jobs.evaluation.judging import (
+    Ranking,
+    examples,
+    fused_ranking,
+    gaps,
+    ranking_scores,
+    with_metrics,
+)
 from jobs.evaluation.rankings import (
     DEFAULT_MEASURES,
     Scores,
@@ -32,7 +39,6 @@ from kalm_encoder.model import checkpoint
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION
 from kalm_encoder.rerank.cascade import Stage
-from kalm_encoder.rerank.fusion import fuse
 from kalm_encoder.rerank.reranker import Reranker
 from kalm_encoder.table.reader import PassageTable
 from pipeline.corpus.inputs import absolute
@@ -132,7 +138,7 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
             ranking, margins = _rank(experiment, reranker, stages, first, lengths, suffix)
             rankings.append(_judge(experiment, ranking, start.setting))
             if experiment.fuse and not suffix and len(stages) == 1:
-                fused = _fused(ranking.setting, start, margins)
+                fused = fused_ranking(ranking.setting, start, margins)
                 rankings.append(_judge(experiment, fused, start.setting))
     helped, hurt = examples(collection, table, rankings)
     return Evaluation(
@@ -150,7 +156,7 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
         scores=[ranking_scores(r, collection) for r in rankings if r.setting.kind == "reranked"],
         helped=helped,
         hurt=hurt,
-        warnings=[*collection.warnings, *_gaps(found, first, relevant, lengths)],
+        warnings=[*collection.warnings, *gaps(found, first, relevant, lengths)],
     )
 
 
@@ -200,22 +206,6 @@ def _first_stage(experiment: Experiment, table: PassageTable) -> tuple[Scores, s
     return cut, tag, f"{tag} ({file.name}), top {depth}"
 
 
-def _gaps(found: Scores, first: Scores, relevant: set[str], stored: Mapping[str, int]) -> list[str]:
-    """Return what there is to tell of passages that are not stored: no ranking can find them."""
-    gaps = []
-    if missing := {i for scores in found.values() for i in scores if i not in stored}:
-        shown = ", ".join(sorted(missing)[:5])
-        gaps.append(f"{len(missing)} candidates are not in the corpus and were left out: {shown}")
-    if empty := sum(not scores for scores in first.values()):
-        gaps.append(f"{empty} queries have no candidates and count as 0")
-    if gone := sorted(relevant - stored.keys()):
-        shown = ", ".join(gone[:5])
-        gaps.append(
-            f"{len(gone)} of {len(relevant)} relevant passages are not in the corpus: {shown}"
-        )
-    return gaps
-
-
 def _rank(
     experiment: Experiment,
     reranker: Reranker,
@@ -250,16 +240,6 @@ def _rank(
         ms_per_query=took_ms,
     )
     return Ranking(setting, ranked), margins
-
-
-def _fused(setting: SettingResult, first: Ranking, margins: Scores) -> Ranking:
-    """Return a reranking added to the first stage; it costs what the reranking costs."""
-    fused = {}
-    for query, scores in first.ranked.items():
-        total = fuse(scores, margins[query])
-        fused[query] = dict(sorted(total.items(), key=lambda pair: (-pair[1], pair[0])))
-    name = f"{setting.name}+{first.setting.name}"
-    return Ranking(replace(setting, name=name, kind="fused"), fused)
 
 
 def _judge(experiment: Experiment, ranking: Ranking, first: SettingResult | None) -> Ranking:

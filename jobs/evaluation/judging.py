@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jobs.evaluation.collection import Collection
 from jobs.evaluation.rankings import Scores
 from jobs.evaluation.results import Candidate, Example, ScoreSample, SettingResult
 from jobs.evaluation.statistics import bootstrap_interval, compare, score_sample
+from kalm_encoder.rerank.fusion import fuse
 from kalm_encoder.table.reader import PassageTable
 
 MAX_EXAMPLES = 6
@@ -28,6 +29,16 @@ class Ranking:
 
     setting: SettingResult
     ranked: Scores
+
+
+def fused_ranking(setting: SettingResult, first: Ranking, margins: Scores) -> Ranking:
+    """Return a reranking added to the first stage; it costs what the reranking costs."""
+    fused = {}
+    for query, scores in first.ranked.items():
+        total = fuse(scores, margins[query])
+        fused[query] = dict(sorted(total.items(), key=lambda pair: (-pair[1], pair[0])))
+    name = f"{setting.name}+{first.setting.name}"
+    return Ranking(replace(setting, name=name, kind="fused"), fused)
 
 
 def with_metrics(
@@ -100,3 +111,19 @@ def examples(
         )
 
     return [example(q) for q in helped], [example(q) for q in hurt]
+
+
+def gaps(found: Scores, first: Scores, relevant: set[str], stored: Mapping[str, int]) -> list[str]:
+    """Return what there is to tell of passages that are not stored: no ranking can find them."""
+    told = []
+    if missing := {i for scores in found.values() for i in scores if i not in stored}:
+        shown = ", ".join(sorted(missing)[:5])
+        told.append(f"{len(missing)} candidates are not in the corpus and were left out: {shown}")
+    if empty := sum(not scores for scores in first.values()):
+        told.append(f"{empty} queries have no candidates and count as 0")
+    if gone := sorted(relevant - stored.keys()):
+        shown = ", ".join(gone[:5])
+        told.append(
+            f"{len(gone)} of {len(relevant)} relevant passages are not in the corpus: {shown}"
+        )
+    return told

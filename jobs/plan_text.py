@@ -43,8 +43,11 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"{_span(tokens)}, {tokens.value / passages.value:,.1f} each"),
         ("truncated", f"{cut} at max_length {spec.max_length}"),
         ("table", f"{size} of data ({spec.store_dtype}, r = {ratios})"),
-        ("indexes", f"up to about {metric(index_bytes, 'B')}"),
-        ("peak on disk", f"{peak}: compaction rewrites, `kalm gc` frees"),
+        ("indexes", f"at most about {metric(index_bytes, 'B')}"),
+        (
+            "peak on disk",
+            f"{peak}: compaction writes the data again, `kalm gc` frees the old files",
+        ),
         ("encoder", f"{metric(work['encoder_flops'].value, 'FLOP')}, {facts['model']}"),
         ("time", _time(facts, work["hours"])),
         ("sampled", _sampled(facts)),
@@ -56,7 +59,7 @@ def _time(facts: dict[str, Any], hours: Estimate | None) -> str:
     rate, gpus = facts["rate"], facts["gpus"]
     if hours is None:
         slow = facts["tokens"].value / 1000 / 3600
-        return f"{slow:,.1f} hours at each 1,000 tokens/s (--tokens-per-s, or --measure)"
+        return f"{slow:,.1f} hours at 1,000 tokens/s (give --tokens-per-s or --measure)"
     source, spread = "entered", ""
     if rate.runs:
         source = f"measured on {rate.device}, {rate.runs} runs"
@@ -73,7 +76,7 @@ def _sampled(facts: dict[str, Any]) -> str:
     if facts["exact"]:
         return f"everything: {seen} {took}; counts are exact"
     blocks = f"{facts['sampled_blocks']:,} blocks, seed {facts['seed']}"
-    return f"{seen} {took} ({blocks}); [ ] are 95 % intervals"
+    return f"{seen} {took} ({blocks}); brackets are 95 % intervals"
 
 
 def _print_lengths(facts: dict[str, Any]) -> None:
@@ -111,10 +114,10 @@ def _print_work(facts: dict[str, Any]) -> None:
         rows.append([work["model"], "FLOP", *map(metric, flops), encoder, hours])
         rows.append(["", "read", *(metric(size, "B") for size in read)])
     ratios = (f"r={ratio}" for ratio in facts["work"][0]["query_flops"])
-    title = f"100 candidates, a prompt of {prompt} tokens, {dtype} states; and encoding it all"
+    title = f"a query (100 candidates, {prompt} prompt tokens, {dtype} states), and encoding it all"
     _print_table([["", "", *ratios, "encoder", "hours"], *rows], left=2, title=title)
     if facts["rate"]:
-        print("hours of other models: the same rate in FLOP/s")
+        print("The hours of the other models assume the same FLOP/s.")
 
 
 def print_comparison(lines: Sequence[Line]) -> None:

@@ -52,9 +52,9 @@ def read_plan(file: Path) -> dict[str, Any]:
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the plan {file}: {error}") from error
+        raise InputError(f"cannot read the estimate {file}: {error}") from error
     if not isinstance(plan, dict) or "spec" not in plan or "tokens" not in plan:
-        raise InputError(f"{file} is no plan: save one with `kalm plan … --out {file}`")
+        raise InputError(f"{file} is not a saved estimate: `kalm plan … --out {file}` makes one")
     return plan
 
 
@@ -74,8 +74,8 @@ def compare(plan: dict[str, Any], facts: dict[str, Any], runs: RunTotals) -> lis
         if spec[field] != facts[field]:
             raise MismatchError(
                 field,
-                f"the plan has {field} {spec[field]}, the table {facts[field]}: plan again with "
-                "the table's settings",
+                f"the estimate was made with {field} {spec[field]}, the table with {facts[field]}: "
+                "run `kalm plan` again with the table's settings",
             )
     lines = []
     for name in ("passages", "tokens", "truncated", "bytes"):
@@ -99,13 +99,13 @@ def hint(lines: list[Line], facts: dict[str, Any]) -> str | None:
     if facts["shards_missing"]:
         return (
             f"the table is not complete ({facts['shards_missing']:,} of {facts['shards']:,} shards "
-            "are missing), but the plan is for all of it: compare again when it is complete"
+            "are missing), but the estimate is for all of it: compare again when it is complete"
         )
     line = next(line for line in lines if line.name == "passages")
     if line.difference is None or line.inside or abs(line.difference) < OTHER_CORPUS:
         return None
     return (
-        f"the plan is for {line.planned:,.0f} passages, the table was made of "
-        f"{facts['rows_planned']:,} rows: this looks like the plan of another corpus, or of one "
-        "that has changed since. Plan again with the table's input (and its --limit)"
+        f"the estimate is for {line.planned:,.0f} passages, the table was made from "
+        f"{facts['rows_planned']:,} rows: it looks like the estimate of another corpus, or of one "
+        "that has changed since. Run `kalm plan` again with the table's input (and its --limit)"
     )

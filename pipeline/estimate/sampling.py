@@ -137,7 +137,7 @@ def sample_corpus(
     in_order = sum(source.in_order for source in found)
     note = (
         f"{in_order} compressed or quoted files can only be read from their start, and "
-        f"{finished} were read to the end: their intervals hold if the rest is alike"
+        f"{finished} were read to the end: their intervals hold if the rest is like it"
     )
     return Sample(
         sizes=np.array(sizes),

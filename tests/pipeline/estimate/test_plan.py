@@ -240,10 +240,10 @@ def test_bad_options_are_refused_by_name(corpus, model_dir, tmp_path, options, m
 def test_a_plan_with_other_settings_is_not_compared(corpus, model_dir, made, tmp_path):
     uri, facts = made
     other = planned(corpus[:1], model_dir, tmp_path / "p.json", ratios="8")
-    with pytest.raises(MismatchError, match="ratios 8, the table 4,32"):
+    with pytest.raises(MismatchError, match="ratios 8, the table with 4,32"):
         compare(other, facts, totals(read_records(Location(uri))))
     (tmp_path / "no.json").write_text("[]")
-    with pytest.raises(InputError, match="is no plan"):
+    with pytest.raises(InputError, match="is not a saved estimate"):
         read_plan(tmp_path / "no.json")
 
 

@@ -297,6 +297,6 @@ def test_the_plan_is_compared_by_status(made, model_dir, corpus, tmp_path, capsy
     status(str(table), plan=tmp_path / "other.json")
     shown = capsys.readouterr().out
     assert "the estimate is for 500 passages, the table was made from 60 rows" in shown
-    assert "plan of another corpus" in shown
+    assert "estimate of another corpus" in shown
     with pytest.raises(InputError, match="cannot read the estimate"):
         status(str(table), plan=Path("none.json"))

@@ -90,7 +90,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code != INTERRUPTED:  # typer turns a KeyboardInterrupt into this exit code
             raise
-        _say("stopped; what was committed stays, and the same command again goes on from there")
+        _say("stopped; what was committed stays, run again to resume")
         sys.exit(TERMINATED if _signals else INTERRUPTED)
     except Exception as error:
         if debug:

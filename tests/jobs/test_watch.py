@@ -197,7 +197,7 @@ def test_an_old_file_is_looked_at_twice_before_the_run_is_called_silent(
         "updated_at": "2020-01-01T00:00:00.000+00:00",
     }
     file.write_text(json.dumps(old))
-    with pytest.raises(KalmError, match="not been heard of for"):
+    with pytest.raises(KalmError, match="has written nothing for"):
         watch(Location(uri), interval_s=0.05, as_json=True)
     shown = [json.loads(one) for one in capsys.readouterr().out.splitlines()]
     assert [s["silent_s"] is None for s in shown] == [True] * (len(shown) - 1) + [False]

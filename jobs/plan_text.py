@@ -1,4 +1,4 @@
-"""How an estimate is printed: what a reader looks for first, then the tables."""
+"""Prints an estimate: first what a reader looks for, then the tables."""
 
 from __future__ import annotations
 

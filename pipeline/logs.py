@@ -1,4 +1,4 @@
-"""How log lines look, and where each says it comes from: run, shard and worker.
+"""Formats log lines, each of which says where it comes from: run, shard and worker.
 
 Lines are text or JSON on stderr, in the command and in its workers alike. A process works for one
 run at a time, so run and worker belong to the process. The shard belongs to the thread that works
@@ -32,7 +32,7 @@ FIELDS = ("run", "shard", "worker")
 
 @dataclass(frozen=True)
 class LogOptions:
-    """How a process logs. The driver sends it to its workers.
+    """The log settings of a process. The driver sends it to its workers.
 
     Attributes:
         format: "text" or "json".

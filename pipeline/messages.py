@@ -1,4 +1,4 @@
-"""What a worker is given and what comes back: the values that driver and executors exchange."""
+"""Defines the values that driver and executors exchange: what a worker gets and gives back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IN_FLIGHT = 3
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What every worker needs to encode any shard of a job.
+    """The settings that every worker needs to encode any shard of a job.
 
     Attributes:
         table: Address of the table. Its storage options serve for the inputs too; they are passed

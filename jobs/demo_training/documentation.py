@@ -74,7 +74,7 @@ def installed_packages() -> Iterator[Document]:
 
 
 def held_out(source: str) -> bool:
-    """Whether a source is never trained on; its name alone decides, on every machine alike."""
+    """Say whether a source is never trained on. Its name alone decides, on every machine alike."""
     return xxhash.xxh3_64_intdigest(source.encode()) % HELD_OUT_ONE_IN == 0
 
 

@@ -1,4 +1,4 @@
-"""Where training starts: word vectors from co-occurrence, and a decoder that matches words.
+"""Training starts from word vectors of co-occurrence and from a decoder that matches words.
 
 From random weights a model this small does not learn to compare a query with a passage in an hour.
 So the embedding begins as the factors of a co-occurrence matrix, the encoder as (nearly) the

@@ -39,7 +39,7 @@ FINE, COARSE = (1, 2, 4, 8), (16, 32, 64)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """The settings of a training.
 
     Attributes:
         steps: Number of optimiser steps.

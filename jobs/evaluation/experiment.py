@@ -56,7 +56,7 @@ Stages = tuple[Stage, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What to evaluate.
+    """The settings of an evaluation.
 
     Attributes:
         collection: Queries, judgements and where the passages are.

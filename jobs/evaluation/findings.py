@@ -1,4 +1,4 @@
-"""What may be said of an evaluation, in words and numbers: verdicts, headline sentences, numerals.
+"""Says what an evaluation allows to be said: verdicts, headline sentences and numerals.
 
 A gain or a loss is claimed only where the interval of the difference lies on one side of 0 and the
 randomisation test agrees. All else is "not distinguishable", whatever the mean. Numbers are printed

@@ -1,4 +1,4 @@
-"""What rankings and their metrics say: intervals, differences, score distributions, examples."""
+"""Judges rankings: intervals, differences, score distributions, examples and what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain values: written as JSON, drawn by the report.
+"""Holds what an evaluation found as plain values, which are written as JSON and drawn.
 
 Metrics are those of ir-measures, by its names (`nDCG@10`, `RR@10`, `R@100`, `AP`), computed from
 the TREC run files that are written. Nothing here computes one.

@@ -1,4 +1,4 @@
-"""How sure a mean over queries is, and whether P(yes) is a probability.
+"""Says how sure a mean over queries is, and whether P(yes) is a probability.
 
 Pure functions over numbers, seeded: the same values give the same interval and the same p. Nothing
 here knows metrics or settings. A sample of queries says something of queries like them, and nothing

@@ -39,7 +39,7 @@ LETTER_PX, LINE_PX, GAP_PX = 7.8, 14, 4
 here, so these are on the generous side."""
 
 Row = dict[str, Any]
-"""What is drawn of a setting."""
+"""One setting as it is drawn."""
 
 
 def tradeoff_figure(

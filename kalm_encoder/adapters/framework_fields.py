@@ -1,4 +1,4 @@
-"""What the adapters for LangChain and LlamaIndex share.
+"""Holds what the adapters for LangChain and LlamaIndex share.
 
 It is a module of its own because neither adapter can be imported without its framework.
 """

@@ -79,7 +79,7 @@ def send(values: Any, device: torch.device) -> torch.Tensor:
 
 
 class Packed:
-    """Where b passages with T tokens in all lie in a packed batch.
+    """The places of b passages with T tokens in all in a packed batch.
 
     Args:
         lengths: Number of tokens of each passage; none is 0.

@@ -1,4 +1,4 @@
-"""Whether a decoder belongs to a table."""
+"""Refuses a decoder that does not belong to a table."""
 
 from __future__ import annotations
 

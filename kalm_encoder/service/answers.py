@@ -1,4 +1,4 @@
-"""What each request is answered with, as plain dictionaries in the shapes that clients know."""
+"""Answers each request with plain dictionaries in the shapes that clients know."""
 
 from __future__ import annotations
 

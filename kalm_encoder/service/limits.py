@@ -1,4 +1,4 @@
-"""What one process takes on: how long a body may be, and how many requests may wait how long."""
+"""Limits how long a body may be, and how many requests may wait for how long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may hold: the union of the Cohere, Jina, vLLM and TEI shapes, and our own fields.
+"""Describes requests: the union of the Cohere, Jina, vLLM and TEI shapes, and our own fields.
 
 Those services ignore fields they do not know, so these models do too. Answers are plain
 dictionaries; answers.py makes them.
@@ -41,7 +41,7 @@ class Document(Request):
 
 
 class Options(Request):
-    """How to score."""
+    """The fields that say how to score."""
 
     instruction: Annotated[
         str | None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Settings:
-    """What a service loads, and how much work it takes on.
+    """The settings of a service: what it loads, and how much work it takes on.
 
     Attributes:
         uri: The passage table. The service follows its tag `live`.

@@ -1,4 +1,4 @@
-"""How the numbers of a state are stored: as float32, float16, int8 or int4.
+"""Stores the numbers of a state as float32, float16, int8 or int4.
 
 A codec turns (m, d) float32 states into an (m, width) array of its dtype and back. The integer
 codecs store bytes: first the values, then their float16 scales, little endian.

@@ -1,4 +1,4 @@
-"""Where a Lance dataset lies and what its store needs: one value that is passed along.
+"""Says in one value where a Lance dataset lies and what its store needs.
 
 It opens the dataset and the small files beside it. It does not know what is in them.
 """

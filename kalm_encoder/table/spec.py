@@ -38,7 +38,7 @@ PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What a table records about the model and the settings that made its states.
+    """The record that a table keeps of the model and the settings that made its states.
 
     Attributes:
         model: Hub id or directory of the model, as the user named it.

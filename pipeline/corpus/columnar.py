@@ -23,7 +23,7 @@ from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 
 
 class ColumnarFile:
-    """What Parquet files and Lance tables have in common.
+    """The common part of Parquet files and Lance tables.
 
     Attributes:
         path: Path or URL.

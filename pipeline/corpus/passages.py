@@ -23,7 +23,7 @@ RawRow = dict[str, Any] | str
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What is encoded and stored.
+    """One row of a corpus, as it is encoded and stored.
 
     Attributes:
         id: Id of the passage.

@@ -1,4 +1,4 @@
-"""From the blocks of a sample to the total of a corpus, with a 95 % interval.
+"""Turns the blocks of a sample into the total of a corpus, with a 95 % interval.
 
 Blocks are clusters: the passages of one block resemble each other. Therefore the spread between
 blocks, not the spread between passages, says how far off a total may be.

@@ -1,4 +1,4 @@
-"""How fast the real encoder is on this machine, on passages of the corpus at hand."""
+"""Measures how fast the real encoder is on this machine, on passages of the corpus at hand."""
 
 from __future__ import annotations
 

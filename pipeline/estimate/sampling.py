@@ -39,7 +39,7 @@ MAX_EXAMPLES, MAX_BLOCK_EXAMPLES = 4000, 100
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen of a corpus.
+    """The part of a corpus that was seen.
 
     Attributes:
         sizes: (blocks,) float64 bytes of text in each block.

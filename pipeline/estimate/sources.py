@@ -1,4 +1,4 @@
-"""How the files of each format are cut into blocks: runs of records that an estimate samples.
+"""Cuts the files of each format into blocks: runs of records that an estimate samples.
 
 A block can be read alone, and each record is in exactly one block, so long records are drawn no
 more often than short ones. A line belongs to the block that holds the line break before it.

@@ -1,4 +1,4 @@
-"""What a table of a corpus takes on disk beside its states, from a small real table of a sample.
+"""Measures what a table takes on disk beside its states, on a small real table of a sample.
 
 The bytes of the states follow from the lengths alone. What lies beside them (text, ids, checksums,
 offsets, and how well Lance packs each) is measured: a sample is written as a table with random

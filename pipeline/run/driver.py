@@ -38,7 +38,7 @@ SHOWN_FAILURES = 20
 
 @dataclass(frozen=True)
 class Summary:
-    """What one run did, and what the table holds now.
+    """A summary of what one run did, and of what the table holds now.
 
     Attributes:
         uri: Address of the table, as the user gave it.

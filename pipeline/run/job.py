@@ -1,4 +1,4 @@
-"""What a user asks for: one job, and how its inputs become shards."""
+"""Describes what a user asks for: one job, whose inputs become shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.corpus.shards import Plan, plan_shards
 
 @dataclass(frozen=True, kw_only=True)
 class TableJob:
-    """How a table is filled with the rows of a plan, wherever the rows come from.
+    """The settings by which a table is filled with the rows of a plan, from wherever they come.
 
     Attributes:
         uri: Address of the table, ending in .lance.
@@ -47,7 +47,7 @@ class TableJob:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeJob(TableJob):
-    """What `kalm encode` was asked to do.
+    """The settings of one `kalm encode`.
 
     Attributes:
         inputs: Paths, URLs and globs of the corpus.

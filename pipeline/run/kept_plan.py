@@ -41,7 +41,7 @@ its rows. It has no path, so that it holds for a corpus that was moved."""
 
 
 class KeptPlan:
-    """Where the plan of a job is kept.
+    """The place where the plan of a job is kept.
 
     Attributes:
         files: The job's input files, as listed once.

@@ -1,4 +1,4 @@
-"""What a run tells of itself in two files beside its table, and how others read it.
+"""Writes what a run tells of itself into two files beside its table, and reads them.
 
 `_kalm/runs/<run>-<part>.jsonl` holds the records of its shards and commits. It is written twice a
 minute and at the end, so a killed run loses the last half minute of them. `_kalm/live.json` is the

@@ -1,4 +1,4 @@
-"""How fast the workers of a run are, and how long the rest will take. It has no clock of its own.
+"""Computes how fast the workers of a run are, and how long the rest will take; it has no clock.
 
 The speed of a worker is that of its shards of the last minute, or of its last few where those took
 longer. Start-up and earlier runs do not count: a worker's first shard counts from when the worker
@@ -54,7 +54,7 @@ class Eta:
 
 @dataclass
 class WorkerSpeed:
-    """What one worker has done, and how fast it is.
+    """One worker: what it has done, and how fast it is.
 
     Attributes:
         totals: All of its shards in this run.

@@ -1,4 +1,4 @@
-"""What happens to a table once all shards are in it: repeated ids, compaction, indexes.
+"""Finishes a table once all shards are in it: repeated ids, compaction, indexes.
 
 Every step does nothing if its work is done already, so an interrupted run is simply started again.
 """

@@ -1,4 +1,4 @@
-"""Whether this store and this Lance can be trusted with commits, and what is wrong if not.
+"""Finds out whether this store and this Lance can be trusted with commits, or what is wrong.
 
 The commit protocol stands on refusals. The store must refuse to create an object that exists: one
 that does not loses commits without a word, so every job tries it before anything is written. Lance

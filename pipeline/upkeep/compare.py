@@ -1,4 +1,4 @@
-"""How a corpus differs from a complete table, by id and text hash. It writes nothing.
+"""Compares a corpus with a complete table, by id and text hash. It writes nothing.
 
 The corpus is read shard by shard. Row ids are remembered, texts are not.
 """
@@ -27,7 +27,7 @@ Corpus = Callable[[], Iterator[tuple[list[Passage], list[Reject]]]]
 
 @dataclass
 class Changes:
-    """How a corpus differs from a table.
+    """The differences between a corpus and a table.
 
     Attributes:
         unchanged: Number of passages whose text is the one that the table holds.

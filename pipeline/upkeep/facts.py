@@ -1,4 +1,4 @@
-"""What a table holds, whether it is complete, and how large it is: what `kalm status` prints.
+"""Collects what `kalm status` prints: what a table holds, how large and how complete it is.
 
 It reads the metadata and one small column, so that it is quick on a table of any size.
 """

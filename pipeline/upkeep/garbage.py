@@ -21,7 +21,7 @@ PLACES = ("data/", f"{SYNCS}/")
 
 @dataclass
 class Garbage:
-    """What was removed, or would be."""
+    """Counts of what was removed, or would be."""
 
     versions: int = 0
     files: int = 0

@@ -56,7 +56,7 @@ class Problem:
 
 @dataclass
 class Report:
-    """What was checked and found.
+    """The report of a verification: what was checked and found.
 
     Attributes:
         uri: Address of the table.

@@ -35,7 +35,7 @@ more would only hold memory."""
 
 
 class _PerThread(threading.local):
-    """What each thread that uses it gets for itself: they cannot share a position in a file."""
+    """A reader for each thread that uses it: threads cannot share a position in a file."""
 
     def __init__(self, storage_options: dict[str, str] | None) -> None:
         self.reader = ShardReader(storage_options)

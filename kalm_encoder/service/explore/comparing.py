@@ -1,4 +1,4 @@
-"""What the explore page shows: one query, its first stage and its reranking, and what they cost.
+"""Computes what the explore page shows: the first stage and the reranking of a query, and costs.
 
 Several tables of one model share the decoder of the live version. They are read as they were when
 the command began, so what the page compares does not change meanwhile. It knows nothing of HTTP.

@@ -32,7 +32,7 @@ Beside a GPU these CPUs read, tokenise and write; a single one would leave the G
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where and on what to run.
+    """The settings that say where and on what to run.
 
     Attributes:
         address: Address of a cluster. None takes RAY_ADDRESS, else starts one on this machine.
@@ -115,7 +115,7 @@ Nodes = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What one worker asks of its node."""
+    """The resources that one worker asks of its node."""
 
     cpus: int
     gpus: float

@@ -24,7 +24,7 @@ COUNTS: dict[str, tuple[str, Callable[[ShardResult], int]]] = {
 
 
 class RunMetrics:
-    """What one run has encoded, by table and worker.
+    """Counters of what one run has encoded, by table and worker.
 
     Args:
         uri: URI of the table, which becomes the tag `table` of all metrics.

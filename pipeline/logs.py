@@ -27,7 +27,7 @@ FORMATS = (TEXT, JSON)
 NOISY = ("httpx", "httpx2", "ray", "transformers", "filelock", "huggingface_hub")
 """Loggers of libraries whose INFO lines would hide ours; --debug shows them."""
 FIELDS = ("run", "shard", "worker")
-"""What a line may say of its origin."""
+"""The fields by which a line says where it comes from."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class ShardFailure:
 
 
 Outcome = ShardResult | ShardFailure | None
-"""What an executor yields; None says that nothing was ready for a while."""
+"""An executor yields these; None says that nothing was ready for a while."""
 
 Executor = Callable[[WorkerConfig, Sequence[Shard]], Generator[Outcome]]
 """Encodes shards and yields their outcomes in any order."""

@@ -125,8 +125,10 @@ class LiveTable:
                 model, **how, hot_bytes=settings.hot_bytes, compile=settings.compile
             )
             decoder, encoder = BatchingDecoder(loaded, self._observe), None
-            decoder.call(loaded.warm_up)
+        # It refuses a model that does not belong to the table, before anything is compiled.
         reranker = Reranker(table, decoder.decoder, score_pairs=decoder.score_pairs)
+        if old is None or decoder is not old.decoder:
+            decoder.call(decoder.decoder.warm_up)
         if settings.with_encoder and encoder is None:
             encoder = PassageEncoder(model, **how, max_length=table.spec.max_length)
         if settings.index_bytes:

@@ -22,7 +22,7 @@ from pipeline.corpus.inputs import file_format, fsspec_options, readable
 from pipeline.corpus.passages import ID_FIELDS, TEXT_FIELDS, FieldOptions, Fields, RawRow
 
 SAMPLE_RECORDS = 100
-"""How many records of a JSONL file are looked at for the names of its fields."""
+"""Number of records of a JSONL file that are looked at for the names of its fields."""
 WITHOUT_HEADER = ("0", "1")
 BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KB

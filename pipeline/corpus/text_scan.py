@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 READ_BYTES = 4 << 20
-"""How much is read and cut at once: enough for NumPy to pay off, little beside a model."""
+"""Number of bytes read and cut at once: enough for NumPy to pay off, little beside a model."""
 RECORDS_AT_ONCE = 64
 NEWLINE = 10
 IS_BLANK = np.isin(np.arange(256), np.frombuffer(b" \t\n\r\v\f", np.uint8))

@@ -26,7 +26,7 @@ from pipeline.estimate.intervals import Estimate, ratio_estimate
 from pipeline.estimate.sources import BlockSource, open_sources
 
 MIN_BLOCKS, MAX_BLOCKS = 30, 20_000
-"""With fewer blocks an interval means little, so that many are read even if the time is up."""
+"""Fewer blocks make the interval meaningless, so this many are read even if the time is up."""
 TYPICAL_BLOCKS = 256
 """A small corpus is cut into about so many blocks: large ones, but their spread can be seen."""
 MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 1 << 12, 1 << 16

@@ -15,6 +15,7 @@ from jobs.options import (
     Instruction,
     MaxLength,
     Revision,
+    SystemInstruction,
     executor,
     needs_extra,
     parse_ratios,
@@ -66,6 +67,7 @@ def evaluate(
     ] = None,
     fuse: Annotated[bool, typer.Option(help="Also add each reranking to the first stage.")] = True,
     instruction: Instruction = None,
+    system_instruction: SystemInstruction = None,
     instructions: Annotated[
         Path | None, typer.Option(help="JSON file that maps collection names to instructions.")
     ] = None,
@@ -126,6 +128,7 @@ def evaluate(
             first_ranking=run,
             fuse=fuse,
             instruction=instruction,
+            system_instruction=system_instruction,
             max_length=max_length,
             measures=tuple(measure or DEFAULT_MEASURES),
         ),

@@ -121,6 +121,13 @@ Instruction = Annotated[
         "queries. Default: the model's general retrieval task."
     ),
 ]
+SystemInstruction = Annotated[
+    str | None,
+    typer.Option(
+        help="What the model is told before the task. Change it only to repeat scores that were "
+        "made with another one. Default: what the model was trained with."
+    ),
+]
 Host = Annotated[
     str, typer.Option(help="Address to listen at. 0.0.0.0 lets other machines connect.")
 ]

@@ -19,6 +19,7 @@ def rerank(
     uri: options.Table,
     query: Annotated[str, typer.Option(help="Text of the query.")],
     instruction: options.Instruction = None,
+    system_instruction: options.SystemInstruction = None,
     ids: Annotated[str | None, typer.Option(help="Ids of the candidates, with commas.")] = None,
     ids_file: Annotated[
         Path | None,
@@ -71,6 +72,7 @@ def rerank(
         query,
         candidates,
         instruction=instruction,
+        system_instruction=system_instruction,
         ratio=ratio,
         top_k=top_k or None,
         cascade=None if cascade is None else parse_cascade(cascade),

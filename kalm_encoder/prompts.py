@@ -6,7 +6,7 @@ module knows nothing of tokenizers or models.
 
 DOCUMENT_PREFIX = "<Document>: "
 
-SYSTEM = (
+DEFAULT_SYSTEM_INSTRUCTION = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".'
 )
@@ -22,16 +22,25 @@ def render_passage(text: str) -> str:
     return DOCUMENT_PREFIX + text
 
 
-def render_query(query: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
+def render_query(
+    query: str,
+    instruction: str = DEFAULT_INSTRUCTION,
+    system_instruction: str = DEFAULT_SYSTEM_INSTRUCTION,
+) -> str:
     """Return the decoder prompt, with the special tokens written out as text.
 
     Args:
         query: Query that is already cut to its token limit.
         instruction: Description of the task; the score of a pair depends on it.
+        system_instruction: What the model is told before the task; the score depends on it too.
     """
-    return f"{before_query(instruction)} {query}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
+    beginning = before_query(instruction, system_instruction)
+    return f"{beginning} {query}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
 
 
-def before_query(instruction: str = DEFAULT_INSTRUCTION) -> str:
-    """Return the common beginning of all prompts with this instruction, up to the space."""
-    return f"<bos><start_of_turn>user\n{SYSTEM}\n\n<Instruct>: {instruction}\n<Query>:"
+def before_query(
+    instruction: str = DEFAULT_INSTRUCTION, system_instruction: str = DEFAULT_SYSTEM_INSTRUCTION
+) -> str:
+    """Return the common beginning of all prompts with these instructions, up to the space."""
+    start = f"<bos><start_of_turn>user\n{system_instruction}\n\n"
+    return f"{start}<Instruct>: {instruction}\n<Query>:"

@@ -37,7 +37,7 @@ from jobs.evaluation.results import Evaluation, SettingResult
 from kalm_encoder.errors import InputError, TableError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.decoder import QueryDecoder
-from kalm_encoder.prompts import DEFAULT_INSTRUCTION
+from kalm_encoder.prompts import DEFAULT_INSTRUCTION, DEFAULT_SYSTEM_INSTRUCTION
 from kalm_encoder.rerank.cascade import Stage
 from kalm_encoder.rerank.reranker import Reranker
 from kalm_encoder.table.reader import PassageTable
@@ -70,6 +70,7 @@ class Experiment:
         first_ranking: TREC run file to take candidates from; None searches the stored texts (BM25).
         fuse: Whether to also add each reranking to the first stage (kalm_encoder.rerank.fusion).
         instruction: The task; None takes the default of the model.
+        system_instruction: What the model is told before the task; None takes its default.
         max_length: Number of tokens to which a passage is cut.
         measures: Metrics as ir-measures spells them; settings are compared by the first.
     """
@@ -85,6 +86,7 @@ class Experiment:
     first_ranking: Path | None = None
     fuse: bool = True
     instruction: str | None = None
+    system_instruction: str | None = None
     max_length: int = 1024
     measures: tuple[str, ...] = DEFAULT_MEASURES
 
@@ -148,7 +150,8 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
         fingerprint=table.spec.fingerprint,
         note=checkpoint.DEMO_NOTE if files.path == checkpoint.DEMO_CHECKPOINT else "",
         first_stage=label,
-        instruction=experiment.instruction or DEFAULT_INSTRUCTION,
+        instruction=_or_default(experiment.instruction, DEFAULT_INSTRUCTION),
+        system_instruction=_or_default(experiment.system_instruction, DEFAULT_SYSTEM_INSTRUCTION),
         num_passages=len(table),
         num_tokens=num_tokens,
         queries=collection.queries,
@@ -158,6 +161,10 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
         hurt=hurt,
         warnings=[*collection.warnings, *gaps(found, first, relevant, lengths)],
     )
+
+
+def _or_default(given: str | None, default: str) -> str:
+    return default if given is None else given
 
 
 def _tables(experiment: Experiment, fingerprint: str, execute: Executor) -> dict[str, PassageTable]:
@@ -220,7 +227,13 @@ def _rank(
     for query, text in experiment.collection.queries.items():
         left = list(candidates[query])
         began = time.perf_counter()
-        results = reranker.rerank(text, left, instruction=experiment.instruction, cascade=stages)
+        results = reranker.rerank(
+            text,
+            left,
+            instruction=experiment.instruction,
+            system_instruction=experiment.system_instruction,
+            cascade=stages,
+        )
         took_ms.append(1000 * (time.perf_counter() - began))
         ranked[query] = {result.id: result.score for result in results}
         margins[query] = {result.id: result.margin for result in results}

@@ -43,6 +43,7 @@ class KaLMSearch:
             this object.
         ratio: Ratio to score at; None takes the finest stored.
         instruction: The task; None takes the model's default.
+        system_instruction: What the model is told before the task; None takes its default.
         instructions: Instructions by mteb's task name; one found here replaces `instruction`. The
             instruction of a query itself replaces both.
         execute: `encode_inline`, or `on_ray(options)` of `pipeline.workers.on_ray.actor`.
@@ -56,6 +57,7 @@ class KaLMSearch:
         *,
         ratio: int | None = None,
         instruction: str | None = None,
+        system_instruction: str | None = None,
         instructions: Mapping[str, str] | None = None,
         execute: Executor = encode_inline,
         **encoding: Any,
@@ -67,6 +69,7 @@ class KaLMSearch:
         self._folder = Path(folder)
         self._ratio = ratio
         self._instruction = instruction
+        self._system_instruction = system_instruction
         self._instructions = dict(instructions or {})
         self._execute = execute
 
@@ -134,7 +137,12 @@ class KaLMSearch:
             else:
                 ids = list(top_ranked.get(row["id"], ()))
             results = reranker.rerank(
-                query, ids, instruction=instruction, ratio=self._ratio, top_k=top_k
+                query,
+                ids,
+                instruction=instruction,
+                system_instruction=self._system_instruction,
+                ratio=self._ratio,
+                top_k=top_k,
             )
             scores[row["id"]] = {r.id: r.score for r in results}
         return scores
@@ -150,6 +158,7 @@ class KaLMSearch:
             "store_dtype": self._job.store_dtype,
             "max_length": self._job.max_length,
             "instruction": self._instruction,
+            "system_instruction": self._system_instruction,
             "instructions": self._instructions,
         }
         return ModelMeta.create_empty(

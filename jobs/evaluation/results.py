@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from kalm_encoder.prompts import DEFAULT_SYSTEM_INSTRUCTION
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -131,6 +133,7 @@ class Evaluation:
         helped: Queries that the main setting helped, largest change first.
         hurt: Queries that it hurt, largest change first.
         warnings: What may make figures misleading: missing judgements, candidates without states.
+        system_instruction: What the prompt says before the task.
     """
 
     collection: str
@@ -148,6 +151,7 @@ class Evaluation:
     helped: list[Example]
     hurt: list[Example]
     warnings: list[str] = field(default_factory=list)
+    system_instruction: str = DEFAULT_SYSTEM_INSTRUCTION
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Return the means alone: {"bm25": {"ndcg@10": 0.4, …}, …}."""

@@ -33,6 +33,7 @@ class KaLMCrossEncoder:
         encoder: Encoder of the table's model; with one, documents are texts. Their states are
             float32, so their scores are not rounded to the table's store_dtype.
         instruction: Description of the task; None takes the model's default.
+        system_instruction: What the model is told before the task; None takes its default.
         ratio: Any multiple of a stored ratio; None takes the finest stored.
 
     Raises:
@@ -46,6 +47,7 @@ class KaLMCrossEncoder:
         *,
         encoder: PassageEncoder | None = None,
         instruction: str | None = None,
+        system_instruction: str | None = None,
         ratio: int | None = None,
     ) -> None:
         self._reranker = Reranker.open(reranker) if isinstance(reranker, str) else reranker
@@ -59,8 +61,11 @@ class KaLMCrossEncoder:
                 f"max_length={spec.max_length})",
             )
         self._encoder = encoder
-        self._instruction = instruction
-        self._ratio = ratio
+        self._options: dict[str, Any] = {
+            "instruction": instruction,
+            "system_instruction": system_instruction,
+            "ratio": ratio,
+        }
 
     def rank(
         self,
@@ -139,9 +144,7 @@ class KaLMCrossEncoder:
             passages = dict(zip(texts, encoded, strict=True))
         found = {}
         for query, wanted in documents.items():
-            results = self._reranker.rerank(
-                query, wanted, instruction=self._instruction, ratio=self._ratio, passages=passages
-            )
+            results = self._reranker.rerank(query, wanted, passages=passages, **self._options)
             for r in results:
                 found[query, r.id] = r.score, r.margin
         return [found[query, document] for query, document in pairs]

@@ -22,7 +22,8 @@ class RerankFields(BaseModel):
         reranker: An open Reranker, or the address of a passage table.
         top_n: Number of items to keep; None keeps all.
         id_key: Metadata key that holds the id of the passage.
-        instruction: Option of `Reranker.rerank`, like the three below.
+        instruction: Option of `Reranker.rerank`, like the four below.
+        system_instruction: What the model is told before the task.
         ratio: Ratio of the states to score.
         cascade: Stages instead of one ratio.
         max_ms: Time budget in milliseconds.
@@ -34,6 +35,7 @@ class RerankFields(BaseModel):
     top_n: int | None = Field(default=None, ge=1)
     id_key: str = "id"
     instruction: str | None = None
+    system_instruction: str | None = None
     ratio: int | None = None
     cascade: Sequence[tuple[int, int | None]] | None = None
     max_ms: float | None = None
@@ -52,6 +54,7 @@ class RerankFields(BaseModel):
             query,
             ids,
             instruction=self.instruction,
+            system_instruction=self.system_instruction,
             ratio=self.ratio,
             cascade=self.cascade,
             max_ms=self.max_ms,

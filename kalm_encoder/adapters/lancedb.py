@@ -26,7 +26,8 @@ class KaLMReranker(LanceDBReranker):
         reranker: An open Reranker, or the address of a passage table.
         id_column: Column of the searched table that holds the ids of the passage table.
         return_score: "relevance", or "all" to keep `_distance` and `_score` too.
-        options: Options of `Reranker.rerank`: instruction, ratio, cascade, max_ms.
+        options: Options of `Reranker.rerank`: instruction, system_instruction, ratio, cascade,
+            max_ms.
     """
 
     def __init__(

@@ -20,7 +20,12 @@ from kalm_encoder.model.checkpoint import Checkpoint, Device, Dtype, answer_toke
 from kalm_encoder.model.compiled_forward import CompiledForward
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 from kalm_encoder.model.pairs import HotPassages, Pair, Prompt, memory_of
-from kalm_encoder.prompts import DEFAULT_INSTRUCTION, before_query, render_query
+from kalm_encoder.prompts import (
+    DEFAULT_INSTRUCTION,
+    DEFAULT_SYSTEM_INSTRUCTION,
+    before_query,
+    render_query,
+)
 
 CPU_TOKEN_BUDGET = 4096
 """Most prompt tokens plus states of a forward on a CPU."""
@@ -85,20 +90,23 @@ class QueryDecoder:
         answers = [answer_token_id(self.tokenizer, answer) for answer in ("yes", "no")]
         self._answers = self.model.embed_tokens.weight[answers].float()  # (2, d)
 
-    def prompt(self, query: str, instruction: str | None = None) -> Prompt:
-        """Return the decoder prompt of a query.
+    def prompt(
+        self, query: str, instruction: str | None = None, system_instruction: str | None = None
+    ) -> Prompt:
+        """Return the decoder prompt of a query; an instruction that is None is the default one.
 
         As in the reference, the raw query is tokenised, cut, decoded and only then inserted.
         """
-        instruction = DEFAULT_INSTRUCTION if instruction is None else instruction
+        task = DEFAULT_INSTRUCTION if instruction is None else instruction
+        system = DEFAULT_SYSTEM_INSTRUCTION if system_instruction is None else system_instruction
         ids = self._tokens(query)[:QUERY_MAX_TOKENS]
         cut = self.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        tokens = self._tokens(render_query(cut, instruction))
-        shared = self._tokens(before_query(instruction))
+        tokens = self._tokens(render_query(cut, task, system))
+        shared = self._tokens(before_query(task, system))
         # A tokenizer may merge the last token of the beginning with the query: then prompts of
-        # this instruction have no common beginning.
+        # these instructions have no common beginning.
         prefix = len(shared) if tokens[: len(shared)] == shared else 0
         return Prompt(tuple(tokens), prefix)
 
@@ -118,6 +126,7 @@ class QueryDecoder:
         states: Sequence[NDArray[np.floating]],
         *,
         instruction: str | None = None,
+        system_instruction: str | None = None,
     ) -> list[tuple[float, float]]:
         """Score passages against one query.
 
@@ -125,6 +134,7 @@ class QueryDecoder:
             query: Raw text; it is cut to QUERY_MAX_TOKENS tokens.
             states: An (m, d) array per passage; m >= 1 may differ between passages.
             instruction: Description of the task; None takes the default one.
+            system_instruction: What the model is told before the task; None takes the default.
 
         Returns:
             (score, margin) per passage, in input order: the score is P(yes) in [0, 1], the margin
@@ -134,7 +144,7 @@ class QueryDecoder:
             InputError: If states are not (m, d) with this decoder's d.
             NonFiniteError: If the logits overflowed.
         """
-        prompt = self.prompt(query, instruction)
+        prompt = self.prompt(query, instruction, system_instruction)
         return self.score_pairs([Pair(prompt, array) for array in states])
 
     @torch.inference_mode()

@@ -1,8 +1,8 @@
 """A query paired with a passage, and the memory of passages that keep coming back.
 
-With one instruction, the keys and values of a prompt's beginning depend on nothing but the passage,
-and so do the passage's own. Once they are kept, a repeated candidate costs only the tokens of the
-query. This is a module of its own because decoder.py would be too long with it.
+With the same instructions, the keys and values of a prompt's beginning depend on nothing but the
+passage, and so do the passage's own. Once they are kept, a repeated candidate costs only the tokens
+of the query. This is a module of its own because decoder.py would be too long with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Prompt:
 
     Attributes:
         ids: Token ids.
-        prefix: How many of the ids are common to all queries with this instruction.
+        prefix: How many of the ids are common to all queries with these instructions.
     """
 
     ids: tuple[int, ...]

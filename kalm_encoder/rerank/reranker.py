@@ -102,7 +102,7 @@ class Reranker:
             storage_options: Storage options of Lance.
             device: Device of the decoder; None takes the first GPU, or the CPU if there is none.
             dtype: Dtype of the decoder; None takes bfloat16 on a GPU and float32 on a CPU.
-            hot_bytes: Memory on the device for passages that come back with the same instruction.
+            hot_bytes: Memory on the device for passages that come back with the same instructions.
                 They are not read again, and the fixed part of their prompt is not computed again.
             index_bytes: Memory for an index of the table's rows; see PassageTable.load_index.
 
@@ -127,6 +127,7 @@ class Reranker:
         ids: Sequence[str],
         *,
         instruction: str | None = None,
+        system_instruction: str | None = None,
         ratio: int | None = None,
         top_k: int | None = None,
         cascade: Sequence[Stage] | None = None,
@@ -136,9 +137,10 @@ class Reranker:
         """Score stored passages against a query.
 
         Args:
-            query: Raw text, or a prompt that the decoder made of it; `instruction` is ignored then.
+            query: Raw text, or a prompt that the decoder made of it with its instructions.
             ids: Candidates in any order. A repeated one is scored once.
             instruction: Description of the task; None takes the model's default.
+            system_instruction: What the model is told before the task; None takes its default.
             ratio: Any multiple of a stored ratio; None takes the finest stored.
             top_k: Number of results to keep, the best first; None keeps all.
             cascade: Stages (ratio, how many of the best go on), coarse first, instead of `ratio`:
@@ -164,7 +166,9 @@ class Reranker:
             raise InputError(f"max_ms {max_ms} must be above 0")
         deadline = None if max_ms is None else time.monotonic() + max_ms / 1000
         stages = choose_stages(self.table.spec, ratio, cascade, timed=deadline is not None)
-        prompt = self.decoder.prompt(query, instruction) if isinstance(query, str) else query
+        prompt = query
+        if isinstance(prompt, str):
+            prompt = self.decoder.prompt(prompt, instruction, system_instruction)
         left = list(dict.fromkeys(ids))
         ranked: list[RerankResult] = []
         for number, (stage_ratio, keep) in enumerate(stages):

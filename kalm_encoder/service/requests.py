@@ -18,6 +18,7 @@ MAX_RATIO = 1 << 20
 Query = Annotated[str, Field(max_length=32_768)]
 Id = Annotated[str, Field(max_length=4_096)]
 Ratio = Annotated[int, Field(ge=1, le=MAX_RATIO)]
+Instruction = Annotated[str, Field(max_length=8_192)]
 Stage = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)] | None]
 
 
@@ -44,9 +45,9 @@ class Options(Request):
     """The fields that say how to score."""
 
     instruction: Annotated[
-        str | None,
-        Field(max_length=8_192, validation_alias=AliasChoices("instruction", "instruct")),
+        Instruction | None, Field(validation_alias=AliasChoices("instruction", "instruct"))
     ] = None
+    system_instruction: Instruction | None = None
     ratio: Ratio | None = None
     cascade: Annotated[list[Stage] | None, Field(max_length=8)] = None
     max_ms: Annotated[float | None, Field(gt=0)] = None

@@ -35,7 +35,7 @@ def score_candidates(
         version: The version to score from.
         query: Raw text.
         candidates: Stored ids, or texts if the encoder is loaded. One may occur several times.
-        options: Instruction, ratio, cascade, max_ms and filter.
+        options: Instructions, ratio, cascade, max_ms and filter.
 
     Returns:
         The place in the request and the result of each candidate that passes the filter, best first
@@ -55,7 +55,7 @@ def score_candidates(
             raise InputError("a filter applies to stored passages: give ids, not texts")
         allowed = version.table.known(keys, where=where)
         asked = [key for key in keys if key in allowed]
-    prompt = version.decoder.prompt(query, options.instruction)
+    prompt = version.decoder.prompt(query, options.instruction, options.system_instruction)
     results = version.reranker.rerank(
         prompt,
         asked,

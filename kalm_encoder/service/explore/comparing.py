@@ -101,6 +101,7 @@ class Explorer:
             request.query,
             list(first),
             instruction=request.instruction,
+            system_instruction=request.system_instruction,
             ratio=request.ratio,
             cascade=request.cascade,
         )

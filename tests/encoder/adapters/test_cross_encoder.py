@@ -77,11 +77,12 @@ def test_pairs_of_several_queries_come_back_in_their_order(reranker):
 @pytest.mark.parametrize("ratio", [None, 2, 8, 16])
 def test_texts_score_as_their_stored_states_do(reranker, encoder, ratio):
     texts = make_texts(60)
-    live = KaLMCrossEncoder(reranker, encoder=encoder, ratio=ratio, instruction="Judge it.")
-    stored = KaLMCrossEncoder(reranker, ratio=ratio, instruction="Judge it.")
+    how = {"ratio": ratio, "instruction": "Judge it.", "system_instruction": "Yes?"}
+    live = KaLMCrossEncoder(reranker, encoder=encoder, **how)
+    stored = KaLMCrossEncoder(reranker, **how)
     got = live.predict([(QUERY, texts[int(i[1:])]) for i in IDS])
     np.testing.assert_allclose(got, stored.predict([(QUERY, i) for i in IDS]), atol=1e-5)
-    want = score_of(reranker, ratio=ratio, instruction="Judge it.")
+    want = score_of(reranker, **how)
     np.testing.assert_allclose(got, [want[i] for i in IDS], atol=1e-5)
 
 

@@ -49,11 +49,16 @@ def test_documents_come_best_first_with_their_scores(reranker, documents):
 
 def test_top_n_and_the_rerank_options_are_used(small_table, reranker, documents):
     compressor = KaLMCompressor(
-        reranker=str(small_table), top_n=2, ratio=8, instruction="Judge it."
+        reranker=str(small_table),
+        top_n=2,
+        ratio=8,
+        instruction="Judge it.",
+        system_instruction="Yes?",
     )
     got = compressor.compress_documents(documents, QUERY)
     ids = [f"p{i}" for i in NUMBERS]
-    want = reranker.rerank(QUERY, ids, ratio=8, instruction="Judge it.", top_k=2)
+    how = {"ratio": 8, "instruction": "Judge it.", "system_instruction": "Yes?"}
+    want = reranker.rerank(QUERY, ids, top_k=2, **how)
     assert [d.metadata["relevance_score"] for d in got] == [r.score for r in want]
     staged = KaLMCompressor(reranker=reranker, cascade=[(8, 3), (2, None)], max_ms=60_000)
     staged_ids = [d.metadata["id"] for d in staged.compress_documents(documents, QUERY)]

@@ -55,7 +55,7 @@ def test_the_retrieval_score_is_kept_where_asked_for(reranker, nodes):
 
 
 def test_top_n_and_the_rerank_options_are_used(small_table, reranker, nodes):
-    options = {"ratio": 8, "instruction": "Judge it."}
+    options = {"ratio": 8, "instruction": "Judge it.", "system_instruction": "Yes?"}
     got = KaLMNodePostprocessor(reranker=str(small_table), top_n=2, **options)
     want = reranker.rerank(QUERY, IDS, top_k=2, **options)
     assert [n.score for n in got.postprocess_nodes(nodes, query_str=QUERY)] == [

@@ -127,7 +127,8 @@ def test_a_recalled_passage_scores_the_same(model_dir, states, window):
         for (score, margin), (other, its) in zip(hot.score_pairs(pairs), expected, strict=True):
             assert abs(score - other) <= 1e-5
             assert abs(margin - its) <= 1e-4
-    assert hot.recall(hot.prompt("which shard", "Find duplicates."), 0) is None
+    for others in (("Find duplicates.",), (None, "Answer yes or no.")):
+        assert hot.recall(hot.prompt("which shard", *others), 0) is None
 
 
 def test_the_memory_of_passages_is_bounded(model_dir, states):

@@ -24,11 +24,15 @@ def corpus():
 
 
 @pytest.fixture(scope="module")
-def reference(model_dir, corpus):
-    """P(yes) of every pair by ratio, in batches that the reference pads."""
+def wrapper(model_dir):
     from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
 
-    wrapper = KaLMRerankerWrapper(str(model_dir), device="cpu")
+    return KaLMRerankerWrapper(str(model_dir), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(wrapper, corpus):
+    """P(yes) of every pair by ratio, in batches that the reference pads."""
     pairs = [(query, corpus[i]) for query, ids in asked(corpus) for i in ids]
     assert len(pairs) >= 200
     batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
@@ -41,6 +45,34 @@ def reference(model_dir, corpus):
             for score in wrapper._predict_batch(batch, [wrapper.instruction] * len(batch))
         ]
     return scores
+
+
+@pytest.mark.parametrize("system", [None, "Answer yes or no.", "", "检索增强生成\n"])
+@pytest.mark.parametrize("query", QUERIES)
+def test_the_prompt_is_the_references_with_any_system_instruction(
+    wrapper, decoder, monkeypatch, system, query
+):
+    if system is not None:
+        monkeypatch.setattr(wrapper, "system_instruction", system)
+    for task in (wrapper.instruction, "Find duplicates."):
+        text = wrapper._decoder_text(query, task)
+        theirs = wrapper.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert list(decoder.prompt(query, task, system).ids) == theirs
+
+
+def test_scores_with_another_system_instruction_equal_the_references(
+    wrapper, encoder, decoder, monkeypatch
+):
+    texts = make_texts(8, seed=3)
+    states = [passage.states for passage in encoder.encode(texts, ratio=4)]
+    plain = [score for score, _ in decoder.score("token state", states)]
+    ours = [s for s, _ in decoder.score("token state", states, system_instruction="Judge it.")]
+    monkeypatch.setattr(wrapper, "system_instruction", "Judge it.")
+    monkeypatch.setattr(wrapper, "chunk_size", 4)
+    pairs = [("token state", text) for text in texts]
+    theirs = wrapper._predict_batch(pairs, [wrapper.instruction] * len(pairs))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert ours != pytest.approx(plain, abs=1e-4)
 
 
 def largest_differences(table, corpus, reference) -> dict[int, float]:

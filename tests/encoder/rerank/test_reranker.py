@@ -97,6 +97,7 @@ def test_given_states_are_used_instead_of_the_tables(reranker):
 
 
 def test_a_prompt_made_before_is_a_query(reranker):
-    prompt = reranker.decoder.prompt("token state", "Find duplicates.")
-    expected = reranker.rerank("token state", IDS, instruction="Find duplicates.")
+    prompt = reranker.decoder.prompt("token state", "Find duplicates.", "Judge it.")
+    how = {"instruction": "Find duplicates.", "system_instruction": "Judge it."}
+    expected = reranker.rerank("token state", IDS, **how)
     assert reranker.rerank(prompt, IDS) == expected

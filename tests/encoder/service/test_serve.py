@@ -67,6 +67,7 @@ def test_options_reach_the_reranker(client, reranker):
     ask = {"query": "token state", "document_ids": IDS}
     for ours, offline in (
         ({"instruct": "Find duplicates."}, {"instruction": "Find duplicates."}),
+        ({"system_instruction": "Judge it."}, {"system_instruction": "Judge it."}),
         ({"ratio": 16}, {"ratio": 16}),
         ({"cascade": [[8, 5], [2, None]]}, {"cascade": [(8, 5), (2, None)]}),
     ):

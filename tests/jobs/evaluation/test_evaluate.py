@@ -271,11 +271,13 @@ def test_the_command_writes_report_runs_and_tables(folder, model_dir, tmp_path):
     out = tmp_path / "out"
     done = kalm(
         "evaluate", folder, "--model", model_dir, "--ratios", "4,8", "--cascade", "8:5,4",
-        "--depth", 10, "--instructions", tmp_path / "tasks.json", "--out", out, check=0,
+        "--depth", 10, "--instructions", tmp_path / "tasks.json", "--out", out,
+        "--system-instruction", "Answer yes or no.", check=0,
     )  # fmt: skip
     assert "bm25" in done.stdout and "r8:5,4" in done.stdout and "against bm25" in done.stdout
     written = json.loads((out / "evaluation.json").read_text())
     assert written["instruction"] == "Given a word, find it." and written["note"] == ""
+    assert written["system_instruction"] == "Answer yes or no."
     assert (out / "report.html").read_text().count("<svg") >= 3
     lines = (out / "per_query.tsv").read_text().splitlines()
     assert len(lines) == 1 + 3 * len(written["settings"])

@@ -79,10 +79,11 @@ def test_a_reranking_task_scores_as_mtebs_wrapper_does(model_dir, tmp_path, own_
 
     queries = [{**q, "instruction": f"Find {q['id']}."} if own_instruction else q for q in QUERIES]
     task = make_task("LocalReranking", "Reranking", queries=queries)
-    search = KaLMSearch(str(model_dir), tmp_path / "states", **FLOAT32)
+    how = {"system_instruction": "Answer yes or no."} if own_instruction else {}
+    search = KaLMSearch(str(model_dir), tmp_path / "states", **how, **FLOAT32)
     assert isinstance(search, SearchProtocol)
     ours, our_scores = evaluate(search, task, tmp_path / "ours")
-    reference = KaLMRerankerWrapper(str(model_dir), device="cpu")
+    reference = KaLMRerankerWrapper(str(model_dir), device="cpu", **how)
     reference.mteb_model_meta = ModelMeta.create_empty()
     theirs, their_scores = evaluate(reference, task, tmp_path / "theirs")
     assert {q: sorted(s) for q, s in our_scores.items()} == {
@@ -140,7 +141,8 @@ def test_results_of_other_settings_are_other_results(model_dir, tmp_path):
         meta = KaLMSearch(str(model_dir), **options).mteb_model_meta
         return meta.name, meta.revision, meta.experiment_name
 
-    different = [{}, {"ratio": 8}, {"store_dtype": "int8"}, {"instruction": "Judge it."}]
+    different = [{}, {"ratio": 8}, {"store_dtype": "int8"}]
+    different += [{"instruction": "Judge it."}, {"system_instruction": "Judge it."}]
     assert len({name(**options) for options in different}) == len(different)
     assert name() == name(ratio=4)
     cache = mteb.ResultCache(tmp_path)

@@ -167,6 +167,7 @@ def test_all_that_was_found_is_in_the_page(page, evaluation):
         evaluation.model,
         evaluation.first_stage,
         evaluation.instruction,
+        evaluation.system_instruction,
         *evaluation.warnings,
         *evaluation.queries.values(),
         *(c.text for e in evaluation.helped + evaluation.hurt for c in e.first_stage + e.reranked),
@@ -253,7 +254,10 @@ def hostile() -> Evaluation:
     return replace(
         evaluation,
         **dict.fromkeys(
-            ("collection", "split", "model", "fingerprint", "note", "first_stage", "instruction"),
+            (
+                *("collection", "split", "model", "fingerprint", "note", "first_stage"),
+                *("instruction", "system_instruction"),
+            ),
             EVIL,
         ),
         queries=dict.fromkeys(evaluation.queries, EVIL),

@@ -17,7 +17,7 @@ def encode(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Files, URLs or globs: JSONL, CSV, TSV (also .gz, .zst), Parquet, .lance tables."
+            help="Files, folders, URLs or globs: JSONL, CSV, TSV (also .gz, .zst), Parquet, .lance."
         ),
     ],
     to: Annotated[str, typer.Option(help="Table to write: a path or URL that ends in .lance.")],
@@ -53,6 +53,7 @@ def encode(
     id_field: options.IdField = None,
     text_field: options.TextField = None,
     title_field: options.TitleField = None,
+    format: options.Format = None,
     max_rejected: Annotated[
         float,
         typer.Option(
@@ -103,7 +104,7 @@ def encode(
         store_dtype=store_dtype,
         max_length=max_length,
         keep_text=not no_text,
-        fields=FieldOptions(id_field, text_field, title_field),
+        fields=FieldOptions(id_field, text_field, title_field, format),
         shard_size=shard_size,
         limit=limit,
         token_budget=token_budget,

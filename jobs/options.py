@@ -83,6 +83,14 @@ TextField = Annotated[
 TitleField = Annotated[
     str | None, typer.Option(help="Field that holds the title, if it is not named `title`.")
 ]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="Format of the files whose names tell none, such as part-00000: jsonl, csv, tsv or "
+        "parquet.",
+    ),
+]
 OnDuplicate = Annotated[
     str, typer.Option(help="If an id occurs twice: error, or keep the first or the last row.")
 ]

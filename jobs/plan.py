@@ -11,6 +11,7 @@ import typer
 
 from jobs.options import (
     AsJson,
+    Format,
     IdField,
     MaxLength,
     NoText,
@@ -58,6 +59,7 @@ def plan(
     id_field: IdField = None,
     text_field: TextField = None,
     title_field: TitleField = None,
+    format: Format = None,
     out: Annotated[
         Path | None, typer.Option(help="Save all numbers here, for `kalm status --plan`.")
     ] = None,
@@ -105,11 +107,12 @@ def plan(
         store_dtype=store_dtype,
         keep_text=not no_text,
     )
-    corpus = expand_inputs(inputs, options)
+    fields = FieldOptions(id_field, text_field, title_field, format)
+    corpus = expand_inputs(inputs, options, format)
     sample = sample_corpus(
         corpus,
         tokenizer,
-        fields=FieldOptions(id_field, text_field, title_field),
+        fields=fields,
         seconds=time_limit,
         seed=seed,
         storage_options=options,

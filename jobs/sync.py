@@ -13,7 +13,7 @@ from jobs.encode import print_summary
 
 def sync(
     inputs: Annotated[
-        list[str], typer.Argument(help="All files of the corpus: paths, URLs or globs.")
+        list[str], typer.Argument(help="All files of the corpus: paths, folders, URLs or globs.")
     ],
     to: Annotated[str, typer.Option(help="Path or URL of the table to bring up to date.")],
     model: options.TableModel = None,
@@ -38,6 +38,7 @@ def sync(
     id_field: options.IdField = None,
     text_field: options.TextField = None,
     title_field: options.TitleField = None,
+    format: options.Format = None,
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,
 ) -> None:
@@ -59,7 +60,7 @@ def sync(
         store_dtype=spec.store_dtype,
         max_length=spec.max_length,
         keep_text=spec.keep_text,
-        fields=FieldOptions(id_field, text_field, title_field),
+        fields=FieldOptions(id_field, text_field, title_field, format),
         shard_size=shard_size,
         storage_options=table.options,
     )

@@ -26,10 +26,14 @@ def verify(
         list[str] | None,
         typer.Option(
             "--input",
-            help="File or glob of the corpus, whose passages the table must hold with the same "
-            "texts and no others. May be repeated.",
+            help="File, folder or glob of the corpus, whose passages the table must hold with the "
+            "same texts and no others. May be repeated.",
         ),
     ] = None,
+    id_field: options.IdField = None,
+    text_field: options.TextField = None,
+    title_field: options.TitleField = None,
+    format: options.Format = None,
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,
 ) -> None:
@@ -37,6 +41,7 @@ def verify(
 
     The exit code is 1 if a row is bad.
     """
+    from pipeline.corpus.passages import FieldOptions
     from pipeline.upkeep.verify import verify as check
 
     report = check(
@@ -46,6 +51,7 @@ def verify(
         sample=sample,
         model=model,
         inputs=inputs or (),
+        fields=FieldOptions(id_field, text_field, title_field, format),
     )
     if as_json:
         print(json.dumps(asdict(report)))

@@ -41,7 +41,7 @@ from kalm_encoder.prompts import DEFAULT_INSTRUCTION, DEFAULT_SYSTEM_INSTRUCTION
 from kalm_encoder.rerank.cascade import Stage
 from kalm_encoder.rerank.reranker import Reranker
 from kalm_encoder.table.reader import PassageTable
-from pipeline.corpus.inputs import absolute
+from pipeline.corpus.access import absolute
 from pipeline.messages import Executor
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob

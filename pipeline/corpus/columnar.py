@@ -11,14 +11,14 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
-import fsspec
 import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import RowRange, fsspec_options, range_hash, readable
+from pipeline.corpus.access import open_binary, readable
+from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 
 
@@ -79,11 +79,10 @@ class ColumnarFile:
 class ParquetFile(ColumnarFile):
     """An open Parquet file; it keeps the row group that was read last."""
 
-    def __init__(self, path: str, storage_options: dict[str, str] | None) -> None:
-        self.path = path
-        with readable(path):
-            options = fsspec_options(path, storage_options)
-            raw = fsspec.open(path, "rb", **options).open()
+    def __init__(self, file: InputFile, storage_options: dict[str, str] | None) -> None:
+        self.path = file.path
+        with readable(file.path):
+            raw = open_binary(file.path, storage_options)
             self._parquet = pq.ParquetFile(raw)
             # The last 8 bytes of a Parquet file are the length of its footer and the magic PAR1.
             raw.seek(-8, 2)
@@ -117,10 +116,10 @@ class ParquetFile(ColumnarFile):
 class LanceTable(ColumnarFile):
     """A Lance table; the version that is current when it is opened is the one that is planned."""
 
-    def __init__(self, path: str, storage_options: dict[str, str] | None) -> None:
-        self.path = path
-        with readable(path):
-            self._dataset = lance.dataset(path, storage_options=storage_options)
+    def __init__(self, file: InputFile, storage_options: dict[str, str] | None) -> None:
+        self.path = file.path
+        with readable(file.path):
+            self._dataset = lance.dataset(file.path, storage_options=storage_options)
         self.schema = self._dataset.schema
         self.version = self._dataset.version
         self.content = f"lance version {self.version}"

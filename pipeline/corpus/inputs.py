@@ -1,41 +1,73 @@
-"""Which files make up a corpus, in which format each is, and how it is opened.
+"""Which files make up a corpus, and in which format each of them is.
 
-Formats: JSONL (.jsonl, .ndjson), CSV and TSV, each plain or .gz/.zst; Parquet; a Lance or LanceDB
-table (.lance). Paths may be local or any fsspec URL. Knows names, not contents.
+Formats: JSONL (.jsonl, .ndjson, .json), CSV and TSV, each plain or .gz/.zst; Parquet (.parquet,
+.pq); a Lance or LanceDB table (.lance). Globs and folders are expanded first; then the name of each
+file tells its format, and `--format` that of the others. Knows names, not contents.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import fsspec
-import pyarrow as pa
 import xxhash
 
 from kalm_encoder.errors import InputError
+from pipeline.corpus.access import (
+    COMPRESSIONS,
+    absolute,
+    check_ranges,
+    open_store,
+    readable,
+    split_chain,
+)
+from pipeline.corpus.listing import base_name, has_pattern, look_up, matches
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "jsonl",
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".pq": "parquet",
     ".lance": "lance",
 }
-COMPRESSIONS = (".gz", ".zst")
-S3_OPTIONS = {  # names that s3fs uses, each with the names under which Lance knows the option
-    "key": ("aws_access_key_id", "access_key_id"),
-    "secret": ("aws_secret_access_key", "secret_access_key"),
-    "token": ("aws_session_token", "session_token", "aws_token", "token"),
-    "endpoint_url": ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url"),
-    "region": ("aws_region", "region", "aws_default_region", "default_region"),
-    "anon": ("aws_skip_signature", "skip_signature"),
-}
+NAMEABLE = ("jsonl", "csv", "tsv", "parquet")
+"""What `--format` may say."""
+SHOWN = 5
+"""Most files that a message lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file of a corpus, or a Lance table.
+
+    Attributes:
+        path: Absolute path or URL.
+        format: "jsonl", "csv", "tsv", "parquet" or "lance".
+    """
+
+    path: str
+    format: str
+
+    @property
+    def is_columnar(self) -> bool:
+        """Whether its row ranges count rows; those of text files count bytes."""
+        return self.format in ("parquet", "lance")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is compressed or lies in an archive, so that it is only read from its start.
+
+        This goes by its name, because it serves only to hand out work.
+        """
+        _, file, rest = split_chain(self.path)
+        return bool(rest) or file_name(file).endswith(tuple(COMPRESSIONS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,82 +98,112 @@ def range_hash(content: str, start: int, num_rows: int) -> str:
     return xxhash.xxh3_128_hexdigest(f"{content} {start} {num_rows}".encode())
 
 
-@contextmanager
-def readable(path: str) -> Iterator[None]:
-    """Turn what a store, a decompressor or a library raises into an InputError about the file."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, ImportError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+def expand_inputs(
+    inputs: Sequence[str],
+    storage_options: dict[str, str] | None,
+    format: str | None = None,
+    *,
+    table: str = "",
+) -> list[InputFile]:
+    """Turn paths, URLs, globs and folders into files, in the order given and sorted within each.
 
-
-def expand_inputs(inputs: Sequence[str], storage_options: dict[str, str] | None) -> list[str]:
-    """Turn paths, URLs and globs into files, in the order given and sorted within a glob.
+    Args:
+        inputs: Paths, URLs, globs and folders.
+        storage_options: Options of the object store.
+        format: Format of the files whose names tell none.
+        table: Table that is left out where a folder or a glob holds it, because it is written.
 
     Raises:
-        InputError: If a path does not exist, a glob has no match, an input is a folder, or a file
-            is given twice.
+        InputError: If a path does not exist or cannot be read, a glob has no match, a file is given
+            twice, a format is not known, or an HTTP server sends whole files only.
     """
-    files: list[str] = []
-    for given in inputs:
-        if file_format(given) == "lance":
-            files.append(absolute(given))
-            continue
-        with readable(given):
-            fs, path = fsspec.core.url_to_fs(given, **fsspec_options(given, storage_options))
-            found = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path]
-            if not found or not fs.exists(found[0]):
-                raise InputError(f"no file matches {given}")
-            if fs.isdir(found[0]):
-                raise InputError(f"{given} is a folder: name its files, such as {given}/*.jsonl")
-        files += [fs.unstrip_protocol(f) for f in found] if "://" in given else found
-    for file in files:
-        file_format(file)
-    file, times = Counter(files).most_common(1)[0]
+    if format not in (None, *NAMEABLE):
+        raise InputError(f"--format {format!r} is not one of {', '.join(NAMEABLE)}")
+    files = [file for given in inputs for file in _expand(given, storage_options, format, table)]
+    path, times = Counter(file.path for file in files).most_common(1)[0]
     if times > 1:
-        raise InputError(f"{file} is given more than once")
+        raise InputError(f"{path} is given more than once")
+    if format and all(named_format(file.path) not in (None, format) for file in files):
+        raise InputError(
+            f"--format {format} has no effect: the names of all files tell another format, such "
+            f"as {files[0].path}. Leave it out, or rename the files"
+        )
+    for file in files:
+        if "::" not in file.path:  # a chain was looked at before it was listed
+            check_ranges(file.path, storage_options)
     return files
 
 
-def absolute(path: str) -> str:
-    """Return a local path as an absolute one; URLs stay as they are."""
-    return path if "://" in path else os.path.abspath(path)
+def _expand(
+    given: str, storage_options: dict[str, str] | None, format: str | None, table: str
+) -> list[InputFile]:
+    if named_format(given) == "lance" and not has_pattern(split_chain(given)[1]):
+        return [InputFile(absolute(given), "lance")]
+    if "::" in given:
+        check_ranges(given, storage_options)
+    with readable(given):
+        fs, path = open_store(absolute(given), storage_options)
+        there = look_up(fs, path) if path else {"type": "directory"}
+        if there and there["type"] != "directory":
+            if there["type"] != "file":
+                raise InputError(f"{given} is no regular file: save its content to one first")
+            return [_with_format(absolute(given), format)]
+        found = [entry["name"] for entry in matches(fs, path)]
+    start, end = _around(absolute(given), path)
+    paths = [name for name in (f"{start}{name}{end}" for name in found) if name != table]
+    if not paths:
+        raise InputError(f"no file {'in' if there else 'matches'} {given}")
+    unknown = [path for path in paths if not (format or named_format(path))]
+    if there and 0 < len(unknown) < len(paths):  # of a folder, what has a known format is read
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        logger.warning(
+            "%d files in %s are not read, since their names tell no format: %s%s",
+            len(unknown), given, ", ".join(unknown[:SHOWN]), more,
+        )  # fmt: skip
+        paths = [path for path in paths if path not in unknown]
+    return [_with_format(path, format) for path in paths]
 
 
-def file_format(path: str) -> str:
-    """Return the format of a file, which its name alone decides.
+def _around(url: str, path: str) -> tuple[str, str]:
+    """Return what a URL has before and after the path in its store.
 
-    Raises:
-        InputError: If no format has such names.
+    Such as `s3://` or `sftp://host`, and `::https://host/corpus.zip`. A local path has neither.
     """
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+    before, file, after = split_chain(url)
+    if after and "://" not in file:
+        file += "://"  # `zip::corpus.zip` is short for all that is in it
+    file = file.rstrip("/") if path else file
+    is_url = "://" in file and file.endswith(path)
+    return before + (file[: len(file) - len(path)] if is_url else ""), after
+
+
+def _with_format(path: str, format: str | None) -> InputFile:
+    known = named_format(path) or format
+    if known is None:
+        raise InputError(
+            f"{path} has no known format: expected a name in {', '.join(FORMATS)} (text formats "
+            f"also with {' or '.join(COMPRESSIONS)}), or --format {', '.join(NAMEABLE)}"
+        )
+    return InputFile(path, known)
+
+
+def _list(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(paths[:SHOWN]) + more
+
+
+def file_name(path: str) -> str:
+    """Return the name of the file that a path, URL or chain leads to."""
+    _, file, _ = split_chain(path)
+    if file.startswith(("http://", "https://")):
+        file = file.partition("?")[0]
+    return base_name(file)
+
+
+def named_format(path: str) -> str | None:
+    """Return the format that the name of a file tells; None if it tells none."""
+    name = file_name(path).lower()
     for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)
-    suffix = "." + name.rsplit(".", 1)[-1]
-    if suffix not in FORMATS:
-        raise InputError(
-            f"{path} has no known format: expected a name in {', '.join(FORMATS)}"
-            " (text formats also with .gz or .zst)"
-        )
-    return FORMATS[suffix]
-
-
-def is_columnar(path: str) -> bool:
-    """Return whether the row ranges of a file count rows; those of text files count bytes."""
-    return file_format(path) in ("parquet", "lance")
-
-
-def fsspec_options(url: str, storage_options: dict[str, str] | None) -> dict[str, Any]:
-    """Translate Lance's storage options into those of the fsspec file system of `url`."""
-    if not url.startswith(("s3://", "s3a://")):
-        return {}
-    given = {k.lower(): v for k, v in (storage_options or {}).items()}
-    options: dict[str, Any] = {}
-    for name, aliases in S3_OPTIONS.items():
-        if found := [given[alias] for alias in aliases if alias in given]:
-            options[name] = found[0]
-    if "region" in options:
-        options["client_kwargs"] = {"region_name": options.pop("region")}
-    if "anon" in options:
-        options["anon"] = options["anon"].lower() == "true"
-    return options
+    _, dot, last = name.rpartition(".")
+    return FORMATS.get(dot + last)

@@ -62,11 +62,19 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class FieldOptions:
-    """Fields that the user named; None means that the field is detected."""
+    """How the user said that files are to be read; None means that it is found out.
+
+    Attributes:
+        id: Field that holds the id.
+        text: Field that holds the text.
+        title: Field that holds the title.
+        format: Format of the files whose names tell none.
+    """
 
     id: str | None = None
     text: str | None = None
     title: str | None = None
+    format: str | None = None
 
     def detect(self, names: Iterable[str], path: str) -> Fields:
         """Choose the fields of one file among the names that it has.

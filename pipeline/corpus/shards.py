@@ -15,7 +15,7 @@ import xxhash
 
 from kalm_encoder.errors import InputError
 from pipeline.corpus.columnar import LanceTable, ParquetFile
-from pipeline.corpus.inputs import RowRange, file_format
+from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import FieldOptions, Fields, Passage, Reject, to_rows
 from pipeline.corpus.text_scan import TextFile
 
@@ -28,13 +28,13 @@ READERS: dict[str, type[CorpusFile]] = {"parquet": ParquetFile, "lance": LanceTa
 """The class that reads a format of `inputs.FORMATS`; TextFile reads all others."""
 
 
-def open_file(path: str, storage_options: dict[str, str] | None) -> CorpusFile:
+def open_file(file: InputFile, storage_options: dict[str, str] | None) -> CorpusFile:
     """Open an input file with the reader of its format.
 
     Raises:
-        InputError: If the format is unknown, or the file cannot be opened.
+        InputError: If the file cannot be opened.
     """
-    return READERS.get(file_format(path), TextFile)(path, storage_options)
+    return READERS.get(file.format, TextFile)(file, storage_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,20 @@ class Shard:
 
     Attributes:
         number: Position in the plan, from 0.
-        path: File that it comes from.
+        file: File that it comes from.
         fields: Where the passages are in the file.
         rows: Which rows of the file.
     """
 
     number: int
-    path: str
+    file: InputFile
     fields: Fields
     rows: RowRange
+
+    @property
+    def path(self) -> str:
+        """Path or URL of its file."""
+        return self.file.path
 
     @property
     def id(self) -> str:
@@ -78,7 +83,7 @@ class Plan:
 
 
 def plan_shards(
-    files: Sequence[str],
+    files: Sequence[InputFile],
     *,
     shard_size: int,
     limit: int | None = None,
@@ -103,8 +108,8 @@ def plan_shards(
         raise InputError(f"limit {limit} must be at least 1")
     options = fields or FieldOptions()
 
-    def scan(path: str, left: int | None = None) -> tuple[Fields, list[RowRange]]:
-        return open_file(path, storage_options).scan(shard_size, left, options)
+    def scan(file: InputFile, left: int | None = None) -> tuple[Fields, list[RowRange]]:
+        return open_file(file, storage_options).scan(shard_size, left, options)
 
     if limit is None:
         # Scanning waits for the store and works without the interpreter lock: threads pay off.
@@ -112,15 +117,15 @@ def plan_shards(
             scans = list(pool.map(scan, files))
     else:
         scans, left = [], limit
-        for path in files:
+        for file in files:
             if left > 0:
-                scans.append(scan(path, left))
+                scans.append(scan(file, left))
                 left -= sum(rows.num_rows for rows in scans[-1][1])
     shards: list[Shard] = []
-    for path, (chosen, ranges) in zip(files, scans, strict=False):  # a limit ends the scans early
-        shards += [Shard(len(shards) + i, path, chosen, rows) for i, rows in enumerate(ranges)]
+    for file, (chosen, ranges) in zip(files, scans, strict=False):  # a limit ends the scans early
+        shards += [Shard(len(shards) + i, file, chosen, rows) for i, rows in enumerate(ranges)]
     if not shards:
-        raise InputError(f"no rows in {', '.join(files)}")
+        raise InputError(f"no rows in {', '.join(file.path for file in files)}")
     if len(shards) > MAX_SHARDS:
         raise InputError(
             f"{len(shards)} shards are more than the {MAX_SHARDS} one table can hold: "
@@ -134,8 +139,8 @@ class ShardReader:
 
     def __init__(self, storage_options: dict[str, str] | None = None) -> None:
         self._storage_options = storage_options
-        self._path: str | None = None
-        self._file: CorpusFile | None = None
+        self._open: CorpusFile | None = None
+        self._file: InputFile | None = None
 
     def read(self, shard: Shard) -> tuple[list[Passage], list[Reject]]:
         """Return the usable passages of a shard and its rejects, in input order; ids may repeat.
@@ -143,7 +148,6 @@ class ShardReader:
         Raises:
             InputError: If the file changed since it was planned, or cannot be read.
         """
-        if self._file is None or self._path != shard.path:
-            self._file = open_file(shard.path, self._storage_options)
-            self._path = shard.path
-        return to_rows(self._file.read(shard.rows, shard.fields), shard.fields, shard.path)
+        if self._open is None or self._file != shard.file:
+            self._open, self._file = open_file(shard.file, self._storage_options), shard.file
+        return to_rows(self._open.read(shard.rows, shard.fields), shard.fields, shard.path)

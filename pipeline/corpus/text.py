@@ -16,9 +16,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import fsspec
-
-from pipeline.corpus.inputs import file_format, fsspec_options, readable
+from pipeline.corpus.access import open_text, readable
+from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import ID_FIELDS, TEXT_FIELDS, FieldOptions, Fields, RawRow
 
 SAMPLE_RECORDS = 100
@@ -31,24 +30,18 @@ Record = tuple[bytes, list[str] | None]
 """The bytes of one record, and its cells (None: parse the bytes)."""
 
 
-def open_text(path: str, storage_options: dict[str, str] | None) -> Any:
-    """Open a text file as a stream of decompressed bytes."""
-    options = fsspec_options(path, storage_options)
-    return fsspec.open(path, "rb", compression="infer", **options).open()
-
-
 def detect(
-    path: str, options: FieldOptions, storage_options: dict[str, str] | None
+    file: InputFile, options: FieldOptions, storage_options: dict[str, str] | None
 ) -> tuple[Fields, tuple[str, ...], bytes]:
     """Return the fields, the columns (empty for JSONL) and the header to skip (mostly empty).
 
     Raises:
         InputError: If the file cannot be read or decompressed, or has no id or text field.
     """
-    with readable(path), open_text(path, storage_options) as stream:
-        if file_format(path) == "jsonl":
-            return _detect_json(path, stream, options), (), b""
-        return _detect_cells(path, stream, options)
+    with readable(file.path), open_text(file.path, storage_options) as stream:
+        if file.format == "jsonl":
+            return _detect_json(file.path, stream, options), (), b""
+        return _detect_cells(file, stream, options)
 
 
 def _detect_json(path: str, stream: Any, options: FieldOptions) -> Fields:
@@ -60,18 +53,18 @@ def _detect_json(path: str, stream: Any, options: FieldOptions) -> Fields:
 
 
 def _detect_cells(
-    path: str, stream: Any, options: FieldOptions
+    file: InputFile, stream: Any, options: FieldOptions
 ) -> tuple[Fields, tuple[str, ...], bytes]:
-    header, first = next(records(iter(stream), ("?",), path), (b"", None))
+    header, first = next(records(iter(stream), ("?",), file.format), (b"", None))
     if first is None:
         return Fields("id", "text"), (), b""
     cells = [cell.removeprefix("\ufeff") for cell in first]
     wanted = (options.id, *ID_FIELDS), (options.text, *TEXT_FIELDS)
     is_header = all(any(cell in names for cell in cells) for names in wanted)
     named = options.id or options.text
-    if file_format(path) == "tsv" and len(cells) == 2 and not is_header and not named:
+    if file.format == "tsv" and len(cells) == 2 and not is_header and not named:
         return Fields(*WITHOUT_HEADER), WITHOUT_HEADER, b""
-    return options.detect(cells, path), tuple(cells), header
+    return options.detect(cells, file.path), tuple(cells), header
 
 
 def is_plain(columns: tuple[str, ...]) -> bool:
@@ -79,7 +72,7 @@ def is_plain(columns: tuple[str, ...]) -> bool:
     return not columns or columns == WITHOUT_HEADER
 
 
-def records(lines: Iterator[bytes], columns: tuple[str, ...], path: str) -> Iterator[Record]:
+def records(lines: Iterator[bytes], columns: tuple[str, ...], format: str) -> Iterator[Record]:
     """Cut lines into records: each line is one, or the quoting of CSV decides."""
     if is_plain(columns):
         for raw in lines:
@@ -92,17 +85,17 @@ def records(lines: Iterator[bytes], columns: tuple[str, ...], path: str) -> Iter
             read.append(raw)
             yield raw.decode("utf-8", "surrogateescape")
 
-    delimiter = "\t" if file_format(path) == "tsv" else ","
+    delimiter = "\t" if format == "tsv" else ","
     for cells in csv.reader(feed(), delimiter=delimiter):
         yield b"".join(read), cells
         read.clear()
 
 
 def parse_all(
-    lines: Iterable[bytes], columns: tuple[str, ...], path: str, line: int = 1
+    lines: Iterable[bytes], columns: tuple[str, ...], format: str, line: int = 1
 ) -> Iterator[tuple[int, RawRow]]:
     """Yield (line, row) of whole records, numbered from `line`; blank lines are left out."""
-    for raw, cells in records(iter(lines), columns, path):
+    for raw, cells in records(iter(lines), columns, format):
         if raw.strip():
             yield line, _parse(raw, cells, columns)
         line += raw.count(b"\n")

@@ -21,9 +21,10 @@ import numpy as np
 import xxhash
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import RowRange, readable
+from pipeline.corpus.access import open_text, readable
+from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
-from pipeline.corpus.text import Record, detect, is_plain, open_text, parse_all, records
+from pipeline.corpus.text import Record, detect, is_plain, parse_all, records
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,8 +44,8 @@ their length; (n,) whether the record counts, which blank lines do not."""
 class TextFile:
     """A text file, cut into ranges and read range after range."""
 
-    def __init__(self, path: str, storage_options: dict[str, str] | None) -> None:
-        self.path = path
+    def __init__(self, file: InputFile, storage_options: dict[str, str] | None) -> None:
+        self.file, self.path = file, file.path
         self._storage_options = storage_options
         self._stream: Any = None
 
@@ -56,14 +57,14 @@ class TextFile:
         Raises:
             InputError: If the file cannot be read or decompressed, or has no id or text field.
         """
-        fields, columns, header = detect(self.path, options, self._storage_options)
+        fields, columns, header = detect(self.file, options, self._storage_options)
         first_line = 1 + header.count(b"\n")
         with readable(self.path), open_text(self.path, self._storage_options) as stream:
             stream.read(len(header))
             if is_plain(columns):
                 chunks = line_chunks(stream)
             else:
-                chunks = record_chunks(records(iter(stream), columns, self.path))
+                chunks = record_chunks(records(iter(stream), columns, self.file.format))
             ranges = cut(
                 chunks, len(header), first_line, shard_size, max_rows=max_rows, columns=columns
             )
@@ -88,7 +89,7 @@ class TextFile:
                 f"{self.path} changed after it was planned (line {rows.first_line} and after): "
                 "encode it into a new table"
             )
-        yield from parse_all(io.BytesIO(raw), rows.columns, self.path, rows.first_line)
+        yield from parse_all(io.BytesIO(raw), rows.columns, self.file.format, rows.first_line)
 
 
 def line_chunks(stream: Any, size: int = READ_BYTES) -> Iterator[Chunk]:

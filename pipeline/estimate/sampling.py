@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.model.encoder import passage_ids
+from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import FieldOptions, Passage, to_rows
 from pipeline.estimate.intervals import Estimate, ratio_estimate
 from pipeline.estimate.sources import BlockSource, open_sources
@@ -83,7 +84,7 @@ class Sample:
 
 
 def sample_corpus(
-    files: Sequence[str],
+    files: Sequence[InputFile],
     tokenizer: Any,
     *,
     fields: FieldOptions,
@@ -105,7 +106,7 @@ def sample_corpus(
         InputError: A file cannot be read or has no id or text field, or no passage was found.
     """
     began, rng = time.monotonic(), random.Random(seed)
-    found = [s for path in files for s in open_sources(path, fields, storage_options)]
+    found = [s for file in files for s in open_sources(file, fields, storage_options)]
     sources = _bounded(found, rng)
     size = sum(source.size * source.stands_for for source in sources)
     block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, size / TYPICAL_BLOCKS))
@@ -131,7 +132,7 @@ def sample_corpus(
         room = min(MAX_BLOCK_EXAMPLES, MAX_EXAMPLES - len(examples))
         examples += list(zip(passages, tokens, strict=True))[:room]
     if not any(lengths):
-        raise InputError(f"no passage found in {', '.join(files[:3])}")
+        raise InputError(f"no passage found in {', '.join(file.path for file in files[:3])}")
     complete = read.total() == starts[-1] and len(sources) == len(found)
     finished = sum(s.in_order and read[i] >= counts[i] for i, s in enumerate(sources))
     in_order = sum(source.in_order for source in found)

@@ -20,8 +20,15 @@ from typing import Any
 import fsspec
 
 from pipeline.corpus import text
+from pipeline.corpus.access import (
+    compression_of,
+    decompressed,
+    open_store,
+    open_text,
+    readable,
+)
 from pipeline.corpus.columnar import LanceTable, ParquetFile
-from pipeline.corpus.inputs import COMPRESSIONS, fsspec_options, readable
+from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 from pipeline.corpus.shards import open_file
 
@@ -62,50 +69,52 @@ class BlockSource:
 
 
 def open_sources(
-    path: str, options: FieldOptions, storage_options: dict[str, str] | None
+    file: InputFile, options: FieldOptions, storage_options: dict[str, str] | None
 ) -> list[BlockSource]:
     """Return what a corpus file can be sampled from: each row group, or the whole file.
 
     Raises:
         InputError: If the file cannot be read, or if it has no id or text field.
     """
-    file = open_file(path, storage_options)
-    if isinstance(file, ParquetFile | LanceTable):
-        fields, reopen = file.choose_fields(options), partial(type(file), path, storage_options)
+    opened = open_file(file, storage_options)
+    if isinstance(opened, ParquetFile | LanceTable):
+        fields, reopen = opened.choose_fields(options), partial(type(opened), file, storage_options)
 
         def read(first: int, last: int, k: int, n: int) -> Block:
             start = first + (last - first) * k // n
             end = first + (last - first) * (k + 1) // n
-            opened = reopen()  # a corpus may have more files than can be open at once
-            rows = opened.row_range(start, end - start)
-            return rows.num_rows / (last - first), opened.read(rows, fields)
+            again = reopen()  # a corpus may have more files than can be open at once
+            rows = again.row_range(start, end - start)
+            return rows.num_rows / (last - first), again.read(rows, fields)
 
         return [
-            BlockSource(path, fields, (last - first) * ROW_BYTES, partial(read, first, last))
-            for first, last in pairwise(file.bounds)
+            BlockSource(file.path, fields, (last - first) * ROW_BYTES, partial(read, first, last))
+            for first, last in pairwise(opened.bounds)
         ]
-    return [_text_file(path, options, storage_options)]
+    return [_text_file(file, options, storage_options)]
 
 
 def _text_file(
-    path: str, options: FieldOptions, storage_options: dict[str, str] | None
+    file: InputFile, options: FieldOptions, storage_options: dict[str, str] | None
 ) -> BlockSource:
-    fields, columns, header = text.detect(path, options, storage_options)
+    fields, columns, header = text.detect(file, options, storage_options)
+    path = file.path
     with readable(path):
-        fs, inner = fsspec.core.url_to_fs(path, **fsspec_options(path, storage_options))
+        fs, inner = open_store(path, storage_options)
         size = int(fs.size(inner))
-    if not path.endswith(COMPRESSIONS) and text.is_plain(columns):
+        with fs.open(inner, "rb") as raw:
+            compression = compression_of(raw, path)
+            text_size = _text_bytes(raw, size, compression)
+    if not (compression or file.is_packed) and text.is_plain(columns):
 
         def read(k: int, n: int) -> Block:
             begin, end = size * k // n, size * (k + 1) // n
             with readable(path), fs.open(inner, "rb", block_size=READ_AHEAD_BYTES) as stream:
                 raw = fsspec.utils.read_block(stream, begin, end - begin, b"\n")
-            return len(raw) / size, text.parse_all(io.BytesIO(raw), columns, path)
+            return len(raw) / size, text.parse_all(io.BytesIO(raw), columns, file.format)
 
         return BlockSource(path, fields, size, read)
-    with readable(path), fs.open(inner, "rb") as raw:
-        text_size = _text_bytes(raw, size, fsspec.utils.infer_compression(path))
-    records = _records(path, columns, header, storage_options)
+    records = _records(file, columns, header, storage_options)
     drawn = taken = 0
 
     def read_on(_: int, n: int) -> Block:
@@ -115,7 +124,7 @@ def _text_file(
         while taken < target and (record := next(records, None)):
             lines.append(record)
             taken += len(record)
-        return (taken - before) / text_size, text.parse_all(lines, columns, path)
+        return (taken - before) / text_size, text.parse_all(lines, columns, file.format)
 
     return BlockSource(path, fields, text_size, read_on, in_order=True)
 
@@ -125,7 +134,7 @@ def _text_bytes(raw: Any, size: int, compression: str | None) -> float:
     if compression is None:
         return size
     little = SimpleNamespace(read=lambda size: raw.read(min(size, MAX_READ_BYTES)))
-    stream = fsspec.compression.compr[compression](little, mode="rb")
+    stream = decompressed(little, compression)
     warm_up = len(stream.read(WARM_UP_BYTES))
     begin = int(raw.tell())
     measured = len(stream.read(MEASURED_BYTES))
@@ -136,9 +145,9 @@ def _text_bytes(raw: Any, size: int, compression: str | None) -> float:
 
 
 def _records(
-    path: str, columns: tuple[str, ...], header: bytes, storage_options: dict[str, str] | None
+    file: InputFile, columns: tuple[str, ...], header: bytes, storage_options: dict[str, str] | None
 ) -> Iterator[bytes]:
-    with readable(path), text.open_text(path, storage_options) as stream:
+    with readable(file.path), open_text(file.path, storage_options) as stream:
         stream.read(len(header))
-        for raw, _ in text.records(iter(stream), columns, path):
+        for raw, _ in text.records(iter(stream), columns, file.format):
             yield raw

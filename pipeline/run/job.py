@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kalm_encoder.table.location import Location
-from pipeline.corpus.inputs import absolute, expand_inputs
+from pipeline.corpus.access import absolute
+from pipeline.corpus.inputs import InputFile, expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import Plan, plan_shards
 
@@ -57,7 +58,7 @@ class EncodeJob(TableJob):
         store_dtype: "float16", "float32", "int8" or "int4".
         max_length: Number of tokens a passage is cut to.
         keep_text: Whether to store the raw text.
-        fields: Fields the user named.
+        fields: How the inputs are to be read.
         shard_size: Rows per shard, the unit of work and of commit.
         limit: Number of rows to encode, from the first on. None encodes all.
     """
@@ -73,8 +74,18 @@ class EncodeJob(TableJob):
     shard_size: int = 1000
     limit: int | None = None
 
+    def files(self) -> list[InputFile]:
+        """List the input files.
 
-def plan_job(job: EncodeJob, files: Sequence[str] | None = None) -> Plan:
+        Raises:
+            InputError: There is no usable input.
+        """
+        return expand_inputs(
+            self.inputs, self.storage_options, self.fields.format, table=self.table.uri
+        )
+
+
+def plan_job(job: EncodeJob, files: Sequence[InputFile] | None = None) -> Plan:
     """Cut the inputs of a job into shards.
 
     Args:
@@ -85,7 +96,7 @@ def plan_job(job: EncodeJob, files: Sequence[str] | None = None) -> Plan:
         InputError: There is no usable input.
     """
     return plan_shards(
-        expand_inputs(job.inputs, job.storage_options) if files is None else files,
+        job.files() if files is None else files,
         shard_size=job.shard_size,
         limit=job.limit,
         fields=job.fields,

@@ -15,13 +15,13 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-import fsspec
 import lance
 import xxhash
 from pydantic import TypeAdapter
 
 from kalm_encoder.errors import first_line
-from pipeline.corpus.inputs import RowRange, expand_inputs, file_format, fsspec_options
+from pipeline.corpus.access import open_store
+from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.run.job import EncodeJob
@@ -54,7 +54,7 @@ class KeptPlan:
             InputError: There is no usable input.
         """
         self._table = job.table
-        self.files = expand_inputs(job.inputs, job.storage_options)
+        self.files = job.files()
         with ThreadPoolExecutor(thread_name_prefix="identity") as pool:
             marks = list(pool.map(lambda file: _identity(file, job.storage_options), self.files))
         self._path: str | None = None
@@ -92,7 +92,7 @@ class KeptPlan:
             logger.info("the plan is not kept: some input has no time of change or ETag")
             return
         number = {file: i for i, file in enumerate(self.files)}
-        shards = [(number[shard.path], shard.fields, shard.rows) for shard in plan.shards]
+        shards = [(number[shard.file], shard.fields, shard.rows) for shard in plan.shards]
         content = KEPT.dump_json((plan.hash, shards), exclude_defaults=True)
         try:
             write_text(self._table.file_session(), self._path, content.decode())
@@ -100,12 +100,14 @@ class KeptPlan:
             logger.warning("the plan is not kept, a resume plans again: %s", first_line(error))
 
 
-def _identity(file: str, storage_options: dict[str, str] | None) -> list[str | int | None] | None:
+def _identity(
+    file: InputFile, storage_options: dict[str, str] | None
+) -> list[str | int | None] | None:
     """Return what tells one state of a file from another; None where nothing does."""
     try:
-        if file_format(file) == "lance":
-            return [file, lance.dataset(file, storage_options=storage_options).version]
-        fs, path = fsspec.core.url_to_fs(file, **fsspec_options(file, storage_options))
+        if file.format == "lance":
+            return [file.path, lance.dataset(file.path, storage_options=storage_options).version]
+        fs, path = open_store(file.path, storage_options)
         info = fs.info(path)
     except (OSError, ValueError):
         return None  # planning will say what is wrong with it

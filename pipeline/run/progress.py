@@ -21,7 +21,6 @@ from tqdm import tqdm
 from kalm_encoder.errors import FencedError, first_line
 from kalm_encoder.table.location import Location
 from pipeline import logs
-from pipeline.corpus.inputs import is_columnar
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import Outcome, ShardResult
 from pipeline.run import run_files
@@ -49,7 +48,7 @@ class Progress:
         self._plan, self._num_pending = plan, len(pending)
         self.before = plan.num_rows - sum(shard.rows.num_rows for shard in pending)
         # Bytes foretell the work better than rows do, but rows of columnar files have none.
-        self._by_bytes = not any(is_columnar(shard.path) for shard in pending)
+        self._by_bytes = not any(shard.file.is_columnar for shard in pending)
         self._left = sum(map(self._size, pending))
         self.totals = RunTotals()
         self._workers: dict[str, WorkerSpeed] = {}

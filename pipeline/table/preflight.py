@@ -24,7 +24,7 @@ from lance.schema import LanceSchema
 
 from kalm_encoder.errors import InputError, first_line
 from kalm_encoder.table.location import Location
-from pipeline.corpus.inputs import fsspec_options
+from pipeline.corpus.access import fsspec_options
 from pipeline.table.fragments import with_id, write_fragment
 from pipeline.table.side_files import PROBES
 

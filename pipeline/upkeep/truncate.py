@@ -14,7 +14,8 @@ import lance
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import build_rows, read_rows
-from pipeline.corpus.inputs import RowRange, absolute, range_hash
+from pipeline.corpus.access import absolute
+from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import Outcome, ShardResult, WorkerConfig
@@ -77,7 +78,7 @@ def _plan(table: PassageTable, source: str, shard_size: int) -> Plan:
     for number, start in enumerate(range(0, len(table), shard_size)):
         rows = min(shard_size, len(table) - start)
         part = RowRange(start, rows, start + 1, rows, range_hash(content, start, rows))
-        shards.append(Shard(number, source, Fields("id", "text"), part))
+        shards.append(Shard(number, InputFile(source, "lance"), Fields("id", "text"), part))
     if not shards:
         raise InputError(f"{source} has no rows")
     return Plan(tuple(shards))

@@ -17,7 +17,9 @@ from kalm_encoder.table.checksums import row_checksum, text_hash
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import verified_rows
 from kalm_encoder.table.spec import TableSpec
+from pipeline.corpus.access import absolute
 from pipeline.corpus.inputs import expand_inputs
+from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import plan_shards
 from pipeline.table.claim import COMPLETE, STATE
 from pipeline.table.duplicates import repeated_rows
@@ -92,6 +94,7 @@ def verify(
     sample: int = 0,
     model: str | None = None,
     inputs: Sequence[str] = (),
+    fields: FieldOptions | None = None,
 ) -> Report:
     """Check checksums, finite values, shapes, unique ids, the id index and the number of rows.
 
@@ -102,6 +105,7 @@ def verify(
         sample: Number of rows to encode again and compare, in states and in P(yes).
         model: Model that encodes the sample; None takes the one that the table records.
         inputs: Corpus files. The table must hold their passages with the same texts and no others.
+        fields: How the corpus files are to be read.
 
     Raises:
         TableError: If there is no such table or version.
@@ -124,7 +128,7 @@ def verify(
     with _engine_errors_are_problems(report, "look-up", "rows cannot be looked up by id"):
         table.take(_some_rows(table, SHOWN, ["id"])["id"].to_pylist())
     if inputs:
-        _check_corpus(table, report, inputs, storage_options)
+        _check_corpus(table, report, inputs, storage_options, fields or FieldOptions())
     if sample:
         _check_sample(table, report, sample, model or table.spec.model)
     return report
@@ -189,10 +193,11 @@ def _check_corpus(
     report: Report,
     inputs: Sequence[str],
     storage_options: dict[str, str] | None,
+    fields: FieldOptions,
 ) -> None:
     """Compare ids and text hashes with a corpus. The first passage of a repeated id counts."""
-    files = expand_inputs(inputs, storage_options)
-    plan = plan_shards(files, shard_size=BATCH_ROWS, storage_options=storage_options)
+    files = expand_inputs(inputs, storage_options, fields.format, table=absolute(report.uri))
+    plan = plan_shards(files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options)
     changes = compare(table.dataset, corpus_of(plan, storage_options, "first"))
     if changes.new:
         report.add("corpus", f"{changes.new} passages of the corpus are not in the table")

@@ -12,7 +12,6 @@ import statistics
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 
-from pipeline.corpus.inputs import COMPRESSIONS, is_columnar
 from pipeline.corpus.shards import Shard
 from pipeline.logs import in_shard
 from pipeline.messages import ShardFailure
@@ -32,13 +31,13 @@ def short_last(shards: Sequence[Shard], count: int) -> tuple[list[Shard], list[S
         shards: Shards in plan order.
         count: Number to move, about as many as the workers have at once.
     """
-    movable = [s for s in shards if not s.path.endswith(COMPRESSIONS)]
+    movable = [s for s in shards if not s.file.is_packed]
     lengths: dict[bool, list[int]] = {}
     for shard in movable:
-        lengths.setdefault(is_columnar(shard.path), []).append(shard.rows.length)
+        lengths.setdefault(shard.file.is_columnar, []).append(shard.rows.length)
     # Lengths in bytes and in rows can be compared once each is divided by its median.
     median = {unit: statistics.median(found) for unit, found in lengths.items()}
-    movable.sort(key=lambda s: (s.rows.length / median[is_columnar(s.path)], -s.number))
+    movable.sort(key=lambda s: (s.rows.length / median[s.file.is_columnar], -s.number))
     moved = {shard.number for shard in movable[:count]}
     return [shard for shard in shards if shard.number not in moved], movable[:count][::-1]
 

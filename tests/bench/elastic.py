@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
 from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
@@ -72,7 +72,12 @@ def _join_and_leave(cluster: Cluster) -> tuple[float, float, int]:
     """Return shards/s on one node, on two, and how many shards ran twice as one left."""
     cluster.add_node(num_cpus=WORKERS_PER_NODE)
     shards = [
-        Shard(i, "f.jsonl", Fields("id", "text"), RowRange(0, 1, 1, 1, f"{i:032x}"))
+        Shard(
+            i,
+            InputFile("f.jsonl", "jsonl"),
+            Fields("id", "text"),
+            RowRange(0, 1, 1, 1, f"{i:032x}"),
+        )
         for i in range(SHARDS)
     ]
     with tempfile.TemporaryDirectory() as folder:

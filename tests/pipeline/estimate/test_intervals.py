@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kalm_encoder.errors import InputError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.pairs import Pair
+from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.estimate.flops import MODELS, Dimensions, decoder_flops, encoder_flops
 from pipeline.estimate.intervals import ratio_estimate
@@ -30,7 +31,7 @@ def test_every_line_is_in_exactly_one_block(tmp_path_factory, lines, block, ends
     raw = "\n".join(f'"{i}' + "x" * n + '"' for i, n in enumerate(lines)) + "\n" * ends
     file.write_text(raw)
     n = -(-file.stat().st_size // block) or 1
-    (source,) = open_sources(str(file), FieldOptions(), None)
+    (source,) = open_sources(*expand_inputs([str(file)], None), FieldOptions(), None)
     assert source.size == file.stat().st_size
     read = [source.read(k, n) for k in range(n)] if raw else []
     assert sum(share for share, _ in read) == pytest.approx(1.0 if raw else 0.0)

@@ -18,6 +18,7 @@ from jobs import plan as plan_command
 from jobs.options import check_folder
 from kalm_encoder.errors import InputError, MismatchError
 from kalm_encoder.table.location import Location
+from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.estimate import sampling
 from pipeline.estimate.check import compare, read_plan
@@ -110,7 +111,11 @@ def test_intervals_of_most_seeds_hold_what_is_there(corpus, encoder, made, few_b
     inside = {"passages": 0, "tokens": 0}
     for seed in range(30):
         sample = sample_corpus(
-            corpus, encoder.tokenizer, fields=FieldOptions(), seconds=0.0, seed=seed
+            expand_inputs(corpus, None),
+            encoder.tokenizer,
+            fields=FieldOptions(),
+            seconds=0.0,
+            seed=seed,
         )
         kept = np.minimum(sample.lengths, MAX_LENGTH)
         for name, values in {"tokens": kept, "passages": np.ones_like(kept)}.items():
@@ -179,7 +184,9 @@ def test_of_many_compressed_files_some_stand_for_all(encoder, tmp_path, monkeypa
         plain = write_corpus(tmp_path / f"{i}.jsonl", make_texts(100, seed=i), prefix=f"{i}-")
         files.append(f"{plain}.gz")
         (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    sample = sample_corpus(files, encoder.tokenizer, fields=FieldOptions(), seconds=60.0, seed=0)
+    sample = sample_corpus(
+        expand_inputs(files, None), encoder.tokenizer, fields=FieldOptions(), seconds=60.0, seed=0
+    )
     assert len(sample.lengths) == 1200 and not sample.complete
     assert "24 compressed or quoted files" in sample.notes[0] and "12 were read" in sample.notes[0]
     found = sample.total(sample.per_block(np.ones_like(sample.lengths)))

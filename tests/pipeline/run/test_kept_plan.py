@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kalm_encoder.errors import IncompleteError, MismatchError
+from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import ShardReader, plan_shards
 from pipeline.messages import ShardFailure
@@ -163,7 +164,7 @@ def test_files_scanned_at_once_make_the_plan_of_one_after_the_other(tmp_path):
     for i in range(20):
         files.append(tmp_path / f"{i:02d}.jsonl")
         files[-1].write_text(lines(1 + 7 * i % 11, f"f{i}-"))
-    names = list(map(str, files))
+    names = expand_inputs(list(map(str, files)), None)
     together = plan_shards(names, shard_size=3)
     assert plan_shards(names, shard_size=3, limit=10**9) == together  # a limit: one by one
     some = plan_shards(names, shard_size=3, limit=together.num_rows - 1)

@@ -11,6 +11,7 @@ from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
+from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import plan_shards
 from pipeline.messages import ShardResult
@@ -42,7 +43,7 @@ def job(tmp_path):
     """A ledger of 6 shards of one row, and their results."""
     file = tmp_path / "c.jsonl"
     file.write_text("".join(json.dumps({"id": f"r{i}", "text": "t"}) + "\n" for i in range(6)))
-    plan = plan_shards([str(file)], shard_size=1)
+    plan = plan_shards(expand_inputs([str(file)], None), shard_size=1)
     uri = str(tmp_path / "t.lance")
     ledger = Ledger.begin(Location(uri), SPEC, plan)
     results = []
@@ -121,7 +122,7 @@ def test_what_waits_is_bounded_and_holds_no_rejects(job):
 def test_what_a_ledger_counts_is_what_a_new_one_reads(job):
     """A ledger adds its own commits up instead of listing all fragments again."""
     ledger, results = job
-    plan = plan_shards([results[0].shard.path], shard_size=1)
+    plan = plan_shards([results[0].shard.file], shard_size=1)
     for some in (
         results[:2],
         results[1:4],

@@ -12,6 +12,7 @@ from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
+from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.shards import Plan, plan_shards
 from pipeline.messages import ShardResult
 from pipeline.table import claim, finish
@@ -30,7 +31,7 @@ def plan(tmp_path) -> Plan:
     """5 shards of 3 rows."""
     file = tmp_path / "c.jsonl"
     file.write_text("".join(json.dumps({"id": f"r{i}", "text": "t"}) + "\n" for i in range(15)))
-    return plan_shards([str(file)], shard_size=3)
+    return plan_shards(expand_inputs([str(file)], None), shard_size=3)
 
 
 @pytest.fixture

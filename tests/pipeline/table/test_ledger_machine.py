@@ -18,7 +18,7 @@ from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import ShardResult
@@ -36,7 +36,12 @@ SHARDS, ROWS = 4, 2
 def make_plan(generation):
     """Four shards of two rows; another plan for each generation."""
     shards = [
-        Shard(n, "c", Fields("id", "text"), RowRange(n, 1, n, ROWS, f"{generation:012d}{n:020d}"))
+        Shard(
+            n,
+            InputFile("c", "jsonl"),
+            Fields("id", "text"),
+            RowRange(n, 1, n, ROWS, f"{generation:012d}{n:020d}"),
+        )
         for n in range(SHARDS)
     ]
     return Plan(tuple(shards))

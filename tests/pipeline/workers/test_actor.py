@@ -10,7 +10,7 @@ from ray import cloudpickle
 
 from kalm_encoder.errors import InputError, KalmError
 from kalm_encoder.table.location import Location
-from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
 from pipeline.messages import ShardFailure, ShardResult, WorkerConfig
@@ -25,7 +25,12 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 def make_shards(count):
     return [
-        Shard(i, "file.jsonl", Fields("id", "text"), RowRange(0, 1, 1, 1, f"{i:032x}"))
+        Shard(
+            i,
+            InputFile("file.jsonl", "jsonl"),
+            Fields("id", "text"),
+            RowRange(0, 1, 1, 1, f"{i:032x}"),
+        )
         for i in range(count)
     ]
 

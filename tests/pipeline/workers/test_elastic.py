@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
-from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
 from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
@@ -58,7 +58,12 @@ class Noting(Worker):
 
 def make_shards(count, *, workers_first=1):
     return [
-        Shard(i, "f.jsonl", Fields("id", "text"), RowRange(0, 9, workers_first, 1, f"{i:032x}"))
+        Shard(
+            i,
+            InputFile("f.jsonl", "jsonl"),
+            Fields("id", "text"),
+            RowRange(0, 9, workers_first, 1, f"{i:032x}"),
+        )
         for i in range(count)
     ]
 

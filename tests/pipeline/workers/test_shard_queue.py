@@ -3,7 +3,7 @@
 import pytest
 
 from kalm_encoder.errors import InputError
-from pipeline.corpus.inputs import RowRange
+from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
 from pipeline.workers.on_ray.cluster import RayOptions, WorkerResources, worker_resources
@@ -12,7 +12,7 @@ from pipeline.workers.shard_queue import ShardQueue, short_last
 
 def shard(number, length=100, path="a.jsonl"):
     rows = RowRange(0, length, 1, 1, f"{number:032x}")
-    return Shard(number, path, Fields("id", "text"), rows)
+    return Shard(number, InputFile(path, "jsonl"), Fields("id", "text"), rows)
 
 
 def numbers(shards):

@@ -1,0 +1,206 @@
+"""How a file is reached: the options of its store, its bytes, and what its errors mean.
+
+A path may be local or any fsspec URL, chains such as `zip://corpus.jsonl::corpus.zip` among them.
+Knows no format: it hands out bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from zipfile import BadZipFile
+
+import fsspec
+
+from kalm_encoder.errors import InputError, KalmError, first_line
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+COPIES = ("simplecache", "filecache")
+"""A chain that begins with one of these copies the whole file to this machine before it is read."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    **{bytes([0x50 + i]) + b"\x2a\x4d\x18": "zstd" for i in range(16)},  # a frame to be skipped
+}
+FOREIGN = {
+    b"PAR1": "a Parquet file: give it a name that ends in .parquet",
+    b"PK\x03\x04": "a ZIP archive: name the file in it, such as zip://corpus.jsonl::{path}",
+    b"BZh": "compressed with bzip2: compress it with gzip or zstd instead",
+    b"\xfd7zXZ\0": "compressed with xz: compress it with gzip or zstd instead",
+    b"version https://git-lfs": "a pointer of Git LFS: run `git lfs pull`",
+}
+"""How files begin that are no text, with what they are and what can be done."""
+S3_OPTIONS = {  # names that s3fs uses, each with the names under which Lance knows the option
+    "key": ("aws_access_key_id", "access_key_id"),
+    "secret": ("aws_secret_access_key", "secret_access_key"),
+    "token": ("aws_session_token", "session_token", "aws_token", "token"),
+    "endpoint_url": ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url"),
+    "region": ("aws_region", "region", "aws_default_region", "default_region"),
+    "anon": ("aws_skip_signature", "skip_signature"),
+}
+REMEDIES = {
+    "NoCredentialsError": "give --storage-option aws_access_key_id=… and aws_secret_access_key=…, "
+    "or aws_skip_signature=true if the bucket is public",
+    "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE",
+}
+"""What can be done about errors of libraries that may not be installed, by the error's class."""
+DAMAGED = (EOFError, zlib.error, zstd.ZstdError, BadZipFile)
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turn what a store, a decompressor or a library raises into an InputError about the file.
+
+    Any library may be behind a URL, with errors of its own, so all classes count that are not
+    Python's own. Of those only the ones count that a file can cause: others are our mistakes.
+    """
+    try:
+        yield
+    except KalmError:
+        raise
+    except Exception as error:
+        is_ours = not isinstance(error, (OSError, EOFError, ValueError, ImportError))
+        if is_ours and type(error).__module__ == "builtins":
+            raise
+        raise InputError(f"cannot read {path}: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """Return what went wrong with a file, in one line, with a remedy where one is known."""
+    remedy = REMEDIES.get(type(error).__name__)
+    if isinstance(error, DAMAGED) or type(error).__name__ == "BadGzipFile":
+        remedy = "it is damaged or incomplete: copy it again"
+    return first_line(error) + (f". Remedy: {remedy}" if remedy else "")
+
+
+def absolute(path: str) -> str:
+    """Return an address in which a local path is absolute; URLs stay as they are."""
+    *chain, last = path.split("::")
+    if "://" not in last:
+        last = os.path.abspath(os.path.expanduser(last))
+    return "::".join([*chain, last])
+
+
+def split_chain(url: str) -> tuple[str, str, str]:
+    """Return the copying caches before the part of a URL that names the file, it, and the rest.
+
+    `simplecache::zip://c.jsonl::https://x/c.zip` gives `simplecache::`, `zip://c.jsonl` and
+    `::https://x/c.zip`.
+    """
+    parts = url.split("::")
+    first = 0
+    while parts[first] in COPIES and first < len(parts) - 1:
+        first += 1
+    before, after = parts[:first], parts[first + 1 :]
+    return "".join(f"{p}::" for p in before), parts[first], "".join(f"::{p}" for p in after)
+
+
+def open_store(url: str, storage_options: dict[str, str] | None) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path of the URL in it."""
+    fs, path = fsspec.core.url_to_fs(url, **fsspec_options(url, storage_options))
+    return fs, path
+
+
+def open_binary(path: str, storage_options: dict[str, str] | None) -> Any:
+    """Open a file as a stream of the bytes that are stored."""
+    fs, inner = open_store(path, storage_options)
+    stream = fs.open(inner, "rb")
+    stream.store = fs  # an archive that is forgotten closes the files in it
+    return stream
+
+
+def open_text(path: str, storage_options: dict[str, str] | None) -> Any:
+    """Open a text file as a stream of decompressed bytes.
+
+    Raises:
+        InputError: If its first bytes are those of something else.
+    """
+    raw = open_binary(path, storage_options)
+    return decompressed(raw, compression_of(raw, path))
+
+
+def compression_of(raw: Any, path: str) -> str | None:
+    """Return how a text file is compressed, which its first bytes say; None if it is not.
+
+    Args:
+        raw: The stored bytes, open at their start.
+        path: Its path, for the error.
+
+    Raises:
+        InputError: If it is no text, or not compressed although its name says so.
+    """
+    begins = raw.read(32)
+    raw.seek(0)
+    for magic, compression in MAGIC.items():
+        if begins.startswith(magic):
+            return compression
+    for magic, what in FOREIGN.items():
+        if begins.startswith(magic):
+            raise InputError(f"cannot read {path}: it is {what.format(path=path)}")
+    for suffix, compression in COMPRESSIONS.items():
+        if begins and split_chain(path)[1].endswith(suffix):
+            raise InputError(
+                f"cannot read {path}: it is not compressed with {compression}, since it begins "
+                f"with {begins[:8]!r}. Give it a name without {suffix} if it is text, or copy it "
+                "again"
+            )
+    return None
+
+
+def decompressed(raw: Any, compression: str | None) -> Any:
+    """Return a stream of the bytes that another one holds in compressed form."""
+    if compression == "zstd":
+        # `zstd --long=31` writes frames that need 2 GiB to be read, 16 times the default limit.
+        options = {int(zstd.DecompressionParameter.window_log_max): 31}
+        return zstd.ZstdFile(raw, options=options)
+    return fsspec.compression.compr[compression](raw, mode="rb")
+
+
+def check_ranges(url: str, storage_options: dict[str, str] | None) -> None:
+    """Refuse an HTTP server that sends whole files only: shards are read from their middle.
+
+    Raises:
+        InputError: If the server of a URL does so; the message has the URL that works.
+    """
+    parts = url.split("::")
+    for i, part in enumerate(parts):
+        if not part.startswith(("http://", "https://")) or (i and parts[i - 1] in COPIES):
+            continue
+        with readable(url):
+            fs, path = open_store(part, storage_options)
+            info = fs.info(path)
+            with fs.open(path, "rb", cache_type="none") as stream:
+                try:
+                    stream.seek((info["size"] or 2) - 1)
+                    stream.read(1)
+                except ValueError as error:
+                    copied = "::".join([*parts[:i], COPIES[0], *parts[i:]])
+                    raise InputError(
+                        f"the server of {part} sends whole files only, and shards begin in the "
+                        f"middle of a file: give {copied}, which copies the file to each machine "
+                        "before it is read"
+                    ) from error
+
+
+def fsspec_options(url: str, storage_options: dict[str, str] | None) -> dict[str, Any]:
+    """Translate Lance's storage options into those of fsspec, by protocol of a URL or chain."""
+    given = {k.lower(): v for k, v in (storage_options or {}).items()}
+    options: dict[str, Any] = {}
+    for name, aliases in S3_OPTIONS.items():
+        if found := [given[alias] for alias in aliases if alias in given]:
+            options[name] = found[0]
+    if "region" in options:
+        options["client_kwargs"] = {"region_name": options.pop("region")}
+    if "anon" in options:
+        options["anon"] = options["anon"].lower() == "true"
+    protocols = {part.split("://")[0] for part in url.split("::") if "://" in part}
+    return dict.fromkeys(protocols & {"s3", "s3a"}, options)

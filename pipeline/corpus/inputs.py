@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import xxhash
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.location import address
 from pipeline.corpus.access import (
     COMPRESSIONS,
     absolute,
@@ -138,7 +139,7 @@ def _expand(
     given: str, storage_options: dict[str, str] | None, format: str | None, table: str
 ) -> list[InputFile]:
     if named_format(given) == "lance" and not has_pattern(split_chain(given)[1]):
-        return [InputFile(absolute(given), "lance")]
+        return [InputFile(address(given), "lance")]
     if "::" in given:
         check_ranges(given, storage_options)
     with readable(given):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kalm_encoder.table.location import Location
-from pipeline.corpus.access import absolute
 from pipeline.corpus.inputs import InputFile, expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import Plan, plan_shards
@@ -42,8 +41,8 @@ class TableJob:
 
     @property
     def table(self) -> Location:
-        """Address of the table, absolute because workers have another working directory."""
-        return Location(absolute(self.uri), self.storage_options)
+        """Address of the table; no worker needs the working directory of the command for it."""
+        return Location(self.uri, self.storage_options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,8 @@ def publish(table: Location, version: int | None = None) -> int:
     live = tagged_version(dataset, LIVE_TAG)
     if live != chosen.version:
         if live is not None:
-            _tag(dataset, PREVIOUS_TAG, live)
-        _tag(dataset, LIVE_TAG, chosen.version)
+            set_tag(table, PREVIOUS_TAG, live)
+        set_tag(table, LIVE_TAG, chosen.version)
     return int(chosen.version)
 
 
@@ -63,8 +63,10 @@ def tagged_version(dataset: lance.LanceDataset, tag: str) -> int | None:
     return int(tags[tag]["version"]) if tag in tags else None
 
 
-def _tag(dataset: lance.LanceDataset, tag: str, version: int) -> None:
-    if tag in dataset.tags.list():
-        dataset.tags.update(tag, version)
+def set_tag(table: Location, tag: str, version: int) -> None:
+    """Let a tag name a version, whether or not there is such a tag."""
+    tags = table.tags()
+    if tag in tags.list():
+        tags.update(tag, version)
     else:
-        dataset.tags.create(tag, version)
+        tags.create(tag, version)

@@ -12,9 +12,9 @@ from dataclasses import replace
 import lance
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.location import address
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import build_rows, read_rows
-from pipeline.corpus.access import absolute
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
@@ -58,7 +58,7 @@ def truncate(
             f"{source} already has these ratios and this dtype: give another --ratios or "
             "--store-dtype"
         )
-    if absolute(source) == absolute(to):
+    if address(source) == address(to):
         raise InputError("a table cannot be truncated into itself: give --to another place")
     plan = _plan(table, source, shard_size)
     job = TableJob(uri=to, storage_options=storage_options)
@@ -73,7 +73,7 @@ def truncate(
 
 def _plan(table: PassageTable, source: str, shard_size: int) -> Plan:
     """Cut the rows of a table into shards. Address and version stand for their content."""
-    content = f"{absolute(source)} version {table.version}"
+    content = f"{address(source)} version {table.version}"
     shards = []
     for number, start in enumerate(range(0, len(table), shard_size)):
         rows = min(shard_size, len(table) - start)

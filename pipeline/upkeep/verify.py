@@ -14,10 +14,10 @@ from kalm_encoder.errors import InputError, KalmError, first_line
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.table.checksums import row_checksum, text_hash
+from kalm_encoder.table.location import address
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import verified_rows
 from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.access import absolute
 from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import plan_shards
@@ -196,7 +196,7 @@ def _check_corpus(
     fields: FieldOptions,
 ) -> None:
     """Compare ids and text hashes with a corpus. The first passage of a repeated id counts."""
-    files = expand_inputs(inputs, storage_options, fields.format, table=absolute(report.uri))
+    files = expand_inputs(inputs, storage_options, fields.format, table=address(report.uri))
     plan = plan_shards(files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options)
     changes = compare(table.dataset, corpus_of(plan, storage_options, "first"))
     if changes.new:

@@ -92,7 +92,7 @@ def test_secrets_are_written_nowhere(s3, model_dir, caplog):
 
 def test_doctor_finds_nothing_wrong(s3):
     checks = list(examine(Location("s3://bucket/other.lance", s3.options)))
-    assert len(checks) == 12
+    assert len(checks) == 15
     assert [c for c in checks if c.problem] == []
     assert not [p for p in (s3.folder / "bucket" / "other.lance").rglob("*") if p.is_file()]
 

@@ -54,6 +54,8 @@ def encode(
     text_field: options.TextField = None,
     title_field: options.TitleField = None,
     format: options.Format = None,
+    columns: options.Columns = None,
+    quoting: options.Quoting = None,
     max_rejected: Annotated[
         float,
         typer.Option(
@@ -89,7 +91,6 @@ def encode(
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
     execute = options.executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
-    from pipeline.corpus.passages import FieldOptions
     from pipeline.run.driver import run
     from pipeline.run.job import EncodeJob
 
@@ -104,7 +105,7 @@ def encode(
         store_dtype=store_dtype,
         max_length=max_length,
         keep_text=not no_text,
-        fields=FieldOptions(id_field, text_field, title_field, format),
+        fields=options.reading(id_field, text_field, title_field, columns, quoting, format),
         shard_size=shard_size,
         limit=limit,
         token_budget=token_budget,

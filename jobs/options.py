@@ -17,6 +17,7 @@ from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
     from kalm_encoder.table.location import Location
+    from pipeline.corpus.passages import FieldOptions
     from pipeline.messages import Executor
 
 Table = Annotated[str, typer.Argument(help="Path or URL of the table.")]
@@ -89,6 +90,22 @@ Format = Annotated[
         "--format",
         help="Format of the files whose names tell none, such as part-00000: jsonl, csv, tsv or "
         "parquet.",
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="Names of the columns of CSV and TSV files that have no header, such as "
+        "id,title,text. Give it when their first line is a row."
+    ),
+]
+Quoting = Annotated[
+    bool | None,
+    typer.Option(
+        "--quoting/--no-quoting",
+        help="Whether cells of CSV and TSV files may be quoted as RFC 4180 says, also over several "
+        "lines. Give one of them when detection takes the other. Default: yes in CSV; within a "
+        "line in TSV with a header; no in TSV without one.",
     ),
 ]
 OnDuplicate = Annotated[
@@ -200,6 +217,29 @@ def location(uri: str, pairs: list[str] | None) -> Location:
     from kalm_encoder.table.location import Location
 
     return Location(uri, parse_storage_options(pairs))
+
+
+def reading(
+    id_field: str | None,
+    text_field: str | None,
+    title_field: str | None,
+    columns: str | None,
+    quoting: bool | None,
+    format: str | None,
+) -> FieldOptions:
+    """Return what the user said of how files are read.
+
+    Raises:
+        InputError: If a name of a column is empty or there twice.
+    """
+    from pipeline.corpus.passages import FieldOptions
+
+    names = tuple(columns.split(",")) if columns is not None else None
+    if names and ("" in names or len(set(names)) < len(names)):
+        raise InputError(
+            f"--columns {columns!r} must be different names with commas, such as id,title,text"
+        )
+    return FieldOptions(id_field, text_field, title_field, format, names, quoting)
 
 
 def parse_ratios(ratios: str) -> tuple[int, ...]:

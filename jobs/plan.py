@@ -11,10 +11,12 @@ import typer
 
 from jobs.options import (
     AsJson,
+    Columns,
     Format,
     IdField,
     MaxLength,
     NoText,
+    Quoting,
     Ratios,
     Revision,
     StorageOptions,
@@ -25,6 +27,7 @@ from jobs.options import (
     needs_extra,
     parse_ratios,
     parse_storage_options,
+    reading,
 )
 from kalm_encoder.errors import InputError
 
@@ -60,6 +63,8 @@ def plan(
     text_field: TextField = None,
     title_field: TitleField = None,
     format: Format = None,
+    columns: Columns = None,
+    quoting: Quoting = None,
     out: Annotated[
         Path | None, typer.Option(help="Save all numbers here, for `kalm status --plan`.")
     ] = None,
@@ -84,7 +89,6 @@ def plan(
     with needs_extra("batch"):
         from jobs.plan_text import print_estimate
         from pipeline.corpus.inputs import expand_inputs
-        from pipeline.corpus.passages import FieldOptions
         from pipeline.estimate.estimate import estimate
         from pipeline.estimate.flops import MODELS, Dimensions
         from pipeline.estimate.rate import Rate, measure_rate
@@ -107,7 +111,7 @@ def plan(
         store_dtype=store_dtype,
         keep_text=not no_text,
     )
-    fields = FieldOptions(id_field, text_field, title_field, format)
+    fields = reading(id_field, text_field, title_field, columns, quoting, format)
     corpus = expand_inputs(inputs, options, format)
     sample = sample_corpus(
         corpus,
@@ -128,6 +132,7 @@ def plan(
         "sampled_passages": len(sample.lengths),
         "sample_seconds": round(sample.seconds, 2),
         "seed": seed,
+        "readings": sample.readings,
         "notes": sample.notes,
         **estimate(
             sample,

@@ -38,6 +38,7 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
     work = next(w for w in facts["work"] if w["model"] == facts["model"])
     rejected = [("rejected rows", _span(facts["rejected"]))] if facts["rejected"].value else []
     return [
+        *(("reading", line) for line in facts["readings"]),
         ("passages", _span(passages)),
         *rejected,
         ("tokens", f"{_span(tokens)}, {tokens.value / passages.value:,.1f} each"),

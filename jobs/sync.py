@@ -39,13 +39,14 @@ def sync(
     text_field: options.TextField = None,
     title_field: options.TitleField = None,
     format: options.Format = None,
+    columns: options.Columns = None,
+    quoting: options.Quoting = None,
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,
 ) -> None:
     """Encode new and changed passages, by id and text; readers switch when all is done."""
     execute = options.executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
     from kalm_encoder.table.spec import TableSpec
-    from pipeline.corpus.passages import FieldOptions
     from pipeline.run.job import EncodeJob
     from pipeline.upkeep.sync import sync as bring_up_to_date
 
@@ -60,7 +61,7 @@ def sync(
         store_dtype=spec.store_dtype,
         max_length=spec.max_length,
         keep_text=spec.keep_text,
-        fields=FieldOptions(id_field, text_field, title_field, format),
+        fields=options.reading(id_field, text_field, title_field, columns, quoting, format),
         shard_size=shard_size,
         storage_options=table.options,
     )

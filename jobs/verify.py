@@ -34,6 +34,8 @@ def verify(
     text_field: options.TextField = None,
     title_field: options.TitleField = None,
     format: options.Format = None,
+    columns: options.Columns = None,
+    quoting: options.Quoting = None,
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,
 ) -> None:
@@ -41,7 +43,6 @@ def verify(
 
     The exit code is 1 if a row is bad.
     """
-    from pipeline.corpus.passages import FieldOptions
     from pipeline.upkeep.verify import verify as check
 
     report = check(
@@ -51,7 +52,7 @@ def verify(
         sample=sample,
         model=model,
         inputs=inputs or (),
-        fields=FieldOptions(id_field, text_field, title_field, format),
+        fields=options.reading(id_field, text_field, title_field, columns, quoting, format),
     )
     if as_json:
         print(json.dumps(asdict(report)))

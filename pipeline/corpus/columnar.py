@@ -59,7 +59,7 @@ class ColumnarFile:
     def row_range(self, start: int, num_rows: int) -> RowRange:
         """Return the range of `num_rows` rows from row `start`."""
         content = range_hash(self.content, start, num_rows)
-        return RowRange(start, num_rows, start + 1, num_rows, content, (), self.version)
+        return RowRange(start, num_rows, start + 1, num_rows, content, version=self.version)
 
     def choose_fields(self, options: FieldOptions) -> Fields:
         """Choose the columns that make a passage.

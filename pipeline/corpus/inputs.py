@@ -24,6 +24,7 @@ from pipeline.corpus.access import (
     readable,
     split_chain,
 )
+from pipeline.corpus.cells import Cells
 from pipeline.corpus.listing import base_name, has_pattern, look_up, matches
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class RowRange:
         first_line: Line of `start`, from 1 (row number in Parquet and Lance).
         num_rows: Number of records in it; blank lines do not count.
         content: Hash of what was planned, in hexadecimal.
-        columns: Columns of a CSV or TSV file, in the order of the file; empty elsewhere.
+        cells: How a CSV or TSV file is read; None elsewhere.
         version: Version of a Lance table; 0 elsewhere.
     """
 
@@ -90,7 +91,7 @@ class RowRange:
     first_line: int
     num_rows: int
     content: str
-    columns: tuple[str, ...] = ()
+    cells: Cells | None = None
     version: int = 0
 
 

@@ -5,15 +5,18 @@ Knows no file format: rows arrive as mappings. A bad row never raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from kalm_encoder.errors import InputError
 
-ID_FIELDS = ("_id", "id", "doc_id", "docid", "pid")
+ID_FIELDS = ("_id", "id", "doc_id", "docid", "docno", "pid")
 TEXT_FIELDS = ("text", "contents", "content", "body", "passage")
 TITLE_FIELDS = ("title",)
+KNOWN_FIELDS = {*ID_FIELDS, *TEXT_FIELDS, *TITLE_FIELDS}
+SHOWN_NAMES, SHOWN_CHARS = 20, 40
+"""Names that a message lists, and characters that it shows of each."""
 MAX_TEXT_CHARS = 10_000_000
 """A longer text is rejected: it is no passage, and all but its start would be cut off anyway."""
 
@@ -48,7 +51,13 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Names of the columns or keys that make a passage."""
+    """Names of the columns or keys that make a passage.
+
+    Attributes:
+        id: Field of the id.
+        text: Field of the text.
+        title: Field of the title. None takes `title` from each row that has one.
+    """
 
     id: str
     text: str
@@ -62,42 +71,81 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class FieldOptions:
-    """How the user said that files are to be read; None means that it is found out.
+    """What the user said of how files are read; None leaves it to be detected, file by file.
 
     Attributes:
-        id: Field that holds the id.
-        text: Field that holds the text.
-        title: Field that holds the title.
+        id: Field of the id.
+        text: Field of the text.
+        title: Field of the title.
         format: Format of the files whose names tell none.
+        columns: Names of the columns of CSV and TSV files that have no header.
+        quoting: Whether cells may be quoted, as RFC 4180 says.
     """
 
     id: str | None = None
     text: str | None = None
     title: str | None = None
     format: str | None = None
+    columns: tuple[str, ...] | None = None
+    quoting: bool | None = None
 
     def detect(self, names: Iterable[str], path: str) -> Fields:
         """Choose the fields of one file among the names that it has.
 
+        The guesses are tried as they are spelled, then in any case.
+
         Raises:
-            InputError: If there is no id or text field, or if a named field is missing.
+            InputError: If there is no id or text field, if a named field is missing, or if a chosen
+                one is there twice.
         """
         present = list(names)
-        chosen = {}
-        for role, named, guesses in (
-            ("id", self.id, ID_FIELDS),
-            ("text", self.text, TEXT_FIELDS),
-            ("title", self.title, TITLE_FIELDS),
-        ):
-            found = [n for n in ([named] if named else guesses) if n in present]
-            if not found and (named or role != "title"):
-                wanted = named or ", ".join(guesses)
+        chosen = self.choose(present)
+        wanted = {"id": ID_FIELDS, "text": TEXT_FIELDS, "title": TITLE_FIELDS}
+        for role, name in chosen.items():
+            named = getattr(self, role)
+            if name is None and (named or role != "title"):
                 raise InputError(
-                    f"{path} has no {role} field {wanted}; it has {', '.join(present) or 'none'}. "
-                    f"Name it with --{role}-field"
+                    f"{path} has no {role} field {named or ', '.join(wanted[role])}; it has "
+                    f"{shown_names(present)}. Name it with --{role}-field"
                 )
-            chosen[role] = found[0] if found else None
+            if name is not None and _times(name, present, named or name in wanted[role]) > 1:
+                raise InputError(
+                    f"{path} has more than one column {name!r}: rename all but one of them, or "
+                    f"name another with --{role}-field"
+                )
         return Fields(str(chosen["id"]), str(chosen["text"]), chosen["title"])
+
+    def choose(self, present: Collection[str]) -> dict[str, str | None]:
+        """Return the field of each role among the names that a file or a row has, or None."""
+        text = _choose(self.text, TEXT_FIELDS, present)
+        # In MS MARCO's passages `docid` is the document that the passage `pid` comes from.
+        ids = ("pid", *ID_FIELDS) if text == "passage" else ID_FIELDS
+        return {
+            "id": _choose(self.id, ids, present),
+            "text": text,
+            "title": _choose(self.title, TITLE_FIELDS, present),
+        }
+
+
+def _choose(named: str | None, guesses: Iterable[str], present: Collection[str]) -> str | None:
+    if named:
+        return named if named in present else None
+    folded = {name.casefold(): name for name in present}
+    exact = (name for name in guesses if name in present)
+    return next(exact, None) or next((folded[n] for n in guesses if n in folded), None)
+
+
+def _times(name: str, present: Collection[str], as_spelled: object) -> int:
+    if as_spelled:
+        return sum(other == name for other in present)
+    return sum(other.casefold() == name.casefold() for other in present)
+
+
+def shown_names(names: Collection[str]) -> str:
+    """Return names for a message, which a document in place of a name must not fill."""
+    short = [n if len(n) <= SHOWN_CHARS else f"{n[:SHOWN_CHARS]}…" for n in names]
+    more = [f"… ({len(short):,} in all)"] if len(short) > SHOWN_NAMES else []
+    return ", ".join([repr(name)[1:-1] for name in short[:SHOWN_NAMES]] + more) or "none"
 
 
 def to_rows(
@@ -118,7 +166,8 @@ def to_passage(row: RawRow, fields: Fields, path: str, line: int) -> Passage | R
     if isinstance(row, str):
         return Reject(path, line, row)
     id_, text = row.get(fields.id), row.get(fields.text)
-    title = row.get(fields.title) if fields.title else None
+    title_field = fields.title or "title"
+    title = row.get(title_field)
     if isinstance(id_, int) and not isinstance(id_, bool):
         id_ = str(id_)
 
@@ -130,7 +179,7 @@ def to_passage(row: RawRow, fields: Fields, path: str, line: int) -> Passage | R
     if not isinstance(text, str):
         return reject(f"field {fields.text!r} holds no text: {_shown(text)}")
     if title is not None and not isinstance(title, str):
-        return reject(f"field {fields.title!r} holds no text: {_shown(title)}")
+        return reject(f"field {title_field!r} holds no text: {_shown(title)}")
     joined = (text if title is None else f"{title} {text}").strip()
     if len(joined) > MAX_TEXT_CHARS:
         return reject(f"text of {len(joined):,} characters, at most {MAX_TEXT_CHARS:,}: split it")

@@ -14,9 +14,11 @@ from functools import cached_property
 import xxhash
 
 from kalm_encoder.errors import InputError
+from pipeline.corpus.cells import Cells
 from pipeline.corpus.columnar import LanceTable, ParquetFile
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import FieldOptions, Fields, Passage, Reject, to_rows
+from pipeline.corpus.reading import readings
 from pipeline.corpus.text_scan import TextFile
 
 MAX_SHARDS = (1 << 20) - 1
@@ -77,9 +79,21 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of each shard's content, place and fields, but of no path: a corpus may move."""
-        lines = (f"{s.id} {s.rows.content} {s.rows.num_rows} {s.fields.names}" for s in self.shards)
+        """Hash of each shard's content, place and reading, but of no path: a corpus may move."""
+        lines = (
+            f"{s.id} {s.rows.content} {s.rows.num_rows} {s.fields.names}{_reading(s.rows.cells)}"
+            for s in self.shards
+        )
         return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+    @property
+    def readings(self) -> list[str]:
+        """How the files are read, and which options choose another reading."""
+        return readings((shard.path, shard.fields, shard.rows.cells) for shard in self.shards)
+
+
+def _reading(cells: Cells | None) -> str:
+    return f" {cells.columns} {cells.delimiter} {cells.quoting}" if cells else ""
 
 
 def plan_shards(

@@ -1,119 +1,111 @@
-"""JSONL, CSV and TSV: from lines to rows. All that is decided about a text file is decided here.
+"""JSONL, CSV and TSV: from records to rows.
 
-CSV follows RFC 4180 with a header (quoted line breaks are fine). TSV with a header is the same with
-tabs; TSV without one is MS MARCO's `pid<TAB>text`, without quoting. Columns stand for the dialect:
-none for JSONL, "0" and "1" for MS MARCO's, the header's names for the others.
-
-Does not know shards: `text_scan` cuts a file into them.
+Does not know shards: `text_scan` cuts a file into them. How a file is read is decided once, by
+`text_detect`; `Cells` says it for CSV and TSV, and None stands for JSONL.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
-from pipeline.corpus.access import open_text, readable
-from pipeline.corpus.inputs import InputFile
-from pipeline.corpus.passages import ID_FIELDS, TEXT_FIELDS, FieldOptions, Fields, RawRow
+from pipeline.corpus.cells import (
+    BOM,
+    MAX_RECORD_BYTES,
+    Cells,
+    Record,
+    quoted_records,
+    split_line,
+)
+from pipeline.corpus.passages import RawRow
 
-SAMPLE_RECORDS = 100
-"""Number of records of a JSONL file that are looked at for the names of its fields."""
-WITHOUT_HEADER = ("0", "1")
-BOM = b"\xef\xbb\xbf"
-csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KB
-
-Record = tuple[bytes, list[str] | None]
-"""The bytes of one record, and its cells (None: parse the bytes)."""
+BLANK = b" \t\n\r\v\f"
+"""Characters of a blank line, which is no row. In CSV and TSV the delimiter makes it one."""
 
 
-def detect(
-    file: InputFile, options: FieldOptions, storage_options: dict[str, str] | None
-) -> tuple[Fields, tuple[str, ...], bytes]:
-    """Return the fields, the columns (empty for JSONL) and the header to skip (mostly empty).
+def blank_characters(cells: Cells | None) -> bytes:
+    """Return the characters that a line may have and still be blank."""
+    return BLANK.replace(cells.delimiter.encode(), b"") if cells else BLANK
+
+
+def is_plain(cells: Cells | None) -> bool:
+    """Return whether each line is a record. Else quotes decide."""
+    return cells is None or not cells.spans_lines
+
+
+def records(
+    lines: Iterator[bytes],
+    cells: Cells | None,
+    path: str,
+    line: int = 1,
+    limit: int = MAX_RECORD_BYTES,
+) -> Iterator[Record]:
+    """Cut lines, of which the first has the number `line`, into records of at most `limit` bytes.
 
     Raises:
-        InputError: If the file cannot be read or decompressed, or has no id or text field.
+        InputError: If quotes do not tell where a record ends.
     """
-    with readable(file.path), open_text(file.path, storage_options) as stream:
-        if file.format == "jsonl":
-            return _detect_json(file.path, stream, options), (), b""
-        return _detect_cells(file, stream, options)
-
-
-def _detect_json(path: str, stream: Any, options: FieldOptions) -> Fields:
-    sample = islice((line for line in stream if line.strip()), SAMPLE_RECORDS)
-    parsed = [row for line in sample if isinstance(row := _parse(line, None, ()), dict)]
-    # A file without a usable record is no error yet: each of its rows is rejected with its line.
-    names = dict.fromkeys(name for row in parsed for name in row)
-    return options.detect(names, path) if parsed else Fields("id", "text")
-
-
-def _detect_cells(
-    file: InputFile, stream: Any, options: FieldOptions
-) -> tuple[Fields, tuple[str, ...], bytes]:
-    header, first = next(records(iter(stream), ("?",), file.format), (b"", None))
-    if first is None:
-        return Fields("id", "text"), (), b""
-    cells = [cell.removeprefix("\ufeff") for cell in first]
-    wanted = (options.id, *ID_FIELDS), (options.text, *TEXT_FIELDS)
-    is_header = all(any(cell in names for cell in cells) for names in wanted)
-    named = options.id or options.text
-    if file.format == "tsv" and len(cells) == 2 and not is_header and not named:
-        return Fields(*WITHOUT_HEADER), WITHOUT_HEADER, b""
-    return options.detect(cells, file.path), tuple(cells), header
-
-
-def is_plain(columns: tuple[str, ...]) -> bool:
-    """Return whether each line is a record: JSONL, and TSV without a header. Else quotes decide."""
-    return not columns or columns == WITHOUT_HEADER
-
-
-def records(lines: Iterator[bytes], columns: tuple[str, ...], format: str) -> Iterator[Record]:
-    """Cut lines into records: each line is one, or the quoting of CSV decides."""
-    if is_plain(columns):
-        for raw in lines:
-            yield raw, None
-        return
-    read: list[bytes] = []
-
-    def feed() -> Iterator[str]:
-        for raw in lines:
-            read.append(raw)
-            yield raw.decode("utf-8", "surrogateescape")
-
-    delimiter = "\t" if format == "tsv" else ","
-    for cells in csv.reader(feed(), delimiter=delimiter):
-        yield b"".join(read), cells
-        read.clear()
+    if cells is None or not cells.spans_lines:
+        return ((raw, None) for raw in lines)
+    return quoted_records(lines, cells, path, line, limit)
 
 
 def parse_all(
-    lines: Iterable[bytes], columns: tuple[str, ...], format: str, line: int = 1
+    lines: Iterable[bytes], cells: Cells | None, path: str, line: int = 1
 ) -> Iterator[tuple[int, RawRow]]:
     """Yield (line, row) of whole records, numbered from `line`; blank lines are left out."""
-    for raw, cells in records(iter(lines), columns, format):
-        if raw.strip():
-            yield line, _parse(raw, cells, columns)
+    blank = blank_characters(cells)
+    for raw, found in records(iter(lines), cells, path, line):
+        if raw.strip(blank):
+            yield line, parse_json(raw) if cells is None else _parse_cells(raw, found, cells, line)
         line += raw.count(b"\n")
 
 
-def _parse(raw: bytes, cells: list[str] | None, columns: tuple[str, ...]) -> RawRow:
-    if cells is None:
-        try:
-            text = raw.removeprefix(BOM).decode()
-        except UnicodeDecodeError as error:
-            return f"not UTF-8: {error.reason} at byte {error.start}"
-        if not columns:
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                return f"not JSON: {error}"
-            return value if isinstance(value, dict) else f"a JSON {type(value).__name__}, no object"
-        cells = text.rstrip("\r\n").split("\t")
-    if len(cells) != len(columns):
-        return f"{len(cells)} columns instead of {len(columns)}"
-    return dict(zip(columns, cells, strict=True))
+class _Repeating(dict[str, Any]):
+    """An object in which a key is there twice: which value counts nobody can say."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else _Repeating(row)
+
+
+def parse_json(raw: bytes) -> RawRow:
+    """Return the row of a line of JSONL, or why it is none."""
+    text = _decoded(raw.removeprefix(BOM))
+    if isinstance(text, UnicodeDecodeError):
+        return _not_utf8(text)
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    if isinstance(value, _Repeating):
+        return "a JSON object that has a key twice"
+    return value if isinstance(value, dict) else f"a JSON {type(value).__name__}, no object"
+
+
+def _parse_cells(raw: bytes, found: list[str] | str | None, cells: Cells, line: int) -> RawRow:
+    if found is None:
+        text = _decoded(raw.removeprefix(BOM) if line == 1 else raw)
+        if isinstance(text, UnicodeDecodeError):
+            return _not_utf8(text)
+        found = split_line(text, cells)
+    if isinstance(found, str):
+        return found
+    if len(found) != len(cells.columns):
+        return f"{len(found)} columns instead of {len(cells.columns)}"
+    if cells.header and tuple(found) == cells.columns:
+        return "the header once more"
+    return dict(zip(cells.columns, found, strict=True))
+
+
+def _decoded(raw: bytes) -> str | UnicodeDecodeError:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: {error.reason} at byte {error.start}"

@@ -22,9 +22,17 @@ import xxhash
 
 from kalm_encoder.errors import InputError
 from pipeline.corpus.access import open_text, readable
+from pipeline.corpus.cells import Cells, Record, check_quotes
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
-from pipeline.corpus.text import Record, detect, is_plain, parse_all, records
+from pipeline.corpus.text import (
+    BLANK,
+    blank_characters,
+    is_plain,
+    parse_all,
+    records,
+)
+from pipeline.corpus.text_detect import detect
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,9 +40,7 @@ if TYPE_CHECKING:
 READ_BYTES = 4 << 20
 """Number of bytes read and cut at once: enough for NumPy to pay off, little beside a model."""
 RECORDS_AT_ONCE = 64
-NEWLINE = 10
-IS_BLANK = np.isin(np.arange(256), np.frombuffer(b" \t\n\r\v\f", np.uint8))
-"""(256,) whether `bytes.strip` removes the byte."""
+TAB, NEWLINE, QUOTE = b'\t\n"'
 
 Chunk = tuple[bytes, "NDArray[np.int64]", "NDArray[np.bool_]"]
 """Whole records that were read at once: their bytes; (n + 1,) where each record begins in them, and
@@ -55,18 +61,22 @@ class TextFile:
         """Choose the fields and cut the file into ranges, reading it once.
 
         Raises:
-            InputError: If the file cannot be read or decompressed, or has no id or text field.
+            InputError: If the file cannot be read or decompressed, has no id or text field, or if
+                its quotes do not tell where rows end.
         """
-        fields, columns, header = detect(self.file, options, self._storage_options)
+        fields, cells, header = detect(self.file, options, self._storage_options)
         first_line = 1 + header.count(b"\n")
         with readable(self.path), open_text(self.path, self._storage_options) as stream:
             stream.read(len(header))
-            if is_plain(columns):
-                chunks = line_chunks(stream)
+            blank = blank_characters(cells)
+            if is_plain(cells):
+                chunks = line_chunks(stream, blank=blank)
             else:
-                chunks = record_chunks(records(iter(stream), columns, self.file.format))
+                chunks = record_chunks(records(iter(stream), cells, self.path, first_line), blank)
+            if cells and cells.quoting == "line":
+                chunks = quotes_checked(chunks, cells, self.path, first_line)
             ranges = cut(
-                chunks, len(header), first_line, shard_size, max_rows=max_rows, columns=columns
+                chunks, len(header), first_line, shard_size, max_rows=max_rows, cells=cells
             )
             return fields, list(ranges)
 
@@ -89,27 +99,45 @@ class TextFile:
                 f"{self.path} changed after it was planned (line {rows.first_line} and after): "
                 "encode it into a new table"
             )
-        yield from parse_all(io.BytesIO(raw), rows.columns, self.file.format, rows.first_line)
+        yield from parse_all(io.BytesIO(raw), rows.cells, self.path, rows.first_line)
 
 
-def line_chunks(stream: Any, size: int = READ_BYTES) -> Iterator[Chunk]:
+def line_chunks(stream: Any, size: int = READ_BYTES, blank: bytes = BLANK) -> Iterator[Chunk]:
     """Yield a stream in chunks of about `size` bytes, where each line is a record."""
+    is_blank = np.isin(np.arange(256), np.frombuffer(blank, np.uint8))
     while raw := stream.read(size) + stream.readline():
         ends = np.flatnonzero(np.frombuffer(raw, np.uint8) == NEWLINE) + 1
         rest = [] if raw.endswith(b"\n") else [len(raw)]
         starts = np.concatenate([[0], ends, rest]).astype(np.int64)
         # The first byte tells for most lines; only those that begin with a space are looked at.
-        is_row: NDArray[np.bool_] = ~IS_BLANK[np.frombuffer(raw, np.uint8)[starts[:-1]]]
+        is_row: NDArray[np.bool_] = ~is_blank[np.frombuffer(raw, np.uint8)[starts[:-1]]]
         for i in np.flatnonzero(~is_row):
-            is_row[i] = bool(raw[starts[i] : starts[i + 1]].strip())
+            is_row[i] = bool(raw[starts[i] : starts[i + 1]].strip(blank))
         yield raw, starts, is_row
 
 
-def record_chunks(found: Iterator[Record]) -> Iterator[Chunk]:
+def record_chunks(found: Iterator[Record], blank: bytes = BLANK) -> Iterator[Chunk]:
     """Yield records in chunks."""
     while batch := [raw for raw, _ in islice(found, RECORDS_AT_ONCE)]:
         starts = np.cumsum([0, *map(len, batch)])
-        yield b"".join(batch), starts, np.array([bool(raw.strip()) for raw in batch])
+        yield b"".join(batch), starts, np.array([bool(raw.strip(blank)) for raw in batch])
+
+
+def quotes_checked(chunks: Iterable[Chunk], cells: Cells, path: str, line: int) -> Iterator[Chunk]:
+    """Pass on chunks of lines, of which the first has the number `line`.
+
+    Raises:
+        InputError: If a cell that begins with a quote does not end in its line.
+    """
+    for raw, starts, is_row in chunks:
+        characters = np.frombuffer(raw, np.uint8)
+        quotes = np.flatnonzero(characters == QUOTE)
+        before = characters[quotes - 1]  # of a first byte this is the last, a line's end or none
+        opening = quotes[(quotes == 0) | (before == TAB) | (before == NEWLINE)]
+        for i in np.unique(np.searchsorted(starts, opening, "right") - 1):
+            check_quotes(raw[starts[i] : starts[i + 1]], cells, path, line + int(i))
+        yield raw, starts, is_row
+        line += len(is_row)
 
 
 def cut(
@@ -119,7 +147,7 @@ def cut(
     shard_size: int,
     *,
     max_rows: int | None = None,
-    columns: tuple[str, ...] = (),
+    cells: Cells | None = None,
 ) -> Iterator[RowRange]:
     """Cut records into ranges of `shard_size` rows, at most `max_rows` in all.
 
@@ -132,7 +160,7 @@ def cut(
         first_line: Line of that byte.
         shard_size: Rows per range.
         max_rows: Rows in all; None takes all there are.
-        columns: Columns of the file, noted in each range.
+        cells: How the file is read, noted in each range.
     """
     left = sys.maxsize if max_rows is None else max_rows
     digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
@@ -144,7 +172,7 @@ def cut(
         left -= min(left, len(rows))
         for i, (first, last) in enumerate(pairwise([0, *begins, end])):
             if i > 0:
-                yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), columns)
+                yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), cells)
                 start, first_line = start + length, first_line + num_lines
                 digest, length, num_lines, num_rows = xxhash.xxh3_128(), 0, 0, 0
             begin, stop = int(starts[first]), int(starts[last])
@@ -155,4 +183,4 @@ def cut(
         if is_last:
             break
     if num_rows:
-        yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), columns)
+        yield RowRange(start, length, first_line, num_rows, digest.hexdigest(), cells)

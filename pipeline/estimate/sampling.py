@@ -23,6 +23,7 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.model.encoder import passage_ids
 from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import FieldOptions, Passage, to_rows
+from pipeline.corpus.reading import readings
 from pipeline.estimate.intervals import Estimate, ratio_estimate
 from pipeline.estimate.sources import BlockSource, open_sources
 
@@ -52,6 +53,7 @@ class Sample:
         examples: Some passages and their tokens.
         seconds: Time that it took.
         notes: What a reader must know of how the sample was drawn.
+        readings: How the files are read, and which options choose another reading.
     """
 
     sizes: NDArray[np.float64]
@@ -63,6 +65,7 @@ class Sample:
     examples: list[tuple[Passage, int]]
     seconds: float
     notes: list[str]
+    readings: list[str]
 
     def per_block(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the (blocks,) sums of (passages,) values."""
@@ -150,6 +153,7 @@ def sample_corpus(
         examples=examples,
         seconds=time.monotonic() - began,
         notes=[] if complete or not in_order else [note],
+        readings=readings((source.path, source.fields, source.cells) for source in found),
     )
 
 

@@ -27,10 +27,12 @@ from pipeline.corpus.access import (
     open_text,
     readable,
 )
+from pipeline.corpus.cells import Cells
 from pipeline.corpus.columnar import LanceTable, ParquetFile
 from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 from pipeline.corpus.shards import open_file
+from pipeline.corpus.text_detect import detect
 
 READ_AHEAD_BYTES = 1 << 16
 """Limits what one request fetches from an object store beyond the block."""
@@ -56,6 +58,7 @@ class BlockSource:
         fields: Where the passages are in the file.
         size: Bytes of text in it, as far as they are known without reading it.
         read: Reads a block: `read(k, n)` returns block k of n equal ones.
+        cells: How a CSV or TSV file is read; None elsewhere.
         in_order: Whether `read` can only return the next block, whatever k is.
         stands_for: Number of files, with itself, that it stands for in the sample.
     """
@@ -64,6 +67,7 @@ class BlockSource:
     fields: Fields
     size: float
     read: Callable[[int, int], Block]
+    cells: Cells | None = None
     in_order: bool = False
     stands_for: float = 1.0
 
@@ -97,7 +101,8 @@ def open_sources(
 def _text_file(
     file: InputFile, options: FieldOptions, storage_options: dict[str, str] | None
 ) -> BlockSource:
-    fields, columns, header = text.detect(file, options, storage_options)
+    fields, cells, header = detect(file, options, storage_options)
+    first_line = 1 + header.count(b"\n")
     path = file.path
     with readable(path):
         fs, inner = open_store(path, storage_options)
@@ -105,16 +110,17 @@ def _text_file(
         with fs.open(inner, "rb") as raw:
             compression = compression_of(raw, path)
             text_size = _text_bytes(raw, size, compression)
-    if not (compression or file.is_packed) and text.is_plain(columns):
+    if not (compression or file.is_packed) and text.is_plain(cells):
 
         def read(k: int, n: int) -> Block:
             begin, end = size * k // n, size * (k + 1) // n
             with readable(path), fs.open(inner, "rb", block_size=READ_AHEAD_BYTES) as stream:
                 raw = fsspec.utils.read_block(stream, begin, end - begin, b"\n")
-            return len(raw) / size, text.parse_all(io.BytesIO(raw), columns, file.format)
+            rows, line = (raw[len(header) :], first_line) if k == 0 else (raw, first_line + 1)
+            return len(raw) / size, text.parse_all(io.BytesIO(rows), cells, path, line)
 
-        return BlockSource(path, fields, size, read)
-    records = _records(file, columns, header, storage_options)
+        return BlockSource(path, fields, size, read, cells)
+    records = _records(path, cells, header, storage_options)
     drawn = taken = 0
 
     def read_on(_: int, n: int) -> Block:
@@ -124,9 +130,10 @@ def _text_file(
         while taken < target and (record := next(records, None)):
             lines.append(record)
             taken += len(record)
-        return (taken - before) / text_size, text.parse_all(lines, columns, file.format)
+        line = first_line if drawn == 1 else first_line + 1
+        return (taken - before) / text_size, text.parse_all(lines, cells, path, line)
 
-    return BlockSource(path, fields, text_size, read_on, in_order=True)
+    return BlockSource(path, fields, text_size, read_on, cells, in_order=True)
 
 
 def _text_bytes(raw: Any, size: int, compression: str | None) -> float:
@@ -145,9 +152,10 @@ def _text_bytes(raw: Any, size: int, compression: str | None) -> float:
 
 
 def _records(
-    file: InputFile, columns: tuple[str, ...], header: bytes, storage_options: dict[str, str] | None
+    path: str, cells: Cells | None, header: bytes, storage_options: dict[str, str] | None
 ) -> Iterator[bytes]:
-    with readable(file.path), open_text(file.path, storage_options) as stream:
+    with readable(path), open_text(path, storage_options) as stream:
         stream.read(len(header))
-        for raw, _ in text.records(iter(stream), columns, file.format):
+        line = 1 + header.count(b"\n")
+        for raw, _ in text.records(iter(stream), cells, path, line):
             yield raw

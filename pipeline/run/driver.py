@@ -81,6 +81,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
     kept = KeptPlan(job)
     known = kept.read()
     plan = known or plan_job(job, kept.files)
+    log_readings(plan)
     spec = TableSpec(
         model=files.name if files.revision else str(files.path),
         revision=files.revision,
@@ -92,6 +93,12 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         keep_text=job.keep_text,
     )
     return load(job, plan, spec, execute, None if known else kept)
+
+
+def log_readings(plan: Plan) -> None:
+    """Log how the files of a plan are read, and which options choose another reading."""
+    for reading in plan.readings:
+        logger.info("reading %s", reading)
 
 
 @logs.in_run()

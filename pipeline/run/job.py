@@ -57,7 +57,7 @@ class EncodeJob(TableJob):
         store_dtype: "float16", "float32", "int8" or "int4".
         max_length: Number of tokens a passage is cut to.
         keep_text: Whether to store the raw text.
-        fields: How the inputs are to be read.
+        fields: What the user said of how files are read: fields, columns, quotes.
         shard_size: Rows per shard, the unit of work and of commit.
         limit: Number of rows to encode, from the first on. None encodes all.
     """

@@ -29,7 +29,7 @@ from pipeline.table.side_files import KEPT_PLANS, STORE_ERRORS, read_text, write
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Version of the file and of the way corpora are cut. Raise it when either changes."""
 STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified")
 """File systems give the mark that changes with a file these names; the first found counts."""

@@ -19,7 +19,7 @@ from kalm_encoder.model import checkpoint
 from pipeline.corpus.passages import FieldOptions, Passage, Reject
 from pipeline.corpus.shards import ShardReader
 from pipeline.messages import Executor
-from pipeline.run.driver import Summary, run
+from pipeline.run.driver import Summary, log_readings, run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table.claim import COMPLETE
 from pipeline.table.finish import SealedTable
@@ -59,7 +59,9 @@ def sync(
         FencedError: If another process claimed the table.
     """
     claim = None if dry_run else _claim(job)
-    corpus = corpus_of(plan_job(job), job.storage_options, on_duplicate)
+    plan = plan_job(job)
+    log_readings(plan)
+    corpus = corpus_of(plan, job.storage_options, on_duplicate)
     dataset = job.table.dataset()
     changes = compare(dataset, corpus)
     if claim is None:

@@ -105,7 +105,7 @@ def verify(
         sample: Number of rows to encode again and compare, in states and in P(yes).
         model: Model that encodes the sample; None takes the one that the table records.
         inputs: Corpus files. The table must hold their passages with the same texts and no others.
-        fields: How the corpus files are to be read.
+        fields: How the files are read, as when the table was encoded.
 
     Raises:
         TableError: If there is no such table or version.

@@ -60,7 +60,9 @@ def write_every_format(folder):
 @pytest.mark.parametrize("name", list("abcdefg"))
 def test_every_format_reads_the_same_passages(tmp_path, name):
     (file,) = [f for f in write_every_format(tmp_path) if f.name.startswith(name)]
-    plan, passages, rejects = read_all([file])
+    # Cells that span lines are nothing a TSV is expected to have.
+    options = FieldOptions(quoting=True) if name == "e" else None
+    plan, passages, rejects = read_all([file], fields=options)
     assert passages == EXPECTED
     assert rejects == []
     assert plan.num_rows == 40

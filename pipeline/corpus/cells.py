@@ -1,0 +1,170 @@
+"""CSV and TSV: from lines to cells. All that is decided about quotes and line ends is decided here.
+
+A file is read in one of four ways, see `Cells.quoting`. A line that does not fit its way of reading
+is a reject; where rows after it may be parts of it, the file is refused, and the error says which
+option reads it.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kalm_encoder.errors import InputError
+
+MAX_RECORD_BYTES = 64 << 20
+"""A quoted cell that does not end within so much was never meant as one. A passage of 10 million
+characters, the longest that is encoded, fits in."""
+BOM = b"\xef\xbb\xbf"
+LONE_CR = "\ud800"
+"""Stands for a carriage return within a line while `csv` reads it, which refuses one outside of
+quotes. No decoded text holds this character."""
+csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KB
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """How the lines of a CSV or TSV file become cells.
+
+    Attributes:
+        columns: Names of the columns, in the order of the file.
+        delimiter: Character between two cells.
+        quoting: What a quote means at the start of a cell. "none": it is an ordinary character.
+            "line": the cell is quoted and ends in its line. "csv": the cell is quoted and may span
+            lines; one that ends in a backslash is refused. "rfc4180": the same, and a backslash is
+            an ordinary character.
+        header: Whether the names come from the first line of the file.
+    """
+
+    columns: tuple[str, ...]
+    delimiter: str = "\t"
+    quoting: str = "none"
+    header: bool = False
+
+    @property
+    def spans_lines(self) -> bool:
+        """Whether only quotes tell where a record ends."""
+        return self.quoting in ("csv", "rfc4180")
+
+
+Record = tuple[bytes, list[str] | str | None]
+"""The bytes of one record, and its cells, or why it has none (None: the bytes are not parsed)."""
+
+
+def quoted_records(
+    lines: Iterator[bytes], cells: Cells, path: str, line: int, limit: int = MAX_RECORD_BYTES
+) -> Iterator[Record]:
+    """Cut lines into records where quoted cells may span lines.
+
+    Args:
+        lines: Lines of the file.
+        cells: How they are read.
+        path: Path of the file, for errors.
+        line: Number of the first of the lines; a byte order mark is dropped in line 1.
+        limit: Most bytes of one record.
+
+    Raises:
+        InputError: If quotes do not tell where a record ends.
+    """
+    read: list[bytes] = []
+    size = 0
+
+    def feed() -> Iterator[str]:
+        nonlocal size
+        for raw in lines:
+            read.append(raw)
+            size += len(raw)
+            if size > limit:
+                raise InputError(_unclosed(path, line, f"does not end within {size:,} bytes"))
+            yield _decode(raw.removeprefix(BOM) if line == 1 and len(read) == 1 else raw)
+
+    reader = csv.reader(feed(), delimiter=cells.delimiter, strict=True)
+    while True:
+        try:
+            found: list[str] | str = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if len(read) > 1:
+                last = line + len(read) - 1
+                raise InputError(_unclosed(path, line, f"is not closed in line {last}")) from error
+            found = _malformed(error)
+        raw = b"".join(read)
+        if not isinstance(found, str):
+            found = _restored(found, raw)
+            if cells.quoting == "csv" and _may_be_escaped(found, raw):
+                raise InputError(
+                    f"{path} line {line}: a quoted cell ends in a backslash. Give --quoting if "
+                    "backslashes are ordinary characters. If they escape quotes, as Spark writes "
+                    'CSV by default, write the file again with quotes doubled: option("escape", '
+                    "'\"')"
+                )
+        yield raw, found
+        line += len(read)
+        size = 0
+        read.clear()
+
+
+def split_line(text: str, cells: Cells) -> list[str] | str:
+    """Return the cells of one line, or why it has none."""
+    if cells.quoting == "none" or '"' not in text:
+        return text.rstrip("\r\n").split(cells.delimiter)
+    try:
+        (found,) = csv.reader([_shielded(text)], delimiter=cells.delimiter, strict=True)
+    except csv.Error as error:
+        return _malformed(error)
+    return _restored(found, text)
+
+
+def check_quotes(raw: bytes, cells: Cells, path: str, line: int) -> None:
+    """Refuse a line whose quotes cannot be those of cells that end in it.
+
+    Raises:
+        InputError: If a quoted cell does not end in the line, or has text behind its closing quote.
+    """
+    text = _decode(raw)
+    found = split_line(text, cells)
+    if isinstance(found, str) or _may_be_escaped(found, text):
+        reason = found if isinstance(found, str) else "a quoted cell ends in a backslash"
+        raise InputError(
+            f"{path} line {line}: {reason}. Give --no-quoting if quotes are ordinary characters in "
+            "this file, or --quoting if its cells are quoted as RFC 4180 says and may span lines"
+        )
+
+
+def _decode(raw: bytes) -> str:
+    return _shielded(raw.decode("utf-8", "surrogateescape"))
+
+
+def _shielded(text: str) -> str:
+    """Replace the carriage returns that do not end a line."""
+    if "\r" not in text:
+        return text
+    body = text.rstrip("\r\n")
+    return body.replace("\r", LONE_CR) + text[len(body) :]
+
+
+def _restored(found: list[str], raw: bytes | str) -> list[str]:
+    has_cr = b"\r" in raw if isinstance(raw, bytes) else "\r" in raw or LONE_CR in raw
+    return [cell.replace(LONE_CR, "\r") for cell in found] if has_cr else found
+
+
+def _may_be_escaped(found: list[str], raw: bytes | str) -> bool:
+    """Return whether a closing quote may be one that a backslash escapes."""
+    escaped = b'\\"' in raw if isinstance(raw, bytes) else '\\"' in raw
+    return escaped and any(cell.endswith("\\") for cell in found)
+
+
+def _malformed(error: csv.Error) -> str:
+    if "unexpected end" in str(error):
+        return "a quoted cell does not end in its line"
+    return "a quoted cell has text behind its closing quote"
+
+
+def _unclosed(path: str, line: int, what: str) -> str:
+    return (
+        f"{path} line {line}: a quoted cell that begins here {what}. Mend the line, or give "
+        "--no-quoting if quotes are ordinary characters in this file"
+    )

@@ -89,7 +89,10 @@ def quoted_records(
         except csv.Error as error:
             if len(read) > 1:
                 last = line + len(read) - 1
-                raise InputError(_unclosed(path, line, f"is not closed in line {last}")) from error
+                what = f"ends in line {last} with text behind its closing quote"
+                if _is_open(error):
+                    what = "is never closed"
+                raise InputError(_unclosed(path, line, what)) from error
             found = _malformed(error)
         raw = b"".join(read)
         if not isinstance(found, str):
@@ -158,9 +161,13 @@ def _may_be_escaped(found: list[str], raw: bytes | str) -> bool:
 
 
 def _malformed(error: csv.Error) -> str:
-    if "unexpected end" in str(error):
+    if _is_open(error):
         return "a quoted cell does not end in its line"
     return "a quoted cell has text behind its closing quote"
+
+
+def _is_open(error: csv.Error) -> bool:
+    return "unexpected end" in str(error)
 
 
 def _unclosed(path: str, line: int, what: str) -> str:

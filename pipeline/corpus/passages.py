@@ -175,11 +175,11 @@ def to_passage(row: RawRow, fields: Fields, path: str, line: int) -> Passage | R
         return Reject(path, line, reason, id_ if isinstance(id_, str) and _is_utf8(id_) else None)
 
     if not isinstance(id_, str) or not id_:
-        return reject(f"field {fields.id!r} holds no id: {_shown(id_)}")
+        return reject(f"field {fields.id!r} holds no id: {_shown(row, fields.id)}")
     if not isinstance(text, str):
-        return reject(f"field {fields.text!r} holds no text: {_shown(text)}")
+        return reject(f"field {fields.text!r} holds no text: {_shown(row, fields.text)}")
     if title is not None and not isinstance(title, str):
-        return reject(f"field {title_field!r} holds no text: {_shown(title)}")
+        return reject(f"field {title_field!r} holds no text: {_shown(row, title_field)}")
     joined = (text if title is None else f"{title} {text}").strip()
     if len(joined) > MAX_TEXT_CHARS:
         return reject(f"text of {len(joined):,} characters, at most {MAX_TEXT_CHARS:,}: split it")
@@ -196,5 +196,8 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _shown(value: object) -> str:
-    return "missing or null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+def _shown(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "missing or null" + ("" if name in row else f"; the row has {shown_names(row)}")
+    return f"{type(value).__name__} {str(value)[:40]!r}"

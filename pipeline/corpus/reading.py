@@ -34,7 +34,7 @@ def readings(files: Iterable[tuple[str, Fields, Cells | None]]) -> list[str]:
 
 
 def _reading(fields: Fields, cells: Cells | None) -> str:
-    title = fields.title or "title where a row has one"
+    title = fields.title or ("title where a row has one" if cells is None else "nowhere")
     names = f"id from {fields.id}, text from {fields.text}, title from {title}"
     names += " (others: --id-field, --text-field, --title-field)"
     if cells is None:

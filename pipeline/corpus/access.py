@@ -50,7 +50,6 @@ S3_OPTIONS = {  # names that s3fs uses, each with the names under which Lance kn
 REMEDIES = {
     "NoCredentialsError": "give --storage-option aws_access_key_id=… and aws_secret_access_key=…, "
     "or aws_skip_signature=true if the bucket is public",
-    "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE",
 }
 """What can be done about errors of libraries that may not be installed, by the error's class."""
 DAMAGED = (EOFError, zlib.error, zstd.ZstdError, BadZipFile)
@@ -76,6 +75,8 @@ def readable(path: str) -> Iterator[None]:
 
 def cause(error: BaseException) -> str:
     """Return what went wrong with a file, in one line, with a remedy where one is known."""
+    if isinstance(error, FileNotFoundError) and error.__cause__:
+        error = error.__cause__  # it says why a server could not be asked
     remedy = REMEDIES.get(type(error).__name__)
     if isinstance(error, DAMAGED) or type(error).__name__ == "BadGzipFile":
         remedy = "it is damaged or incomplete: copy it again"

@@ -7,19 +7,24 @@ Parquet row groups, so that reading one range decodes one group.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
+from typing import Any
 
 import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from kalm_encoder.errors import InputError
+from kalm_encoder.errors import InputError, first_line
 from pipeline.corpus.access import open_binary, readable
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
+
+NOT_UTF8 = re.compile(r"invalid utf-?8|utf-?8 sequence", re.IGNORECASE)
+"""How the errors read with which Lance refuses a string; they have no class of their own."""
 
 
 class ColumnarFile:
@@ -69,10 +74,14 @@ class ColumnarFile:
         """
         fields = options.detect(self.schema.names, self.path)
         for name in fields.names:
-            kind = self.schema.field(name).type
-            text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-            if not text and not (name == fields.id and pa.types.is_integer(kind)):
-                raise InputError(f"column {name!r} of {self.path} is {kind}; it must hold strings")
+            kind, is_id = _value_type(self.schema.field(name).type), name == fields.id
+            is_number = is_id and pa.types.is_integer(kind)
+            is_no_title = name == fields.title and pa.types.is_null(kind)
+            if not (_is_string(kind) or is_number or is_no_title):
+                raise InputError(
+                    f"column {name!r} of {self.path} is {kind}; it must hold strings"
+                    f"{' or integers' if is_id else ''}: {_remedy(kind, is_id)}"
+                )
         return fields
 
 
@@ -110,7 +119,7 @@ class ParquetFile(ColumnarFile):
             with readable(self.path):
                 self._group = (i, self._parquet.read_row_group(i, columns=fields.names))
         table = self._group[1].slice(rows.start - self.bounds[i], rows.length)
-        yield from enumerate(table.to_pylist(), start=rows.first_line)
+        yield from enumerate(_rows(table), start=rows.first_line)
 
 
 class LanceTable(ColumnarFile):
@@ -126,7 +135,79 @@ class LanceTable(ColumnarFile):
         self.bounds = [0, self._dataset.count_rows()]  # any range of rows is cheap to read
 
     def read(self, rows: RowRange, fields: Fields) -> Iterator[tuple[int, RawRow]]:
-        """Yield (row number from 1, row) of a range of the version that was planned."""
-        planned = self._dataset.checkout_version(rows.version)
-        table = planned.to_table(columns=fields.names, offset=rows.start, limit=rows.length)
-        yield from enumerate(table.to_pylist(), start=rows.first_line)
+        """Yield (row number from 1, row) of a range of the version that was planned.
+
+        Raises:
+            InputError: If the version is gone, or cannot be read.
+        """
+        with readable(self.path):
+            planned = self._dataset.checkout_version(rows.version)
+            found = list(_lance_rows(planned, fields.names, rows.start, rows.length))
+        yield from enumerate(found, start=rows.first_line)
+
+
+def _lance_rows(
+    dataset: lance.LanceDataset, columns: list[str], start: int, length: int
+) -> Iterator[RawRow]:
+    """Yield the rows of a range.
+
+    Lance refuses to read a range with a string that is not UTF-8. Then each half is read alone,
+    down to the row that holds the string.
+    """
+    try:
+        yield from _rows(dataset.to_table(columns=columns, offset=start, limit=length))
+    except (OSError, ValueError) as error:
+        if not NOT_UTF8.search(str(error)):
+            raise
+        if length == 1:
+            yield f"not UTF-8: {first_line(error)}"
+            return
+        half = length // 2
+        yield from _lance_rows(dataset, columns, start, half)
+        yield from _lance_rows(dataset, columns, start + half, length - half)
+
+
+def _rows(table: pa.Table) -> list[RawRow]:
+    """Return the rows of a table.
+
+    A string that is not UTF-8 becomes one that is not valid Unicode either, as in text files, so
+    that only its row is rejected.
+    """
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        columns = [_decoded(column) for column in table.itercolumns()]
+        return [
+            dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)
+        ]
+
+
+def _decoded(column: pa.ChunkedArray) -> list[Any]:
+    if not _is_string(_value_type(column.type)):
+        return list(column.to_pylist())
+    values = column.cast(pa.large_binary()).to_pylist()
+    return [
+        value if value is None else value.decode("utf-8", "surrogateescape") for value in values
+    ]
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the values of a column, which may be stored as numbers of a dictionary."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _remedy(kind: pa.DataType, is_id: bool) -> str:
+    """Return how a column of a type that cannot be used becomes one that can."""
+    types = pa.types
+    if types.is_null(kind):
+        return "all its values are null, so leave the file out, or name another column"
+    if is_id and (types.is_floating(kind) or types.is_decimal(kind)):
+        return "cast whole numbers, such as column.cast('int64') in pyarrow"
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+        return "if its bytes are UTF-8, cast it, such as column.cast('string') in pyarrow"
+    return "convert it first"

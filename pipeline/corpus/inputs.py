@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
+import fsspec
 import xxhash
 
 from kalm_encoder.errors import InputError
@@ -39,6 +41,8 @@ FORMATS = {
     ".pq": "parquet",
     ".lance": "lance",
 }
+COLUMNAR = ("parquet", "lance")
+"""The formats whose row ranges count rows; those of text files count bytes."""
 NAMEABLE = ("jsonl", "csv", "tsv", "parquet")
 """What `--format` may say."""
 SHOWN = 5
@@ -59,8 +63,8 @@ class InputFile:
 
     @property
     def is_columnar(self) -> bool:
-        """Whether its row ranges count rows; those of text files count bytes."""
-        return self.format in ("parquet", "lance")
+        """Whether its format is columnar."""
+        return self.format in COLUMNAR
 
     @property
     def is_packed(self) -> bool:
@@ -139,59 +143,80 @@ def expand_inputs(
 def _expand(
     given: str, storage_options: dict[str, str] | None, format: str | None, table: str
 ) -> list[InputFile]:
+    if not given.strip():
+        raise InputError("an input is empty: is a variable of your shell not set?")
     if named_format(given) == "lance" and not has_pattern(split_chain(given)[1]):
         return [InputFile(address(given), "lance")]
     if "::" in given:
+        _check_chain(given)
         check_ranges(given, storage_options)
     with readable(given):
         fs, path = open_store(absolute(given), storage_options)
         there = look_up(fs, path) if path else {"type": "directory"}
-        if there and there["type"] != "directory":
-            if there["type"] != "file":
-                raise InputError(f"{given} is no regular file: save its content to one first")
-            return [_with_format(absolute(given), format)]
-        found = [entry["name"] for entry in matches(fs, path)]
-    start, end = _around(absolute(given), path)
-    paths = [name for name in (f"{start}{name}{end}" for name in found) if name != table]
+        is_folder = there is not None and there["type"] == "directory"
+        entries = matches(fs, path) if is_folder or not there else [{**there, "name": path}]
+    for entry in entries:
+        if entry["type"] == "other":
+            raise InputError(f"{entry['name']} is no regular file: save its content to one first")
+    url_of = _urls(absolute(given), path)
+    paths = [url for url in (url_of(entry["name"]) for entry in entries) if url != table]
     if not paths:
         raise InputError(f"no file {'in' if there else 'matches'} {given}")
-    unknown = [path for path in paths if not (format or named_format(path))]
-    if there and 0 < len(unknown) < len(paths):  # of a folder, what has a known format is read
+    known = [path for path in paths if format or named_format(path)]
+    if is_folder and 0 < len(known) < len(paths):
+        unknown = [path for path in paths if not named_format(path)]
         more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         logger.warning(
-            "%d files in %s are not read, since their names tell no format: %s%s",
-            len(unknown), given, ", ".join(unknown[:SHOWN]), more,
+            "%s: not read, since their names tell no format: %s%s",
+            given, ", ".join(unknown[:SHOWN]), more,
         )  # fmt: skip
-        paths = [path for path in paths if path not in unknown]
-    return [_with_format(path, format) for path in paths]
+        paths = known
+    return [_with_format(path, format, storage_options) for path in paths]
 
 
-def _around(url: str, path: str) -> tuple[str, str]:
-    """Return what a URL has before and after the path in its store.
+def _check_chain(given: str) -> None:
+    """Refuse a path with `::` that is no chain, which would be read as another file."""
+    for part in given.split("::")[:-1]:
+        if "://" not in part and part not in fsspec.available_protocols():
+            raise InputError(
+                f"{given}: `::` joins URLs, such as zip://corpus.jsonl::corpus.zip, and {part!r} "
+                "is none. Rename the file if its name holds `::`"
+            )
 
-    Such as `s3://` or `sftp://host`, and `::https://host/corpus.zip`. A local path has neither.
+
+def _urls(url: str, path: str) -> Callable[[str], str]:
+    """Return what makes a URL of a path found in a store.
+
+    Args:
+        url: The URL, perhaps a chain, that was given.
+        path: The path of that URL in its store, which may lack its protocol and host.
     """
     before, file, after = split_chain(url)
     if after and "://" not in file:
         file += "://"  # `zip::corpus.zip` is short for all that is in it
     file = file.rstrip("/") if path else file
-    is_url = "://" in file and file.endswith(path)
-    return before + (file[: len(file) - len(path)] if is_url else ""), after
+    pairs = zip(reversed(file), reversed(path), strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    in_url, in_store = file[: len(file) - same], path[: len(path) - same]
+    return lambda found: f"{before}{in_url}{found.removeprefix(in_store)}{after}"
 
 
-def _with_format(path: str, format: str | None) -> InputFile:
+def _with_format(
+    path: str, format: str | None, storage_options: dict[str, str] | None
+) -> InputFile:
     known = named_format(path) or format
-    if known is None:
+    if known:
+        return InputFile(path, known)
+    if file_name(path).lower().endswith(".zip"):
+        inside = _expand(f"zip::{path}", storage_options, None, "")
         raise InputError(
-            f"{path} has no known format: expected a name in {', '.join(FORMATS)} (text formats "
-            f"also with {' or '.join(COMPRESSIONS)}), or --format {', '.join(NAMEABLE)}"
+            f"{path} is an archive: name the files in it that are the corpus, such as "
+            f"{' '.join(file.path for file in inside[:SHOWN])}"
         )
-    return InputFile(path, known)
-
-
-def _list(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-    return ", ".join(paths[:SHOWN]) + more
+    raise InputError(
+        f"{path} has no known format: expected a name in {', '.join(FORMATS)} (text formats "
+        f"also with {' or '.join(COMPRESSIONS)}), or --format {', '.join(NAMEABLE)}"
+    )
 
 
 def file_name(path: str) -> str:
@@ -204,8 +229,9 @@ def file_name(path: str) -> str:
 
 def named_format(path: str) -> str | None:
     """Return the format that the name of a file tells; None if it tells none."""
-    name = file_name(path).lower()
+    name = text = file_name(path).lower()
     for suffix in COMPRESSIONS:
-        name = name.removesuffix(suffix)
-    _, dot, last = name.rpartition(".")
-    return FORMATS.get(dot + last)
+        text = text.removesuffix(suffix)
+    _, dot, last = text.rpartition(".")
+    format = FORMATS.get(dot + last)
+    return None if format in COLUMNAR and text != name else format

@@ -25,7 +25,8 @@ def look_up(fs: Any, path: str) -> Entry | None:
     try:
         found: Entry = fs.info(path)
     except FileNotFoundError as error:
-        if error.__cause__ and not isinstance(error.__cause__, FileNotFoundError):
+        why = error.__cause__
+        if why and not isinstance(why, FileNotFoundError) and getattr(why, "status", 0) != 404:
             raise
         return None
     return found

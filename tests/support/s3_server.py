@@ -206,10 +206,9 @@ class Handler(BaseHTTPRequestHandler):
         return refused or (200, {}, done.encode())
 
     def _get(self, file: Path) -> tuple[int, dict[str, str], bytes]:
-        try:
-            stat = file.stat()
-        except OSError:
+        if not file.is_file():  # a store of objects has no folders
             return self._failure(404, "NoSuchKey")
+        stat = file.stat()
         headers = {
             "ETag": f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"',
             "Last-Modified": formatdate(stat.st_mtime, usegmt=True),

@@ -17,6 +17,7 @@ from zipfile import BadZipFile
 import fsspec
 
 from kalm_encoder.errors import InputError, KalmError, first_line
+from pipeline.corpus.foreign import refuse_signature
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -31,14 +32,6 @@ MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd",
     **{bytes([0x50 + i]) + b"\x2a\x4d\x18": "zstd" for i in range(16)},  # a frame to be skipped
 }
-FOREIGN = {
-    b"PAR1": "a Parquet file: give it a name that ends in .parquet",
-    b"PK\x03\x04": "a ZIP archive: name the file in it, such as zip://corpus.jsonl::{path}",
-    b"BZh": "compressed with bzip2: compress it with gzip or zstd instead",
-    b"\xfd7zXZ\0": "compressed with xz: compress it with gzip or zstd instead",
-    b"version https://git-lfs": "a pointer of Git LFS: run `git lfs pull`",
-}
-"""How files begin that are no text, with what they are and what can be done."""
 S3_OPTIONS = {  # names that s3fs uses, each with the names under which Lance knows the option
     "key": ("aws_access_key_id", "access_key_id"),
     "secret": ("aws_secret_access_key", "secret_access_key"),
@@ -123,7 +116,7 @@ def open_text(path: str, storage_options: dict[str, str] | None) -> Any:
     """Open a text file as a stream of decompressed bytes.
 
     Raises:
-        InputError: If its first bytes are those of something else.
+        InputError: If it is not compressed although its name says so.
     """
     raw = open_binary(path, storage_options)
     return decompressed(raw, compression_of(raw, path))
@@ -137,18 +130,16 @@ def compression_of(raw: Any, path: str) -> str | None:
         path: Its path, for the error.
 
     Raises:
-        InputError: If it is no text, or not compressed although its name says so.
+        InputError: If it is not compressed although its name says so.
     """
     begins = raw.read(32)
     raw.seek(0)
     for magic, compression in MAGIC.items():
         if begins.startswith(magic):
             return compression
-    for magic, what in FOREIGN.items():
-        if begins.startswith(magic):
-            raise InputError(f"cannot read {path}: it is {what.format(path=path)}")
     for suffix, compression in COMPRESSIONS.items():
         if begins and split_chain(path)[1].endswith(suffix):
+            refuse_signature(path, begins)
             raise InputError(
                 f"cannot read {path}: it is not compressed with {compression}, since it begins "
                 f"with {begins[:8]!r}. Give it a name without {suffix} if it is text, or copy it "

@@ -20,6 +20,7 @@ import xxhash
 
 from kalm_encoder.errors import InputError, first_line
 from pipeline.corpus.access import open_binary, readable
+from pipeline.corpus.foreign import refuse_signature
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 
@@ -92,7 +93,13 @@ class ParquetFile(ColumnarFile):
         self.path = file.path
         with readable(file.path):
             raw = open_binary(file.path, storage_options)
-            self._parquet = pq.ParquetFile(raw)
+            try:
+                self._parquet = pq.ParquetFile(raw)
+            except pa.ArrowInvalid:
+                raw.seek(0)
+                if not (begins := raw.read(64)).startswith(b"PAR1"):
+                    refuse_signature(file.path, begins)
+                raise
             # The last 8 bytes of a Parquet file are the length of its footer and the magic PAR1.
             raw.seek(-8, 2)
             size = int.from_bytes(raw.read(4), "little")

@@ -13,9 +13,16 @@ HEAD_BYTES = 1 << 16
 SIGNATURES = (
     (b"\x1f\x8b", "compressed twice", "decompress it once: gunzip"),
     (b"\x28\xb5\x2f\xfd", "compressed twice", "decompress it once: unzstd"),
-    (b"arrow1", "an Arrow or Feather file", "write it as Parquet"),
+    *(
+        (b"bzh%d1ay&sy" % i, "compressed with bzip2", "decompress it: bunzip2")
+        for i in range(1, 10)
+    ),
+    (b"\xfd7zxz\0", "compressed with xz", "decompress it: unxz"),
+    (b"pk\3\4", "a ZIP archive", "name the file in it, such as zip://corpus.jsonl::PATH"),
+    (b"par1\x15", "a Parquet file", "give it a name that ends in .parquet"),
+    (b"arrow1\0", "an Arrow or Feather file", "write it as Parquet"),
     (b"%pdf", "a PDF", "extract its text first"),
-    (b"sqlite format 3", "an SQLite database", "export the table as CSV"),
+    (b"sqlite format 3\0", "an SQLite database", "export the table as CSV"),
     (b"\xff\xfe", "UTF-16 or UTF-32", "convert it: iconv -f UTF-16 -t UTF-8 (or UTF-32)"),
     (b"\xfe\xff", "UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
     (b"version https://git-lfs", "a pointer of Git LFS", "run `git lfs pull`"),
@@ -23,8 +30,7 @@ SIGNATURES = (
     (b"<html", "a web page", "download the file itself"),
     (b"<?xml", "XML", "convert it to JSONL, or download the file again if it is an error"),
 )
-"""How a text begins, in lower case; what it is; what to do. `access.FOREIGN` has what is no text at
-all."""
+"""How a file begins, in lower case; what it is; what to do."""
 
 
 def refuse_foreign(path: str, head: bytes, *, is_json: bool) -> None:
@@ -38,18 +44,27 @@ def refuse_foreign(path: str, head: bytes, *, is_json: bool) -> None:
     Raises:
         InputError: If it is something else; the message says what it is and what to do.
     """
+    refuse_signature(path, head)
     start = head.removeprefix(BOM).lstrip()
-    found = _known(head, start) or (_other_json(start) if is_json else None)
+    found = _no_lines(head) or (_other_json(start) if is_json else None)
     if found:
         what, remedy = found
         raise InputError(f"{path} is {what}: {remedy}")
 
 
-def _known(head: bytes, start: bytes) -> tuple[str, str] | None:
-    begins = start[:32].lower()
+def refuse_signature(path: str, head: bytes) -> None:
+    """Refuse a file that begins as files of another kind do.
+
+    Raises:
+        InputError: If it does; the message says what it is and what to do.
+    """
+    begins = head.removeprefix(BOM).lstrip()[:32].lower()
     for signature, what, remedy in SIGNATURES:
         if begins.startswith(signature):
-            return what, remedy
+            raise InputError(f"{path} is {what}: {remedy}")
+
+
+def _no_lines(head: bytes) -> tuple[str, str] | None:
     if b"/annex/objects/" in head[:300] and head.count(b"\n") < 2:
         return "a pointer of git-annex", "run `git annex get`"
     if head.count(b"\0") > len(head) // 5:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 4
 """Version of the file and of the way corpora are cut. Raise it when either changes."""
-STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified")
+STAMPS = ("blob_id", "ETag", "etag", "mtime", "LastModified", "last_modified")
 """File systems give the mark that changes with a file these names; the first found counts."""
 UNREADABLE = *STORE_ERRORS, IndexError
 """What a store that fails or a damaged file raises. pydantic's errors are ValueErrors."""

@@ -7,6 +7,8 @@ import lzma
 import struct
 import zlib
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
@@ -100,18 +102,36 @@ def test_a_file_that_is_not_compressed_as_its_name_says_is_refused(tmp_path, suf
     file = tmp_path / f"c.jsonl.{suffix}"
     file.write_bytes(content)
     for use in (ids, sampled):
-        with pytest.raises(InputError, match=rf"cannot read .*{file.name}"):
+        with pytest.raises(InputError, match=rf"{file.name}(: it is not| is) compressed with"):
             use(file)
     if content is TEXT:
         assert len(ids(file.rename(tmp_path / "c.jsonl"))) == 5000  # the remedy
 
 
-@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress], ids=["bz2", "xz"])
-def test_other_compressions_are_named(tmp_path, pack):
-    file = tmp_path / "c.jsonl"
-    file.write_bytes(pack(TEXT))
-    with pytest.raises(InputError, match=r"compressed with (bzip2|xz)"):
+@pytest.mark.parametrize("name", ["c.jsonl", "c.tsv", "c.csv.gz", "c.parquet"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bz2.compress(TEXT), "compressed with bzip2: decompress it: bunzip2"),
+        (lzma.compress(TEXT), "compressed with xz: decompress it: unxz"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS: run"),
+        (b"<!DOCTYPE html><p>404", "a web page: download the file itself"),
+    ],
+    ids=["bz2", "xz", "lfs", "html"],
+)
+def test_what_is_another_kind_of_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} is a?.*{message}"):
+        ids(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "tsv.gz", "csv"])
+def test_parquet_under_another_name_is_named_and_can_be_renamed(tmp_path, suffix):
+    file = tmp_path / f"c.{suffix}"
+    pq.write_table(pa.table({"id": ["a"], "text": ["t"]}), file)
+    with pytest.raises(InputError, match=r"is a Parquet file: give it a name .*\.parquet"):
         ids(file)
+    assert ids(file.rename(tmp_path / "c.parquet")) == ["a"]
 
 
 def test_errors_of_any_library_are_about_the_file_and_our_mistakes_are_not():

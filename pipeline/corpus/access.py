@@ -73,7 +73,9 @@ def cause(error: BaseException) -> str:
     remedy = REMEDIES.get(type(error).__name__)
     if isinstance(error, DAMAGED) or type(error).__name__ == "BadGzipFile":
         remedy = "it is damaged or incomplete: copy it again"
-    return first_line(error) + (f". Remedy: {remedy}" if remedy else "")
+    # The first line of an error of the Hub has only its status.
+    what = " ".join(str(error).split()) if hasattr(error, "response") else first_line(error)
+    return what + (f". Remedy: {remedy}" if remedy else "")
 
 
 def absolute(path: str) -> str:

@@ -152,7 +152,8 @@ def _expand(
         check_ranges(given, storage_options)
     with readable(given):
         fs, path = open_store(absolute(given), storage_options)
-        there = look_up(fs, path) if path else {"type": "directory"}
+        # A name may hold `[` or `?`, and a URL its query. One that holds `*` is found as well.
+        there = None if "*" in path else look_up(fs, path) if path else {"type": "directory"}
         is_folder = there is not None and there["type"] == "directory"
         entries = matches(fs, path) if is_folder or not there else [{**there, "name": path}]
     for entry in entries:

@@ -26,7 +26,8 @@ def look_up(fs: Any, path: str) -> Entry | None:
         found: Entry = fs.info(path)
     except FileNotFoundError as error:
         why = error.__cause__
-        if why and not isinstance(why, FileNotFoundError) and getattr(why, "status", 0) != 404:
+        unasked = why and not isinstance(why, FileNotFoundError)
+        if unasked and getattr(why, "status", None) != 404 and not has_pattern(path):
             raise
         return None
     return found

@@ -23,6 +23,7 @@ class Ranges(WholeFiles):
     """The same with ranges."""
 
     def do_GET(self) -> None:
+        """Send a file, or the part of it that is asked for."""
         file = Path(self.translate_path(self.path.partition("?")[0]))
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not wanted or not file.is_file():
@@ -38,9 +39,9 @@ class Ranges(WholeFiles):
 
 
 @contextmanager
-def serve_files(folder: Path, *, ranges: bool) -> Iterator[str]:
+def serve_files(folder: Path, answers: type[WholeFiles]) -> Iterator[str]:
     """Serve a folder; yields the URL of its root."""
-    handler = partial(Ranges if ranges else WholeFiles, directory=str(folder))
+    handler = partial(answers, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:

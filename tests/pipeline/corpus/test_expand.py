@@ -4,12 +4,15 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
+import huggingface_hub
 import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +28,8 @@ from pipeline.corpus.passages import FieldOptions, Passage
 from pipeline.corpus.shards import ShardReader, plan_shards
 from pipeline.run.job import EncodeJob
 from pipeline.run.kept_plan import KeptPlan
-from tests.support.file_server import serve_files
+from tests.support.file_server import Ranges, WholeFiles, serve_files
+from tests.support.hub_server import DATASET, Hub
 from tests.support.s3_server import serve as serve_s3
 
 ROW = '{"id": "a", "text": "t"}\n'
@@ -326,7 +330,7 @@ def test_the_host_of_a_store_stays_in_the_urls_of_what_is_found(tmp_path):
 
 def test_a_server_without_ranges_is_refused_before_encoding_with_the_url_that_works(beir):
     write(beir.parent, "c.jsonl", content=MANY)
-    with serve_files(beir.parent, ranges=False) as url:
+    with serve_files(beir.parent, WholeFiles) as url:
         for given_ in (
             f"{url}/c.jsonl", f"{url}/*.jsonl", f"zip://scifact/corpus.jsonl::{url}/scifact.zip"
         ):  # fmt: skip
@@ -342,7 +346,7 @@ def test_a_server_without_ranges_is_refused_before_encoding_with_the_url_that_wo
 
 def test_a_server_with_ranges_is_read_in_place(beir):
     write(beir.parent, "c.jsonl", content=MANY)
-    with serve_files(beir.parent, ranges=True) as url:
+    with serve_files(beir.parent, Ranges) as url:
         for given_ in (
             f"{url}/c.jsonl", f"{url}/c.jsonl?token=a/b", f"{url}/*.jsonl",
             f"zip://scifact/corpus.jsonl::{url}/scifact.zip",
@@ -379,3 +383,35 @@ def test_a_store_without_keys_says_which_options_it_needs(s3):
     assert all(name in str(no.value) for name in needed)
     needed["aws_endpoint"] = s3.options["aws_endpoint"]
     assert found("s3://bucket/d/a.jsonl", **needed) == [("s3://bucket/d/a.jsonl", "jsonl")]
+
+
+READ_IT = """
+import sys
+from pipeline.corpus.inputs import expand_inputs
+from pipeline.corpus.shards import ShardReader, plan_shards
+
+for given in sys.argv[1:]:
+    plan = plan_shards(expand_inputs([given], None), shard_size=100)
+    reader = ShardReader()
+    rows = [len(reader.read(shard)[0]) for shard in reversed(plan.shards)]
+    print(*(sorted({shard.path for shard in plan.shards})), sum(rows))
+"""
+
+
+def test_datasets_of_the_hub_are_read(tmp_path):
+    write(tmp_path, "README.md", ".gitattributes", "data/c.jsonl", content=MANY)
+    given_ = [f"{DATASET}{rest}" for rest in ("", "/data/c.jsonl", "/data", "/*/*.jsonl")]
+    with serve_files(tmp_path, Hub) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", READ_IT, *given_],
+            env={**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path)},  # read at import
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.stdout.splitlines() == [f"{DATASET}/data/c.jsonl 300"] * 4, done.stderr
+
+
+def test_the_hub_offline_is_the_cause_that_is_named(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for given_ in (f"{DATASET}/c.jsonl", f"{DATASET}/*.jsonl", DATASET):
+        with pytest.raises(InputError, match=r"cannot read hf:.* offline .*HF_HUB_OFFLINE"):
+            paths(given_)

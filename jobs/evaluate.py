@@ -19,6 +19,7 @@ from jobs.options import (
     executor,
     needs_extra,
     parse_ratios,
+    split_list,
 )
 from jobs.rerank import parse_cascade
 from kalm_encoder.errors import InputError
@@ -122,7 +123,7 @@ def evaluate(
             revision=revision,
             folder=out,
             ratios=parse_ratios(ratios or (DEMO_RATIOS if demo else "4,32")),
-            store_dtypes=tuple(store_dtypes.split(",")),
+            store_dtypes=tuple(split_list(store_dtypes)),
             cascades=tuple(tuple(parse_cascade(c)) for c in cascade or ()),
             depth=(50 if demo else 100) if depth is None else depth,
             first_ranking=run,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, StorageOptions, Table, location
+from jobs.options import AsJson, StorageOptions, Table, location, read_ids
 from kalm_encoder.errors import InputError
 
 
@@ -43,10 +43,7 @@ def delete(
     """Delete passages by id; readers switch when all are gone."""
     from pipeline.upkeep.delete import delete as delete_rows
 
-    try:
-        ids = [line for line in ids_file.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {ids_file}: {error}") from error
+    ids = read_ids(ids_file)
     if not ids:
         raise InputError(f"{ids_file} holds no id")
     print(f"deleted {delete_rows(location(uri, storage_option), ids):,} passages")

@@ -254,6 +254,29 @@ def parse_ratios(ratios: str) -> tuple[int, ...]:
         raise InputError(f"--ratios {ratios!r} must be numbers with commas, such as 4,32") from None
 
 
+def split_list(text: str) -> list[str]:
+    """Split a list with commas; spaces around an entry, and empty entries, do not count."""
+    return [entry for part in text.split(",") if (entry := part.strip())]
+
+
+def read_ids(file: Path) -> list[str]:
+    """Read a file with one id per line.
+
+    Only a line feed ends a line, with or without a carriage return before it, so an id may hold
+    every other character. A byte order mark and empty lines do not count.
+
+    Raises:
+        InputError: If the file cannot be read or is not UTF-8.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 ({error}): convert it to UTF-8") from error
+    return [line for part in text.split("\n") if (line := part.removesuffix("\r"))]
+
+
 def parse_version(version: str | None) -> int | str | None:
     """Turn a version number into an int; a tag stays a string, None stays None."""
     return int(version) if version is not None and version.isdigit() else version

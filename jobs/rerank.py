@@ -7,12 +7,15 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from jobs import options
 from kalm_encoder.errors import InputError
+
+if TYPE_CHECKING:
+    from kalm_encoder.rerank.results import OnMissing
 
 
 def rerank(
@@ -40,6 +43,13 @@ def rerank(
         float | None,
         typer.Option(help="Milliseconds to spend: coarse states for all, finer ones for the best."),
     ] = None,
+    on_missing: Annotated[
+        str,
+        typer.Option(
+            help="What to do with ids that the table lacks: error, drop them, or rank them last. "
+            "Change it when the candidates come from an index that is newer than the table."
+        ),
+    ] = "error",
     top_k: Annotated[int, typer.Option(help="Number of results to print; 0 prints all.")] = 10,
     model: options.TableModel = None,
     revision: options.TableRevision = None,
@@ -61,9 +71,9 @@ def rerank(
     )
     began = time.perf_counter()
     if ids is not None:
-        candidates = ids.split(",")
+        candidates = options.split_list(ids)
     elif ids_file is not None:
-        candidates = list(filter(None, ids_file.read_text(encoding="utf-8").splitlines()))
+        candidates = options.read_ids(ids_file)
     else:
         candidates = [i for i, _ in reranker.table.search(query, search)]
         if not candidates:
@@ -77,9 +87,13 @@ def rerank(
         top_k=top_k or None,
         cascade=None if cascade is None else parse_cascade(cascade),
         max_ms=max_ms,
+        on_missing=cast("OnMissing", on_missing),  # `rerank` refuses any other word
     )
     if as_json:
-        rows = [asdict(result) for result in results]
+        rows = [
+            asdict(result) | ({"margin": None} if result.ratio is None else {})  # JSON has no -inf
+            for result in results
+        ]
         print(json.dumps({"query": query, "results": rows}, ensure_ascii=False))
         return
     seconds = time.perf_counter() - began

@@ -28,7 +28,7 @@ def serve(
     index_mb: Annotated[
         int,
         typer.Option(
-            min=0, help="Megabytes for an index of all rows, 29 bytes per row; 0 holds none."
+            min=0, help="Megabytes for an index of all rows, 37 bytes per row; 0 holds none."
         ),
     ] = 512,
     compile: Annotated[
@@ -89,7 +89,7 @@ def serve(
         hot_bytes=hot_mb << 20,
         index_bytes=index_mb << 20,
         compile=compile,
-        filter_columns=frozenset(filter(None, (filter_columns or "").split(","))),
+        filter_columns=frozenset(options.split_list(filter_columns or "")),
         max_candidates=max_candidates,
         refresh_s=refresh_s,
         threads=threads,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/encoder/test_import
     from kalm_encoder.model.decoder import QueryDecoder as QueryDecoder
     from kalm_encoder.model.encoder import PassageEncoder as PassageEncoder
     from kalm_encoder.rerank.reranker import Reranker as Reranker
-    from kalm_encoder.rerank.reranker import RerankResult as RerankResult
+    from kalm_encoder.rerank.results import RerankResult as RerankResult
     from kalm_encoder.table.reader import PassageTable as PassageTable
 
 MODULES = {
@@ -24,7 +24,7 @@ MODULES = {
     "PassageStates": "matryoshka",
     "PassageTable": "table.reader",
     "QueryDecoder": "model.decoder",
-    "RerankResult": "rerank.reranker",
+    "RerankResult": "rerank.results",
     "Reranker": "rerank.reranker",
 }
 

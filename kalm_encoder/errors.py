@@ -53,19 +53,22 @@ class MissingIdsError(InputError):
     Attributes:
         ids: All missing ids, in the order they were asked for.
         shown: The first ten of them, for a message.
+        uri: Address of the table.
+        remedy: What may be done instead of encoding them.
     """
 
-    def __init__(self, ids: Sequence[str], uri: str) -> None:
+    def __init__(self, ids: Sequence[str], uri: str, remedy: str = "leave them out") -> None:
         self.shown = ", ".join(repr(i) for i in ids[:10]) + (", …" if len(ids) > 10 else "")
         super().__init__(
             f"{len(ids)} of the ids asked for are not in {uri}: {self.shown}. "
-            "Encode them first, or leave them out."
+            f"Encode them first, or {remedy}."
         )
         self.ids = list(ids)
         self.uri = uri
+        self.remedy = remedy
 
-    def __reduce__(self) -> tuple[type, tuple[list[str], str]]:
-        return MissingIdsError, (self.ids, self.uri)
+    def __reduce__(self) -> tuple[type, tuple[list[str], str, str]]:
+        return MissingIdsError, (self.ids, self.uri, self.remedy)
 
 
 class TableError(InputError):

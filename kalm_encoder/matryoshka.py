@@ -24,11 +24,14 @@ class PassageStates:
         num_tokens: Number of encoded tokens, with the prefix and after truncation; exact coarsening
             needs it.
         truncated: Whether the passage was longer than the encoder's max_length.
+        content: First half of the hash of the text, if they come from a table. Passages of one
+            table with the same content have the same text.
     """
 
     states: NDArray[np.floating]
     num_tokens: int
     truncated: bool
+    content: int | None = None
 
 
 def num_groups(num_tokens: int, ratio: int) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.ids import as_id
 
 CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst", "corpus.parquet")
 
@@ -97,8 +98,11 @@ def _queries(file: Path) -> Iterator[tuple[str, str]]:
             continue
         try:
             row = json.loads(line)
-            yield str(row["_id"]), str(row["text"])
-        except (ValueError, KeyError, TypeError) as error:
+            query, text = as_id(row["_id"]), row["text"]
+            if not isinstance(text, str):
+                raise TypeError(f"the text is {text!r}")
+            yield query, text
+        except (InputError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f'{file} line {number}: expected {{"_id": …, "text": …}} ({error})'
             ) from None

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from kalm_encoder.rerank.reranker import Reranker, at_places
+from kalm_encoder.rerank.reranker import Reranker
+from kalm_encoder.rerank.results import at_places
 
 Item = TypeVar("Item")
 

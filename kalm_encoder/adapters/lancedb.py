@@ -14,7 +14,8 @@ import pyarrow as pa
 from lancedb.rerankers import Reranker as LanceDBReranker
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.rerank.reranker import Reranker, at_places
+from kalm_encoder.rerank.reranker import Reranker
+from kalm_encoder.rerank.results import at_places
 
 SCORE = "_relevance_score"
 

@@ -5,20 +5,25 @@ Table and decoder meet only in this package; neither knows of the other.
 
 from __future__ import annotations
 
+import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar, get_args
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.matryoshka import PassageStates, coarsen
+from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model.checkpoint import Device, Dtype
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.pairs import Pair, Prompt
+from kalm_encoder.rerank.candidates import CandidateReader
 from kalm_encoder.rerank.cascade import Stage, choose_stages
 from kalm_encoder.rerank.match import check_match
+from kalm_encoder.rerank.results import OnMissing, RerankResult
+from kalm_encoder.table.ids import Id, as_id, as_ids
 from kalm_encoder.table.reader import PassageTable
+
+T = TypeVar("T")
 
 CHUNK_CANDIDATES = 128
 """Number of candidates that are read together while the decoder scores those before them."""
@@ -28,24 +33,6 @@ exactly, larger ones use the decoder better."""
 
 ScorePairs = Callable[[Sequence[Pair]], list[tuple[float, float]]]
 """Returns the score and the margin of each pair, as QueryDecoder.score_pairs does."""
-
-
-@dataclass(frozen=True, slots=True)
-class RerankResult:
-    """One candidate.
-
-    Attributes:
-        id: Id of the passage.
-        score: P(yes) in [0, 1].
-        margin: Logit of `yes` minus logit of `no`.
-        ratio: Ratio of the states it was scored from. It is coarser than asked for if a cascade
-            dropped the candidate or the time ran out.
-    """
-
-    id: str
-    score: float
-    margin: float
-    ratio: int
 
 
 class Reranker:
@@ -75,6 +62,7 @@ class Reranker:
         self.decoder = decoder
         self._score_pairs = score_pairs
         self._reader = ThreadPoolExecutor(4, thread_name_prefix="kalm-read")
+        self._candidates = CandidateReader(table, decoder)
 
     @classmethod
     def open(
@@ -124,7 +112,7 @@ class Reranker:
     def rerank(
         self,
         query: str | Prompt,
-        ids: Sequence[str],
+        ids: Sequence[Id],
         *,
         instruction: str | None = None,
         system_instruction: str | None = None,
@@ -132,13 +120,15 @@ class Reranker:
         top_k: int | None = None,
         cascade: Sequence[Stage] | None = None,
         max_ms: float | None = None,
-        passages: Mapping[str, PassageStates] | None = None,
+        on_missing: OnMissing = "error",
+        passages: Mapping[Any, PassageStates] | None = None,
     ) -> list[RerankResult]:
         """Score stored passages against a query.
 
         Args:
             query: Raw text, or a prompt that the decoder made of it with its instructions.
-            ids: Candidates in any order. A repeated one is scored once.
+            ids: Candidates in any order; an integer stands for its decimal string. A repeated one
+                is scored once, and so are stored passages with the same text.
             instruction: Description of the task; None takes the model's default.
             system_instruction: What the model is told before the task; None takes its default.
             ratio: Any multiple of a stored ratio; None takes the finest stored.
@@ -148,38 +138,63 @@ class Reranker:
             max_ms: Time budget in milliseconds. The first stage scores all candidates, however long
                 it takes; later stages score the best first and stop in time. Without a `cascade`
                 there are two stages: `cascade.coarse_ratio`, then `ratio`.
+            on_missing: What becomes of ids that the table does not hold. "error" raises, "drop"
+                leaves them out, and "last" puts them behind all others, with a score of 0.
             passages: Freshly encoded states at the finest stored ratio, by id; they are used
                 instead of those of the table.
 
         Returns:
-            The results of the last stage first, the best of each stage first, ties by id. Scores
-            are P(yes), never normalised over the candidates. Scores of different ratios are not
-            comparable.
+            The results of the last stage first, the best of each stage first, ties in the order of
+            `ids`. Scores are P(yes), never normalised over the candidates. Scores of different
+            ratios are not comparable.
 
         Raises:
             MissingIdsError: If the table does not hold some ids; it names all of them.
-            InputError: If ratio, top_k, cascade or max_ms is impossible.
+            InputError: If an id is no id, or if ratio, top_k, cascade, max_ms or on_missing is
+                impossible.
         """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k {top_k} must be at least 1")
-        if max_ms is not None and max_ms <= 0:
-            raise InputError(f"max_ms {max_ms} must be above 0")
+        stages = self.stages(ratio=ratio, cascade=cascade, max_ms=max_ms, on_missing=on_missing)
         deadline = None if max_ms is None else time.monotonic() + max_ms / 1000
-        stages = choose_stages(self.table.spec, ratio, cascade, timed=deadline is not None)
         prompt = query
         if isinstance(prompt, str):
             prompt = self.decoder.prompt(prompt, instruction, system_instruction)
-        left = list(dict.fromkeys(ids))
+        given = {as_id(i): passage for i, passage in (passages or {}).items()}
+        places = {i: place for place, i in enumerate(dict.fromkeys(as_ids(ids)))}
+        left = list(places)
         ranked: list[RerankResult] = []
         for number, (stage_ratio, keep) in enumerate(stages):
             until = deadline if number else None  # the first stage scores all in any case
-            scored = self._score(prompt, left, stage_ratio, until, passages or {})
-            scored.sort(key=lambda r: (-r.score, -r.margin, r.id))
+            scored = self._score(prompt, left, stage_ratio, until, given, on_missing)
+            scored.sort(key=lambda r: (-r.score, -r.margin, places[r.id]))
             # Candidates that this stage did not reach keep their scores and come after the others.
             reached = {result.id for result in scored}
             ranked = [*scored, *(r for r in ranked if r.id not in reached)]
             left = [result.id for result in scored][:keep]
+        if on_missing == "last":
+            missing = places.keys() - {result.id for result in ranked}
+            ranked += [RerankResult(i, 0.0, -math.inf, None) for i in places if i in missing]
         return ranked[:top_k]
+
+    def stages(
+        self,
+        *,
+        ratio: int | None = None,
+        cascade: Sequence[Stage] | None = None,
+        max_ms: float | None = None,
+        on_missing: OnMissing = "error",
+    ) -> list[Stage]:
+        """Return the stages of a request with these options of `rerank`.
+
+        Raises:
+            InputError: If an option is impossible.
+        """
+        if max_ms is not None and max_ms <= 0:
+            raise InputError(f"max_ms {max_ms} must be above 0")
+        if on_missing not in get_args(OnMissing):
+            raise InputError(f"on_missing {on_missing!r} must be error, drop or last")
+        return choose_stages(self.table.spec, ratio, cascade, timed=max_ms is not None)
 
     def _score(
         self,
@@ -188,52 +203,36 @@ class Reranker:
         ratio: int,
         deadline: float | None,
         given: Mapping[str, PassageStates],
+        on_missing: OnMissing,
     ) -> list[RerankResult]:
         """Score candidates until the deadline and return those that were scored."""
         size = CHUNK_CANDIDATES if deadline is None else TIMED_CHUNK_CANDIDATES
         chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
-        reads = (self._reader.submit(self._pairs, prompt, c, ratio, given) for c in chunks)
+        read = self._candidates.read
+        reads = (self._reader.submit(read, prompt, chunk, ratio, given) for chunk in chunks)
         score_pairs = self._score_pairs or self.decoder.score_pairs
+        scores: dict[Hashable, tuple[float, float]] = {}
         results: list[RerankResult] = []
         took, began = 0.0, time.monotonic()
-        ahead = next(reads, None)
-        while ahead is not None:
-            pairs = ahead.result()
-            ahead = next(reads, None)  # it is read while these pairs are scored
+        for chunk, found in zip(chunks, _read_ahead(reads), strict=True):
+            if on_missing == "error" and len(found) < len(chunk):
+                raise self._candidates.missing(ids, given)
             if deadline is not None and time.monotonic() + took > deadline:
                 break
-            scores = score_pairs(list(pairs.values()))
-            results += [RerankResult(i, *s, ratio) for i, s in zip(pairs, scores, strict=True)]
+            new: dict[Hashable, Pair] = {}
+            for same, pair in found.values():
+                if same not in scores:
+                    new.setdefault(same, pair)
+            scores |= zip(new, score_pairs(list(new.values())), strict=True)
+            results += [RerankResult(i, *scores[same], ratio) for i, (same, _) in found.items()]
             took, began = time.monotonic() - began, time.monotonic()
         return results
 
-    def _pairs(
-        self, prompt: Prompt, ids: Sequence[str], ratio: int, given: Mapping[str, PassageStates]
-    ) -> dict[str, Pair]:
-        """Pair a prompt with passages that are given, recalled, or read from the table."""
-        pairs = {}
-        for i in ids:
-            if i in given:
-                finest = self.table.spec.ratios[0]
-                states = coarsen(given[i].states, given[i].num_tokens, finest, ratio)
-                pairs[i] = Pair(prompt, states)
-            elif (entry := self.decoder.recall(prompt, self._key(i, ratio))) is not None:
-                pairs[i] = Pair(prompt, entry, self._key(i, ratio))
-        unknown = [i for i in ids if i not in pairs]
-        for i, passage in zip(unknown, self.table.take(unknown, ratio=ratio), strict=True):
-            pairs[i] = Pair(prompt, passage.states, self._key(i, ratio))
-        return {i: pairs[i] for i in ids}
 
-    def _key(self, id: str, ratio: int) -> Hashable:
-        """Return the name under which the decoder keeps a passage of this table."""
-        return self.table.uri, self.table.version, ratio, id
-
-
-def at_places(
-    results: Sequence[RerankResult], ids: Sequence[str]
-) -> list[tuple[int, RerankResult]]:
-    """Return the results with their places in a list of ids, where an id may occur repeatedly."""
-    places = defaultdict(list)
-    for place, id in enumerate(ids):
-        places[id].append(place)
-    return [(place, result) for result in results for place in places[result.id]]
+def _read_ahead(reads: Iterator[Future[T]]) -> Iterator[T]:
+    """Yield what was read; the next read begins before, so it runs while the caller works."""
+    ahead = next(reads, None)
+    while ahead is not None:
+        found = ahead.result()
+        ahead = next(reads, None)
+        yield found

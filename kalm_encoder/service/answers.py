@@ -9,7 +9,7 @@ from typing import Any
 from kalm_encoder import __version__
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import Document, Options, RerankRequest, ScoreRequest, TeiRequest
-from kalm_encoder.service.scoring import check_count, score_candidates
+from kalm_encoder.service.scoring import TEXT, check_count, score_candidates
 
 
 def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
@@ -19,16 +19,17 @@ def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
     scored = scored[: request.top_n or None]
     stored = {}
     if request.return_documents:
-        stored = version.table.texts([one.id for i, one in scored if candidates[i].text is None])
+        stored = version.table.texts([one.id for _, one in scored])
     results = []
     for index, one in scored:
         candidate = candidates[index]
-        text = stored.get(one.id) if candidate.text is None else candidate.text
+        # What was scored is what is returned: a stored passage, or the text of the request.
+        text = candidate.text if one.id.startswith(TEXT) else stored.get(one.id)
         result: dict[str, Any] = {"index": index, "relevance_score": one.score}
         if candidate.id is not None:
             result["id"] = candidate.id
         if request.raw_scores:
-            result["margin"] = one.margin
+            result["margin"] = None if one.ratio is None else one.margin
         if request.return_documents and text is not None:
             result["document"] = {"text": text}
         results.append(result | {"ratio": one.ratio})

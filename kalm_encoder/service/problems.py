@@ -29,7 +29,8 @@ async def answer_problem(_: Request, error: Exception) -> Response:
         case RequestValidationError():
             message = "; ".join(_invalid_field(e) for e in error.errors()[:5])
         case MissingIdsError():
-            message = f"{len(error.ids)} ids have no stored states: {error.shown}"
+            remedy = error.remedy[0].upper() + error.remedy[1:]
+            message = f"{len(error.ids)} ids have no stored states: {error.shown}. {remedy}"
             more = {"missing_ids": error.ids}
         case InputError():
             message = str(error)

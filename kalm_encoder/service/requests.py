@@ -6,17 +6,26 @@ dictionaries; answers.py makes them.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.rerank.results import OnMissing
 
 MAX_RATIO = 1 << 20
 """Largest ratio a request may ask for; far above any passage, it keeps numbers small."""
 
+
+def _decimal(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 Query = Annotated[str, Field(max_length=32_768)]
-Id = Annotated[str, Field(max_length=4_096)]
+Id = Annotated[
+    str, Field(max_length=4_096), BeforeValidator(_decimal, json_schema_input_type=str | int)
+]
+"""An id; an integer stands for its decimal string, as at encoding."""
 Ratio = Annotated[int, Field(ge=1, le=MAX_RATIO)]
 Instruction = Annotated[str, Field(max_length=8_192)]
 Stage = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)] | None]
@@ -31,14 +40,10 @@ class Request(BaseModel):
 class Document(Request):
     """A candidate: a stored id, a text, or both. The text is used if the id is not stored."""
 
+    model_config = ConfigDict(extra="allow")  # `rank_fields` may name any field
+
     id: Id | None = None
     text: str | None = None
-
-    @model_validator(mode="after")
-    def _holds_something(self) -> Document:
-        if self.id is None and self.text is None:
-            raise ValueError("a document needs an id or a text")
-        return self
 
 
 class Options(Request):
@@ -52,10 +57,14 @@ class Options(Request):
     cascade: Annotated[list[Stage] | None, Field(max_length=8)] = None
     max_ms: Annotated[float | None, Field(gt=0)] = None
     filter: str | None = None
+    on_missing: OnMissing = "error"
 
 
 class CandidatesRequest(Options):
-    """Options, and the candidates to score: documents or ids. One text may come without a list."""
+    """Options, and the candidates to score: documents or ids. One text may come without a list.
+
+    With `rank_fields` the text of a document is made of these fields of it, as Cohere does it.
+    """
 
     model: str | None = None
     documents: Annotated[
@@ -63,18 +72,37 @@ class CandidatesRequest(Options):
         Field(validation_alias=AliasChoices("documents", "text_2")),
     ] = None
     document_ids: list[Id] | None = None
+    rank_fields: Annotated[list[str] | None, Field(min_length=1)] = None
 
     def candidates(self) -> list[Document]:
         """Return the candidates in the order of the request.
 
         Raises:
-            InputError: The request gives both documents and ids, or neither.
+            InputError: The request gives both documents and ids, or neither; or a document has
+                neither an id nor a text.
         """
         if (self.documents is None) == (self.document_ids is None):
             raise InputError("give either documents or document_ids")
         given = [self.documents] if isinstance(self.documents, str) else self.documents or []
-        documents = [Document(text=one) if isinstance(one, str) else one for one in given]
+        documents = [self._document(place, one) for place, one in enumerate(given)]
         return documents + [Document(id=one) for one in self.document_ids or []]
+
+    def _document(self, place: int, given: str | Document) -> Document:
+        if isinstance(given, str):
+            return Document(text=given)
+        if self.rank_fields is not None:
+            fields = given.model_dump()
+            values = [fields[name] for name in self.rank_fields if fields.get(name) is not None]
+            if not all(isinstance(value, str) for value in values):
+                raise InputError(f"documents[{place}]: a field in rank_fields does not hold a text")
+            given = Document(id=given.id, text=" ".join(values).strip() if values else None)
+        if given.id is None and given.text is None:
+            names = ", ".join(self.rank_fields or ["text"])
+            raise InputError(
+                f"documents[{place}] has neither an id nor a text in the field {names}: give one, "
+                "or name the fields of its text as rank_fields"
+            )
+        return given
 
 
 class RerankRequest(CandidatesRequest):

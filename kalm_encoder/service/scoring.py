@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from kalm_encoder import PassageStates, RerankResult
 from kalm_encoder.errors import InputError
-from kalm_encoder.rerank.reranker import at_places
+from kalm_encoder.rerank.results import at_places
 from kalm_encoder.service.filters import check_filter
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import Document, Options
 
-UNNAMED = f"document {uuid.uuid4()} "
-"""Beginning of the keys of candidates without an id. It is random, so that no id begins with it."""
+TEXT = f"text {uuid.uuid4()} "
+"""Beginning of the keys of candidates that are scored from the text that came with the request. It
+is random, so that no id begins with it. The text follows, so that equal texts have one key."""
 
 
 def check_count(version: Version, count: int) -> None:
@@ -39,16 +40,17 @@ def score_candidates(
 
     Returns:
         The place in the request and the result of each candidate that passes the filter, best first
-        as `Reranker.rerank` orders them; and the number of prompt tokens.
+        as `Reranker.rerank` orders them; and the number of prompt tokens. The id of a result begins
+        with TEXT if the text of the request was scored, and not a stored passage.
 
     Raises:
         InputError: There are too many candidates, a filter that is not allowed, an impossible
             option, or a text without the encoder.
-        MissingIdsError: There are ids without stored states and without a text.
+        MissingIdsError: There are ids without stored states and without a text, and on_missing is
+            "error".
     """
     check_count(version, len(candidates))
-    keys = [f"{UNNAMED}{n}" if c.id is None else c.id for n, c in enumerate(candidates)]
-    asked = keys
+    asked = keys = _keys(version, candidates)
     if options.filter is not None:
         where = check_filter(options.filter, version.settings.filter_columns)
         if any(candidate.text is not None for candidate in candidates):
@@ -62,23 +64,30 @@ def score_candidates(
         ratio=options.ratio,
         cascade=options.cascade,
         max_ms=options.max_ms,
-        passages=_encode(version, keys, candidates),
+        on_missing=options.on_missing,
+        passages=_encode(version, keys),
     )
-    return at_places(results, keys), len(prompt.ids) * len(results)
+    num_scored = sum(result.ratio is not None for result in results)
+    return at_places(results, keys), len(prompt.ids) * num_scored
 
 
-def _encode(
-    version: Version, keys: Sequence[str], candidates: Sequence[Document]
-) -> dict[str, PassageStates]:
-    """Encode the candidates that come as texts and are not stored; return their states by key.
+def _keys(version: Version, candidates: Sequence[Document]) -> list[str]:
+    """Return the id of each candidate that is stored or has no text, and a key for other texts."""
+    named = [c.id for c in candidates if c.id is not None and c.text is not None]
+    stored = version.table.known(named) if named else set()
+    return [
+        c.id if c.id is not None and (c.text is None or c.id in stored) else f"{TEXT}{c.text}"
+        for c in candidates
+    ]
+
+
+def _encode(version: Version, keys: Sequence[str]) -> dict[str, PassageStates]:
+    """Encode the texts among the candidates; return their states by key.
 
     Raises:
-        InputError: There are such candidates, and the encoder is not loaded.
+        InputError: There are texts, and the encoder is not loaded.
     """
-    texts = {k: c.text for k, c in zip(keys, candidates, strict=True) if c.text is not None}
-    named = [c.id for c in candidates if c.id is not None and c.text is not None]
-    for stored in version.table.known(named) if named else ():
-        del texts[stored]
+    texts = {key: key.removeprefix(TEXT) for key in keys if key.startswith(TEXT)}
     if not texts:
         return {}
     if version.encoder is None:

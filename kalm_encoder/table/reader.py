@@ -17,6 +17,7 @@ from lance.query import MatchQuery
 
 from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.ids import Id, as_ids, ids_in
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.row_index import ADDRESS, RowIndex
 from kalm_encoder.table.rows import read_rows, verified_rows
@@ -112,11 +113,11 @@ class PassageTable:
     def __len__(self) -> int:
         return int(self.dataset.count_rows())
 
-    def take(self, ids: Sequence[str], *, ratio: int | None = None) -> list[PassageStates]:
+    def take(self, ids: Sequence[Id], *, ratio: int | None = None) -> list[PassageStates]:
         """Read passages by id and verify their checksums.
 
         Args:
-            ids: Ids in any order; they may repeat.
+            ids: Ids in any order; they may repeat. An integer stands for its decimal string.
             ratio: Any multiple of a stored ratio. The coarsest stored column that fits is read and
                 coarsened exactly. None takes the finest stored ratio.
 
@@ -128,16 +129,22 @@ class PassageTable:
             InputError: If the ratio cannot be made from what is stored.
             CorruptRowError: If the bytes of a row are not what was written.
         """
+        wanted = as_ids(ids)
+        found = self.find(wanted, ratio=ratio)
+        if missing := [i for i in dict.fromkeys(wanted) if i not in found]:
+            raise MissingIdsError(missing, self.uri)
+        return [found[i] for i in wanted]
+
+    def find(self, ids: Sequence[Id], *, ratio: int | None = None) -> dict[str, PassageStates]:
+        """Read those of the passages that the table holds, as `take` does; return them by id."""
         ratio = self.spec.ratios[0] if ratio is None else ratio
         stored = self.spec.source_ratio(ratio)
-        unique = list(dict.fromkeys(ids))
-        found, left = self._take_indexed(unique, ratio)
+        found, left = self._take_indexed(list(dict.fromkeys(as_ids(ids))), ratio)
         if left:
-            columns = ["id", "num_tokens", "truncated", f"states_r{stored}", f"checksum_r{stored}"]
+            columns = ["id", "num_tokens", "truncated", "text_hash"]
+            columns += [f"states_r{stored}", f"checksum_r{stored}"]
             found |= read_rows(self.spec, self._scan(columns, ids_in(left)), ratio, uri=self.uri)
-        if missing := [i for i in unique if i not in found]:
-            raise MissingIdsError(missing, self.uri)
-        return [found[i] for i in ids]
+        return found
 
     def _take_indexed(
         self, ids: Sequence[str], ratio: int
@@ -159,11 +166,11 @@ class PassageTable:
         found = {key: passage for key, passage in read if passage is not None}
         return found, left + [i for i in single if i not in found]
 
-    def known(self, ids: Sequence[str], *, where: str | None = None) -> set[str]:
+    def known(self, ids: Sequence[Id], *, where: str | None = None) -> set[str]:
         """Return those ids that the table holds and whose rows satisfy `where`.
 
         Args:
-            ids: Any strings.
+            ids: Any ids.
             where: SQL predicate over the columns of the table. It is not checked here.
 
         Raises:
@@ -182,14 +189,14 @@ class PassageTable:
             raise InputError(f"the filter {where!r} is refused: {first_line(error)}") from error
         return set(kept["id"].to_pylist())
 
-    def texts(self, ids: Sequence[str]) -> dict[str, str]:
+    def texts(self, ids: Sequence[Id]) -> dict[str, str]:
         """Return the stored texts by id, or nothing if the table keeps no texts."""
         if not self.spec.keep_text:
             return {}
         rows = self._scan(["id", "text"], ids_in(ids))
         return dict(zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True))
 
-    def lengths(self, ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
+    def lengths(self, ids: Sequence[Id]) -> dict[str, tuple[int, bool]]:
         """Return (num_tokens, truncated) by id for those ids that the table holds."""
         rows = self._scan(["id", "num_tokens", "truncated"], ids_in(ids))
         facts = zip(rows["num_tokens"].to_pylist(), rows["truncated"].to_pylist(), strict=True)
@@ -228,8 +235,3 @@ class PassageTable:
         ).to_table()
         pairs = zip(hits["id"].to_pylist(), hits["_score"].to_pylist(), strict=True)
         return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
-
-
-def ids_in(ids: Sequence[str]) -> pc.Expression:
-    """Return a filter for rows with these ids. As an expression it is safe for any id."""
-    return pc.field("id").isin(pa.array(ids, pa.string()))

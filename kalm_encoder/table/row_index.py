@@ -1,7 +1,7 @@
 """An index in memory: where each id of one table version lies, and the small columns of its row.
 
 To find 100 of a million ids, Lance reads 100 pages of its id index and decodes a block of every
-small column for each row. With this index only the states are read. It takes 21 bytes per row and 8
+small column for each row. With this index only the states are read. It takes 29 bytes per row and 8
 more for each stored ratio. What the index finds is a guess until the states match their checksum,
 which covers the id.
 """
@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
+
+from kalm_encoder.table.rows import first_halves
 
 ADDRESS = "_rowaddr"
 """Lance's name for the address of a row, its fragment and offset; fixed within a version."""
@@ -39,7 +41,7 @@ class RowIndex:
     @staticmethod
     def size(rows: int, ratios: Sequence[int]) -> int:
         """Return the bytes of an index of so many rows; building it takes half as much again."""
-        return rows * (21 + 8 * len(ratios))
+        return rows * (29 + 8 * len(ratios))
 
     @classmethod
     def build(cls, dataset: lance.LanceDataset, ratios: Sequence[int]) -> RowIndex:
@@ -59,13 +61,17 @@ class RowIndex:
         columns = {name: np.empty(rows, type) for name, type in types.items()}
         hashes = np.empty(rows, np.uint64)
         start = 0
-        for batch in dataset.scanner(["id", *columns], batch_size=BATCH_ROWS).to_batches():
+        content = np.empty(rows, np.uint64)
+        names = ["id", "text_hash", *columns]
+        for batch in dataset.scanner(names, batch_size=BATCH_ROWS).to_batches():
             part = slice(start, start := start + batch.num_rows)
             hashes[part] = _hashes(batch["id"].to_pylist())
+            content[part] = first_halves(batch["text_hash"])
             for name, column in columns.items():
                 column[part] = batch[name].to_numpy(zero_copy_only=False)
         if start != rows:
             raise ValueError(f"{start} rows were read, but the version has {rows}")
+        columns["content"] = content
         order = np.argsort(hashes)
         for array in (hashes, *columns.values()):
             array[:] = array[order]

@@ -80,7 +80,7 @@ def read_rows(spec: TableSpec, rows: pa.Table, ratio: int, *, uri: str) -> dict[
     Args:
         spec: Spec of the table.
         rows: Rows with the columns id, num_tokens, truncated, and states_r and checksum_r of
-            `spec.source_ratio(ratio)`.
+            `spec.source_ratio(ratio)`; perhaps with text_hash, or its first half as content.
         ratio: Ratio of the states to return.
         uri: Address of the table, for error messages.
 
@@ -116,13 +116,31 @@ def verified_rows(
         rows[name].to_pylist() for name in ("id", "num_tokens", "truncated", f"checksum_r{stored}")
     ]
     states = _states(spec, rows[f"states_r{stored}"].combine_chunks())
-    for key, n, truncated, checksum, array in zip(*columns, states, strict=True):
+    zipped = zip(*columns, _contents(rows), states, strict=True)
+    for key, n, truncated, checksum, content, array in zipped:
         intact = checksum == states_checksum(key, n, truncated, array)
         if not intact or len(array) != num_groups(n, stored):
             yield key, None
             continue
         values = spec.codec.decode(array, spec.dim)
-        yield key, PassageStates(coarsen(values, n, stored, ratio), n, truncated)
+        yield key, PassageStates(coarsen(values, n, stored, ratio), n, truncated, content)
+
+
+def _contents(rows: pa.Table) -> list[int] | list[None]:
+    if "content" in rows.column_names:
+        contents: list[int] = rows["content"].to_pylist()
+        return contents
+    if "text_hash" in rows.column_names:
+        halves: list[int] = first_halves(rows["text_hash"].combine_chunks()).tolist()
+        return halves
+    return [None] * len(rows)
+
+
+def first_halves(hashes: pa.FixedSizeBinaryArray) -> NDArray[np.uint64]:
+    """Return the first 8 of the 16 bytes of each hash as a number."""
+    buffer = hashes.buffers()[1]
+    words = np.frombuffer(buffer if len(hashes) else b"", ">u8")[::2]
+    return words[hashes.offset : hashes.offset + len(hashes)].astype(np.uint64)
 
 
 def _states(spec: TableSpec, column: pa.ListArray) -> Iterator[NDArray[Any]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.checksums import text_hash
-from kalm_encoder.table.reader import ids_in
+from kalm_encoder.table.ids import ids_in
 from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Plan, ShardReader
 from pipeline.table.duplicates import repeated

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kalm_encoder.errors import MissingIdsError
+from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.location import Location
-from kalm_encoder.table.reader import ids_in
 from pipeline.table.claim import COMPLETE
 from pipeline.table.finish import SealedTable
 from pipeline.table.publish import publish

@@ -136,7 +136,7 @@ def _rankings(
     """
     place = {i: n for n, i in enumerate(first)}
     fused = fuse(first, {r.id: r.margin for r in results if r.ratio == finest})
-    best = sorted(fused, key=lambda i: (-fused[i], i))
+    best = sorted(fused, key=fused.__getitem__, reverse=True)  # ties as in the first stage
     return {
         "reranked": [asdict(r) | {"movement": place[r.id] - n} for n, r in enumerate(results)],
         "fused": [
@@ -154,7 +154,9 @@ def _passages(
     """
     ids = [r.id for r in results]
     lengths, texts = table.lengths(ids), table.texts(ids)
-    scored = [(lengths[r.id][0], ratio) for r in results for ratio in stages if ratio >= r.ratio]
+    scored = [
+        (lengths[r.id][0], ratio) for r in results for ratio in stages if ratio >= (r.ratio or 0)
+    ]
     return {
         "bytes": {
             "read": sum(table.spec.read_bytes(tokens, ratio) for tokens, ratio in scored),

@@ -29,9 +29,9 @@ def test_repeated_candidates_are_scored_once(reranker):
     assert reranker.rerank("q", []) == []
 
 
-def test_ties_are_broken_by_id(reranker, monkeypatch):
+def test_ties_keep_the_order_of_the_request(reranker, monkeypatch):
     monkeypatch.setattr(reranker.decoder, "score_pairs", lambda pairs: [(0.5, 0.0)] * len(pairs))
-    assert [r.id for r in reranker.rerank("q", ["p3", "p1", "p2"])] == ["p1", "p2", "p3"]
+    assert [r.id for r in reranker.rerank("q", ["p3", "p1", "p2"])] == ["p3", "p1", "p2"]
 
 
 def test_bad_requests_are_named(reranker):
@@ -77,8 +77,8 @@ def test_chunks_read_ahead_and_hot_passages_change_nothing(small_table, reranker
     monkeypatch.setattr("kalm_encoder.rerank.reranker.CHUNK_CANDIDATES", 7)
     hot = Reranker.open(str(small_table), hot_bytes=1 << 28)
     reads = []
-    take = hot.table.take
-    monkeypatch.setattr(hot.table, "take", lambda ids, **k: (reads.append(ids), take(ids, **k))[1])
+    find = hot.table.find
+    monkeypatch.setattr(hot.table, "find", lambda ids, **k: (reads.append(ids), find(ids, **k))[1])
     for ids in (IDS[:30], IDS, IDS[::-1]):  # cold, half warm, warm
         for result in hot.rerank("token state", ids, ratio=4):
             assert abs(result.score - expected[result.id]) <= 1e-5

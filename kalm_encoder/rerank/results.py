@@ -1,0 +1,47 @@
+"""What reranking returns, and where it belongs in the list of a caller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import Literal
+
+from kalm_encoder.table.ids import Id, as_ids
+
+OnMissing = Literal["error", "drop", "last"]
+"""What becomes of ids that the table does not hold: an error, nothing, or the last places."""
+
+
+@dataclass(frozen=True, slots=True)
+class RerankResult:
+    """One candidate.
+
+    Attributes:
+        id: Id of the passage.
+        score: P(yes) in [0, 1].
+        margin: Logit of `yes` minus logit of `no`.
+        ratio: Ratio of the states it was scored from. It is coarser than asked for if a cascade
+            dropped the candidate or the time ran out. It is None if the table does not hold the
+            passage: then nothing was scored, the score is 0 and the margin is minus infinity.
+    """
+
+    id: str
+    score: float
+    margin: float
+    ratio: int | None
+
+
+def at_places(results: Sequence[RerankResult], ids: Sequence[Id]) -> list[tuple[int, RerankResult]]:
+    """Return the results with their places in a list of ids, where an id may occur repeatedly.
+
+    Results with the same score come in the order of their places.
+    """
+    places: dict[str, list[int]] = {}
+    for place, id in enumerate(as_ids(ids)):
+        places.setdefault(id, []).append(place)
+    ranked: list[tuple[int, RerankResult]] = []
+    for _, tied in groupby(results, key=lambda r: (r.ratio, r.score, r.margin)):
+        ranked += sorted(((place, r) for r in tied for place in places[r.id]), key=itemgetter(0))
+    return ranked

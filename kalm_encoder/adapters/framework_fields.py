@@ -5,15 +5,21 @@ It is a module of its own because neither adapter can be imported without its fr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
+from kalm_encoder.errors import MissingIdsError
 from kalm_encoder.rerank.reranker import Reranker
-from kalm_encoder.rerank.results import at_places
+from kalm_encoder.rerank.results import OnMissing, at_places, falling_scores
 
 Item = TypeVar("Item")
+
+
+def _address(given: Any) -> Any:
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
 class RerankFields(BaseModel):
@@ -23,16 +29,17 @@ class RerankFields(BaseModel):
         reranker: An open Reranker, or the address of a passage table.
         top_n: Number of items to keep; None keeps all.
         id_key: Metadata key that holds the id of the passage.
-        instruction: Option of `Reranker.rerank`, like the four below.
+        instruction: Option of `Reranker.rerank`, like the five below.
         system_instruction: What the model is told before the task.
         ratio: Ratio of the states to score.
         cascade: Stages instead of one ratio.
         max_ms: Time budget in milliseconds.
+        on_missing: What becomes of items whose id the table does not hold: error, drop or last.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    reranker: Reranker | str
+    reranker: Annotated[Reranker | str, BeforeValidator(_address)]
     top_n: int | None = Field(default=None, ge=1)
     id_key: str = "id"
     instruction: str | None = None
@@ -40,24 +47,35 @@ class RerankFields(BaseModel):
     ratio: int | None = None
     cascade: Sequence[tuple[int, int | None]] | None = None
     max_ms: float | None = None
+    on_missing: OnMissing = "error"
     _reranker: Reranker = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
-        """Open the table if an address was given."""
-        given = self.reranker
-        self._reranker = Reranker.open(given) if isinstance(given, str) else given
+        """Open the table if an address was given, and refuse options that it cannot satisfy."""
+        self._reranker = Reranker.of(self.reranker)
+        self._reranker.stages(ratio=self.ratio, cascade=self.cascade, max_ms=self.max_ms)
 
     def _rank(
         self, query: str, ids: Sequence[str], items: Sequence[Item]
-    ) -> list[tuple[Item, float]]:
-        """Return the best items with P(yes), best first; items with the same id have one score."""
-        results = self._reranker.rerank(
-            query,
-            ids,
-            instruction=self.instruction,
-            system_instruction=self.system_instruction,
-            ratio=self.ratio,
-            cascade=self.cascade,
-            max_ms=self.max_ms,
-        )
-        return [(items[place], r.score) for place, r in at_places(results, ids)][: self.top_n]
+    ) -> list[tuple[Item, float, int | None]]:
+        """Return the best items with score and ratio, best first; equal ids have one score.
+
+        The score is P(yes), and never above that of the item before; see `falling_scores`.
+        """
+        try:
+            results = self._reranker.rerank(
+                query,
+                ids,
+                instruction=self.instruction,
+                system_instruction=self.system_instruction,
+                ratio=self.ratio,
+                cascade=self.cascade,
+                max_ms=self.max_ms,
+                on_missing=self.on_missing,
+            )
+        except MissingIdsError as error:
+            remedy = f"name the metadata key that holds them as id_key (now {self.id_key!r}), or "
+            raise MissingIdsError(error.ids, error.uri, remedy + error.remedy) from None
+        ranked = at_places(results, ids)[: self.top_n]
+        scores = falling_scores([result for _, result in ranked])
+        return [(items[p], s, r.ratio) for (p, r), s in zip(ranked, scores, strict=True)]

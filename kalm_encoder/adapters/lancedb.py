@@ -8,16 +8,21 @@ column of a search result to its reranker, so states in the searched table would
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+from lancedb.query import BooleanQuery, BoostQuery, FullTextQuery, Occur
 from lancedb.rerankers import Reranker as LanceDBReranker
 
-from kalm_encoder.errors import InputError
+from kalm_encoder.errors import InputError, MissingIdsError
+from kalm_encoder.rerank.cascade import Stage
 from kalm_encoder.rerank.reranker import Reranker
-from kalm_encoder.rerank.results import at_places
+from kalm_encoder.rerank.results import OnMissing, at_places, falling_scores
 
 SCORE = "_relevance_score"
+RATIO = "_relevance_ratio"
 
 
 class KaLMReranker(LanceDBReranker):
@@ -27,28 +32,51 @@ class KaLMReranker(LanceDBReranker):
         reranker: An open Reranker, or the address of a passage table.
         id_column: Column of the searched table that holds the ids of the passage table.
         return_score: "relevance", or "all" to keep `_distance` and `_score` too.
-        options: Options of `Reranker.rerank`: instruction, system_instruction, ratio, cascade,
-            max_ms.
+        instruction: Option of `Reranker.rerank`, like those below.
+        system_instruction: What the model is told before the task.
+        ratio: Ratio of the states to score.
+        cascade: Stages instead of one ratio.
+        max_ms: Time budget in milliseconds.
+        on_missing: What becomes of results whose id the passage table does not hold: "error",
+            "drop" or "last".
+
+    Raises:
+        InputError: If an option is impossible.
     """
 
     def __init__(
         self,
-        reranker: Reranker | str,
+        reranker: Reranker | str | os.PathLike[str],
         *,
         id_column: str = "id",
         return_score: str = "relevance",
-        **options: Any,
+        instruction: str | None = None,
+        system_instruction: str | None = None,
+        ratio: int | None = None,
+        cascade: Sequence[Stage] | None = None,
+        max_ms: float | None = None,
+        on_missing: OnMissing = "error",
     ) -> None:
         super().__init__(return_score)
-        self._reranker = Reranker.open(reranker) if isinstance(reranker, str) else reranker
+        self._reranker = Reranker.of(reranker)
         self._id_column = id_column
-        self._options = options
+        staging: dict[str, Any] = {
+            "ratio": ratio,
+            "cascade": cascade,
+            "max_ms": max_ms,
+            "on_missing": on_missing,
+        }
+        self._is_staged = len(self._reranker.stages(**staging)) > 1
+        self._options = staging | {
+            "instruction": instruction,
+            "system_instruction": system_instruction,
+        }
 
     def __str__(self) -> str:
         return f"KaLMReranker({self._reranker.table.uri})"
 
     def rerank_hybrid(
-        self, query: str, vector_results: pa.Table, fts_results: pa.Table
+        self, query: str | FullTextQuery, vector_results: pa.Table, fts_results: pa.Table
     ) -> pa.Table:
         """Merge both sets of results and rank them."""
         merge = self._merge_and_keep_scores if self.score == "all" else self.merge_results
@@ -58,15 +86,18 @@ class KaLMReranker(LanceDBReranker):
         """Rank the results of a vector search."""
         return self._rank(query, vector_results)
 
-    def rerank_fts(self, query: str, fts_results: pa.Table) -> pa.Table:
+    def rerank_fts(self, query: str | FullTextQuery, fts_results: pa.Table) -> pa.Table:
         """Rank the results of a full-text search."""
         return self._rank(query, fts_results)
 
-    def _rank(self, query: str, rows: pa.Table) -> pa.Table:
-        """Return the rows best first, with a float32 column `_relevance_score`.
+    def _rank(self, query: str | FullTextQuery | None, rows: pa.Table) -> pa.Table:
+        """Return the rows best first, with a float32 column `_relevance_score` that never rises.
+
+        With a cascade or a time budget, an int32 column `_relevance_ratio` says what each row was
+        scored from; see `falling_scores`.
 
         Raises:
-            InputError: If the results have no id column.
+            InputError: If the results have no id column, or the query has no text.
             MissingIdsError: If the passage table does not hold some ids; it names them.
         """
         if self._id_column not in rows.column_names:
@@ -74,9 +105,37 @@ class KaLMReranker(LanceDBReranker):
                 f"the search results have no column {self._id_column!r}: select it, or name "
                 f"another as id_column (they have {', '.join(rows.column_names)})"
             )
-        ids = [str(i) for i in rows[self._id_column].to_pylist()]
-        results = self._reranker.rerank(query, ids, **self._options)
+        ids = rows[self._id_column].to_pylist()
+        try:
+            results = self._reranker.rerank(query_text(query), ids, **self._options)
+        except MissingIdsError as error:
+            remedy = f"name the column that holds them as id_column (now {self._id_column!r}), or "
+            raise MissingIdsError(error.ids, error.uri, remedy + error.remedy) from None
         ranked = at_places(results, ids)
-        order = pa.array([place for place, _ in ranked], pa.int64())
-        scores = pa.array([result.score for _, result in ranked], pa.float32())
-        return self._keep_relevance_score(rows.take(order).append_column(SCORE, scores))
+        found = [result for _, result in ranked]
+        rows = rows.take(pa.array([place for place, _ in ranked], pa.int64()))
+        rows = rows.append_column(SCORE, pa.array(falling_scores(found), pa.float32()))
+        if self._is_staged:
+            rows = rows.append_column(RATIO, pa.array([r.ratio for r in found], pa.int32()))
+        return self._keep_relevance_score(rows)
+
+
+def query_text(query: str | FullTextQuery | None) -> str:
+    """Return the text that a query looks for: what it must not or should rather not find is left.
+
+    Raises:
+        InputError: There is no text.
+    """
+    match query:
+        case BoostQuery():
+            return query_text(query.positive)
+        case BooleanQuery():
+            parts = [query_text(part) for occur, part in query.queries if occur != Occur.MUST_NOT]
+            return " ".join(dict.fromkeys(parts))
+        case FullTextQuery():
+            return str(query.query)  # type: ignore[attr-defined]  # of a match, in any columns
+        case str():
+            return query
+    raise InputError(
+        f"the query {query!r} has no text to rank by: give it as rerank(reranker, query_string=…)"
+    )

@@ -16,6 +16,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 
 from kalm_encoder.adapters.framework_fields import RerankFields
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.ids import as_id
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import Callbacks
@@ -33,17 +34,19 @@ class KaLMCompressor(RerankFields, BaseDocumentCompressor):
     ) -> list[Document]:
         """Return copies of the best documents, best first, with metadata `relevance_score`.
 
+        With a cascade or a time budget, `relevance_ratio` says what each was scored from.
+
         Raises:
             InputError: If a document has no id.
             MissingIdsError: If the table does not hold some ids; it names them.
         """
         ids = [self._passage_id(*numbered) for numbered in enumerate(documents)]
-        return [
-            document.model_copy(
-                update={"metadata": {**document.metadata, "relevance_score": score}}
-            )
-            for document, score in self._rank(query, ids, documents)
-        ]
+        staged = self.cascade is not None or self.max_ms is not None
+        best = []
+        for document, score, ratio in self._rank(query, ids, documents):
+            found = {"relevance_score": score} | ({"relevance_ratio": ratio} if staged else {})
+            best.append(document.model_copy(update={"metadata": document.metadata | found}))
+        return best
 
     def _passage_id(self, position: int, document: Document) -> str:
         given = document.metadata.get(self.id_key)
@@ -53,4 +56,4 @@ class KaLMCompressor(RerankFields, BaseDocumentCompressor):
                 f"document {position} ({document.page_content[:40]!r}) has no metadata "
                 f"{self.id_key!r} and no id: name the key that holds it as id_key"
             )
-        return str(found)
+        return as_id(found)

@@ -14,6 +14,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from kalm_encoder.adapters.framework_fields import RerankFields
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.ids import as_id
 
 
 class KaLMNodePostprocessor(RerankFields, BaseNodePostprocessor):
@@ -46,11 +47,11 @@ class KaLMNodePostprocessor(RerankFields, BaseNodePostprocessor):
         if query_bundle is None:
             raise InputError("no query to rank by: give query_bundle or query_str")
         ranked = self._rank(query_bundle.query_str, [self._passage_id(n) for n in nodes], nodes)
-        return [self._scored(node, score) for node, score in ranked]
+        return [self._scored(node, score) for node, score, _ in ranked]
 
     def _passage_id(self, node: NodeWithScore) -> str:
         given = node.node.metadata.get(self.id_key)
-        return node.node.node_id if given is None else str(given)
+        return as_id(node.node.node_id if given is None else given)
 
     def _scored(self, node: NodeWithScore, score: float) -> NodeWithScore:
         inner = node.node

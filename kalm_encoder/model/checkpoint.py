@@ -10,6 +10,7 @@ changes torch's default dtype for all threads of a service.
 """
 
 import hashlib
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from kalm_encoder.errors import CheckpointError, InputError, first_line
+from kalm_encoder.process import check_process
 from kalm_encoder.version import __version__
 
 TOKENIZER_FILES = (
@@ -120,6 +122,7 @@ class Checkpoint:
         Raises:
             CheckpointError: If weights are missing, damaged or of other shapes than the config's.
         """
+        check_process()
         place = choose_device(device)
         chosen = choose_dtype(dtype, place)
         config = self.config.decoder if half == "decoder" else self.config.encoder.text_config
@@ -162,8 +165,11 @@ class Checkpoint:
         raise CheckpointError(f"no .safetensors file in {self.name}; no other format is loaded")
 
 
+ModelName = str | os.PathLike[str] | Checkpoint
+
+
 def resolve(
-    model_name_or_path: str | Checkpoint, revision: str | None = None, *, weights: bool = True
+    model_name_or_path: ModelName, revision: str | None = None, *, weights: bool = True
 ) -> Checkpoint:
     """Find a checkpoint: a local directory, `kalm-demo`, or a hub id that is downloaded once.
 
@@ -180,6 +186,7 @@ def resolve(
     """
     if isinstance(model_name_or_path, Checkpoint):
         return model_name_or_path
+    model_name_or_path = os.fspath(model_name_or_path)
     path = Path(model_name_or_path)
     if path.is_dir():
         if revision is not None:

@@ -20,6 +20,7 @@ from kalm_encoder.model.checkpoint import Checkpoint, Device, Dtype, answer_toke
 from kalm_encoder.model.compiled_forward import CompiledForward
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 from kalm_encoder.model.pairs import HotPassages, Pair, Prompt, memory_of
+from kalm_encoder.process import check_process
 from kalm_encoder.prompts import (
     DEFAULT_INSTRUCTION,
     DEFAULT_SYSTEM_INSTRUCTION,
@@ -97,6 +98,7 @@ class QueryDecoder:
 
         As in the reference, the raw query is tokenised, cut, decoded and only then inserted.
         """
+        check_process()
         task = DEFAULT_INSTRUCTION if instruction is None else instruction
         system = DEFAULT_SYSTEM_INSTRUCTION if system_instruction is None else system_instruction
         ids = self._tokens(query)[:QUERY_MAX_TOKENS]

@@ -17,10 +17,11 @@ import torch
 from kalm_encoder.errors import CheckpointError, InputError
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model.batching import Packed, make_packed_batches, send
-from kalm_encoder.model.checkpoint import Checkpoint, Device, Dtype, resolve
+from kalm_encoder.model.checkpoint import Device, Dtype, ModelName, resolve
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens, mark
 from kalm_encoder.model.pooling import pool_packed
+from kalm_encoder.process import check_process
 from kalm_encoder.prompts import render_passage
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class PassageEncoder:
 
     def __init__(
         self,
-        model_name_or_path: str | Checkpoint,
+        model_name_or_path: ModelName,
         *,
         revision: str | None = None,
         device: Device = None,
@@ -86,6 +87,9 @@ class PassageEncoder:
             CPU_TOKEN_BUDGET if self.device.type == "cpu" else self._fitting_budget()
         )
 
+    def __reduce__(self) -> str:
+        raise InputError("a PassageEncoder cannot be pickled: make one in the other process")
+
     def tokenise(self, texts: Sequence[str]) -> list[PassageTokens]:
         """Render and tokenise passages, and cut each to max_length.
 
@@ -95,6 +99,7 @@ class PassageEncoder:
         Raises:
             CheckpointError: If the tokenizer makes tokens that the model does not have.
         """
+        check_process()
         encoded = passage_ids(self.tokenizer, texts)
         vocabulary = self.model.config.vocab_size
         top = max((max(ids) for ids in encoded), default=0)

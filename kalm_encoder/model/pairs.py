@@ -110,6 +110,10 @@ class HotPassages:
         self.hits = 0
         self.misses = 0
 
+    def __reduce__(self) -> tuple[type[HotPassages], tuple[int]]:
+        """Pickle the limit alone: the copy holds nothing yet."""
+        return HotPassages, (int(self._entries.maxsize),)
+
     @property
     def nbytes(self) -> int:
         """Number of bytes held now."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from cachetools import LRUCache
 
@@ -37,6 +38,22 @@ class CandidateReader:
         self._decoder = decoder
         self._contents: LRUCache[str, int | None] = LRUCache(REMEMBERED_IDS)
         self._lock = threading.Lock()
+        self._reader = ThreadPoolExecutor(4, thread_name_prefix="kalm-read")
+
+    def read_ahead(
+        self,
+        prompt: Prompt,
+        chunks: Sequence[Sequence[str]],
+        ratio: int,
+        given: Mapping[str, PassageStates],
+    ) -> Iterator[tuple[Sequence[str], dict[str, Candidate]]]:
+        """Yield each chunk of ids and its candidates; the next is read while the caller works."""
+        reads = (self._reader.submit(self.read, prompt, ids, ratio, given) for ids in chunks)
+        ahead = next(reads, None)
+        for ids in chunks:
+            found = ahead.result() if ahead is not None else {}
+            ahead = next(reads, None)
+            yield ids, found
 
     def read(
         self, prompt: Prompt, ids: Sequence[str], ratio: int, given: Mapping[str, PassageStates]

@@ -6,24 +6,24 @@ Table and decoder meet only in this package; neither knows of the other.
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any, get_args
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.model.checkpoint import Device, Dtype
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.pairs import Pair, Prompt
+from kalm_encoder.process import check_process
 from kalm_encoder.rerank.candidates import CandidateReader
 from kalm_encoder.rerank.cascade import Stage, choose_stages
 from kalm_encoder.rerank.match import check_match
 from kalm_encoder.rerank.results import OnMissing, RerankResult
 from kalm_encoder.table.ids import Id, as_id, as_ids
 from kalm_encoder.table.reader import PassageTable
-
-T = TypeVar("T")
 
 CHUNK_CANDIDATES = 128
 """Number of candidates that are read together while the decoder scores those before them."""
@@ -61,15 +61,15 @@ class Reranker:
         self.table = table
         self.decoder = decoder
         self._score_pairs = score_pairs
-        self._reader = ThreadPoolExecutor(4, thread_name_prefix="kalm-read")
         self._candidates = CandidateReader(table, decoder)
+        self._reopen: Callable[[], Reranker] | None = None
 
     @classmethod
     def open(
         cls,
-        uri: str,
+        uri: str | os.PathLike[str],
         *,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         version: int | str | None = None,
         max_length: int | None = None,
@@ -99,15 +99,31 @@ class Reranker:
             CheckpointError: If the model cannot be loaded.
             MismatchError: If table and model do not belong together; it names the field.
         """
-        table = PassageTable.open(
-            uri, version=version, storage_options=storage_options, index_bytes=index_bytes
-        )
+        stored: dict[str, Any] = {"storage_options": storage_options, "index_bytes": index_bytes}
+        table = PassageTable.open(uri, version=version, **stored)
         if model is None:
             model, revision = table.spec.model, revision or table.spec.revision
-        decoder = QueryDecoder(
-            model, revision=revision, device=device, dtype=dtype, hot_bytes=hot_bytes
-        )
-        return cls(table, decoder, max_length=max_length)
+        where = {"revision": revision, "device": device, "dtype": dtype}
+        loaded: dict[str, Any] = where | {"hot_bytes": hot_bytes}
+        decoder = QueryDecoder(os.fspath(model), **loaded)
+        reranker = cls(table, decoder, max_length=max_length)
+        more: dict[str, Any] = {"model": model, "version": table.version, "max_length": max_length}
+        reranker._reopen = partial(cls.open, table.uri, **more, **stored, **loaded)
+        return reranker
+
+    def __reduce__(self) -> tuple[Callable[[], Reranker], tuple[()]]:
+        """Pickle the address alone: the copy opens the same version and loads the model again."""
+        if self._reopen is None:
+            raise InputError(
+                "only a Reranker made by Reranker.open can be pickled: this one was made of an "
+                "open table and a decoder"
+            )
+        return self._reopen, ()
+
+    @classmethod
+    def of(cls, given: Reranker | str | os.PathLike[str]) -> Reranker:
+        """Return an open reranker as it is, and open one for the address of a table."""
+        return given if isinstance(given, Reranker) else cls.open(given)
 
     def rerank(
         self,
@@ -153,6 +169,7 @@ class Reranker:
             InputError: If an id is no id, or if ratio, top_k, cascade, max_ms or on_missing is
                 impossible.
         """
+        check_process()
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k {top_k} must be at least 1")
         stages = self.stages(ratio=ratio, cascade=cascade, max_ms=max_ms, on_missing=on_missing)
@@ -208,13 +225,11 @@ class Reranker:
         """Score candidates until the deadline and return those that were scored."""
         size = CHUNK_CANDIDATES if deadline is None else TIMED_CHUNK_CANDIDATES
         chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
-        read = self._candidates.read
-        reads = (self._reader.submit(read, prompt, chunk, ratio, given) for chunk in chunks)
         score_pairs = self._score_pairs or self.decoder.score_pairs
         scores: dict[Hashable, tuple[float, float]] = {}
         results: list[RerankResult] = []
         took, began = 0.0, time.monotonic()
-        for chunk, found in zip(chunks, _read_ahead(reads), strict=True):
+        for chunk, found in self._candidates.read_ahead(prompt, chunks, ratio, given):
             if on_missing == "error" and len(found) < len(chunk):
                 raise self._candidates.missing(ids, given)
             if deadline is not None and time.monotonic() + took > deadline:
@@ -227,12 +242,3 @@ class Reranker:
             results += [RerankResult(i, *scores[same], ratio) for i, (same, _) in found.items()]
             took, began = time.monotonic() - began, time.monotonic()
         return results
-
-
-def _read_ahead(reads: Iterator[Future[T]]) -> Iterator[T]:
-    """Yield what was read; the next read begins before, so it runs while the caller works."""
-    ahead = next(reads, None)
-    while ahead is not None:
-        found = ahead.result()
-        ahead = next(reads, None)
-        yield found

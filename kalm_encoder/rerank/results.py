@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import Literal
 
@@ -45,3 +45,14 @@ def at_places(results: Sequence[RerankResult], ids: Sequence[Id]) -> list[tuple[
     for _, tied in groupby(results, key=lambda r: (r.ratio, r.score, r.margin)):
         ranked += sorted(((place, r) for r in tied for place in places[r.id]), key=itemgetter(0))
     return ranked
+
+
+def falling_scores(results: Sequence[RerankResult]) -> list[float]:
+    """Return the scores for a framework that sorts by them: none is above the one before it.
+
+    P(yes) at different ratios does not compare. A candidate that only a coarser stage scored gets
+    at most the lowest score of the finer one. Without stages these are the scores themselves.
+
+    Example: .8 and .3 at ratio 4, then .5 and .1 at ratio 32, become .8, .3, .3 and .1.
+    """
+    return list(accumulate((result.score for result in results), min))

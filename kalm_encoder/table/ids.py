@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +24,8 @@ def as_id(value: object) -> str:
     kind = type(value).__name__
     if isinstance(value, Integral) and kind != "bool":
         return str(int(value))
+    if isinstance(value, UUID):
+        return str(value)
     if not isinstance(value, str):
         raise InputError(f"{value!r} ({kind}) is not an id: give a string or an integer")
     if not value.isascii():

@@ -15,6 +15,7 @@ from lance.dataset import Tags
 from lance.file import LanceFileSession
 
 from kalm_encoder.errors import InputError, TableError, first_line
+from kalm_encoder.process import check_process
 
 LOCAL_SCHEMES = ("file", "file-object-store")
 
@@ -105,6 +106,7 @@ class Location:
         return LanceFileSession(self.uri, storage_options=self.options)
 
     def _open(self, uri: str, metadata_cache_bytes: int | None = None) -> lance.LanceDataset:
+        check_process()
         try:
             return lance.dataset(
                 uri,

@@ -7,6 +7,7 @@ torch.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from lance.query import MatchQuery
 
 from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.process import check_process
 from kalm_encoder.table.ids import Id, as_ids, ids_in
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.row_index import ADDRESS, RowIndex
@@ -34,20 +36,19 @@ class PassageTable:
     Attributes:
         uri: Address of the table.
         spec: What the table records about the model and the settings that made it.
-        dataset: The Lance dataset of this version.
         index: Index of the rows in memory, or None if it was not wanted or is too large.
     """
 
     def __init__(self, uri: str, dataset: lance.LanceDataset) -> None:
         self.uri = uri
-        self.dataset = dataset
+        self._dataset = dataset
         self.index: RowIndex | None = None
         self.spec = TableSpec.from_metadata(dataset.schema.metadata, uri)
 
     @classmethod
     def open(
         cls,
-        uri: str,
+        uri: str | os.PathLike[str],
         *,
         version: int | str | None = None,
         storage_options: dict[str, str] | None = None,
@@ -66,7 +67,8 @@ class PassageTable:
             TableError: If there is no such table or version, or no job has completed it.
             CorruptRowError: If the index cannot be read.
         """
-        dataset = Location(uri, storage_options).dataset()
+        location = Location(os.fspath(uri), storage_options)
+        uri, dataset = location.uri, location.dataset()
         try:
             if version is None and LIVE_TAG not in dataset.tags.list():
                 raise TableError(
@@ -80,6 +82,12 @@ class PassageTable:
         if index_bytes:
             table.load_index(index_bytes)
         return table
+
+    @property
+    def dataset(self) -> lance.LanceDataset:
+        """The Lance dataset of this version."""
+        check_process()
+        return self._dataset
 
     def load_index(self, max_bytes: int) -> None:
         """Index the rows in memory, so that `take` reads nothing but states; see row_index.py.

@@ -4,7 +4,13 @@ import inspect
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder.evaluation import (
+    CrossEncoderClassificationEvaluator,
+    CrossEncoderCorrelationEvaluator,
+    CrossEncoderRerankingEvaluator,
+)
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from kalm_encoder import PassageEncoder, Reranker
@@ -107,7 +113,8 @@ def test_rank_returns_what_the_real_one_does(reranker, real, options):
 
 
 def test_every_parameter_is_one_of_the_real_ones():
-    dropped = {"convert_to_numpy", "convert_to_tensor"}  # of rank; still taken by its decorator
+    # No longer in the signatures, but their decorator still takes them.
+    dropped = {"convert_to_numpy", "convert_to_tensor", "num_workers", "apply_softmax"}
     for method in ("rank", "predict"):
         real = list(inspect.signature(getattr(CrossEncoder, method)).parameters)
         ours = inspect.signature(getattr(KaLMCrossEncoder, method)).parameters
@@ -132,3 +139,79 @@ def test_what_the_table_cannot_do_is_said(reranker):
         KaLMCrossEncoder(reranker, ratio=3)
     with pytest.raises(MissingIdsError, match="'nowhere'"):
         KaLMCrossEncoder(reranker).rank(QUERY, ["p1", "nowhere"])
+
+
+def test_the_evaluators_of_sentence_transformers_run(reranker, encoder):
+    pairs = [[QUERY, f"p{n}"] for n in range(8)]
+    samples = [{"query": QUERY, "positive": ["p3"], "negative": ["p1", "p2", "p41"]}]
+    for model in (KaLMCrossEncoder(reranker), KaLMCrossEncoder(reranker, encoder=encoder)):
+        found = CrossEncoderRerankingEvaluator(samples, write_csv=False)(model)
+        assert 0 < found["mrr@10"] <= 1
+        CrossEncoderClassificationEvaluator(pairs, [0, 1] * 4, write_csv=False)(model)
+        CrossEncoderCorrelationEvaluator(pairs, [n / 8 for n in range(8)], write_csv=False)(model)
+
+
+NOTHING = [
+    {"activation_fn": None}, {"activation_fn": torch.nn.Sigmoid()}, {"apply_softmax": False},
+    {"apply_softmax": None}, {"num_workers": 0}, {"prompt_name": None}, {"prompt": None},
+    {"batch_size": 64}, {"device": None}, {"device": "cpu"}, {"device": torch.device("cpu")},
+    {"pool": None}, {"chunk_size": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", NOTHING)
+def test_what_changes_nothing_is_accepted(reranker, options):
+    ours = KaLMCrossEncoder(reranker)
+    pairs = [(QUERY, i) for i in IDS]
+    np.testing.assert_array_equal(ours.predict(pairs, **options), ours.predict(pairs))
+    assert ours.rank(QUERY, IDS, **options) == ours.rank(QUERY, IDS)
+
+
+def test_a_batch_size_by_place_is_accepted_as_in_older_versions(reranker):
+    ours = KaLMCrossEncoder(reranker)
+    pairs = [(QUERY, i) for i in IDS]
+    np.testing.assert_array_equal(ours.predict(pairs, 32), ours.predict(pairs))
+    assert ours.rank(QUERY, IDS, 2, False, 32) == ours.rank(QUERY, IDS, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"activation_fn": torch.nn.Identity()}, "margins of Reranker.rerank"),
+        ({"apply_softmax": True}, "leave it out"),
+        ({"prompt_name": "web"}, "instruction to KaLMCrossEncoder"),
+        ({"prompt": "Find it."}, "instruction to KaLMCrossEncoder"),
+        ({"device": "cuda:7"}, "the decoder is on cpu; Reranker.open takes a device"),
+        ({"device": ["cpu", "cpu"]}, "Reranker.open takes a device"),
+        ({"pool": {}}, "leave it out"),
+    ],
+)
+def test_what_would_change_scores_is_refused_with_a_remedy(reranker, options, remedy):
+    ours = KaLMCrossEncoder(reranker)
+    (name,) = options
+    with pytest.raises(InputError, match=f"^{name}=.* cannot be used here: .*{remedy}"):
+        ours.predict([(QUERY, "p1")], **options)
+    with pytest.raises(InputError, match=remedy):
+        ours.rank(QUERY, IDS, **options)
+    with pytest.raises(TypeError):
+        ours.predict([(QUERY, "p1")], processing_kwargs={"text": {"max_length": 8}})
+
+
+def test_unknown_ids_can_be_dropped_or_ranked_last(reranker):
+    ids = ["p1", "nowhere", "p2"]
+    dropped = KaLMCrossEncoder(reranker, on_missing="drop")
+    assert {row["corpus_id"] for row in dropped.rank(QUERY, ids)} == {0, 2}
+    last = KaLMCrossEncoder(reranker, on_missing="last")
+    ranked = last.rank(QUERY, ids)
+    assert (ranked[-1]["corpus_id"], ranked[-1]["score"]) == (1, 0.0)
+    with pytest.raises(InputError, match="drops none: use on_missing=last"):
+        dropped.predict([(QUERY, i) for i in ids])
+    scores = last.predict([(QUERY, i) for i in ids])  # the remedy
+    assert scores[1] == 0 < min(scores[0], scores[2])
+    with pytest.raises(InputError, match="on_missing 'skip'"):
+        KaLMCrossEncoder(reranker, on_missing="skip")
+
+
+def test_a_path_is_an_address(small_table):
+    assert KaLMCrossEncoder(small_table).rank(QUERY, IDS)
+    assert Reranker.open(small_table).rerank(QUERY, IDS)

@@ -99,3 +99,43 @@ def test_what_is_wrong_is_named(reranker, documents):
     for wrong in ({"top_n": 0}, {"topn": 3}):
         with pytest.raises(ValidationError):
             KaLMCompressor(reranker=reranker, **wrong)
+
+
+def test_unknown_documents_can_be_dropped_or_ranked_last(reranker, documents):
+    unknown = Document(page_content="new", id="new")
+    given = [documents[0], unknown, *documents[1:]]
+    with pytest.raises(MissingIdsError, match=r"as id_key \(now 'id'\), or .*on_missing='drop'"):
+        KaLMCompressor(reranker=reranker).compress_documents(given, QUERY)
+    dropped = KaLMCompressor(reranker=reranker, on_missing="drop")
+    assert dropped.compress_documents(given, QUERY) == KaLMCompressor(
+        reranker=reranker
+    ).compress_documents(documents, QUERY)
+    last = KaLMCompressor(reranker=reranker, on_missing="last").compress_documents(given, QUERY)
+    assert (last[-1].id, last[-1].metadata["relevance_score"]) == ("new", 0.0)
+    keyed = [Document(page_content="", id="uuid", metadata={"pid": "p1"})]  # the other remedy
+    assert KaLMCompressor(reranker=reranker, id_key="pid").compress_documents(keyed, QUERY)
+
+
+def test_a_cascade_shows_the_ratio_and_the_relevance_never_rises(reranker, documents):
+    staged = KaLMCompressor(reranker=reranker, cascade=[(8, 2), (2, None)])
+    found = [d.metadata for d in staged.compress_documents(documents, QUERY)]
+    assert [m["relevance_ratio"] for m in found] == [2, 2, 8, 8, 8]
+    scores = [m["relevance_score"] for m in found]
+    assert scores == sorted(scores, reverse=True)
+    plain = KaLMCompressor(reranker=reranker).compress_documents(documents, QUERY)
+    assert "relevance_ratio" not in plain[0].metadata
+
+
+def test_paths_and_integer_ids_are_taken(small_table):
+    documents = [Document(page_content="", metadata={"id": "p1"})]
+    assert KaLMCompressor(reranker=small_table).compress_documents(documents, QUERY)
+    with pytest.raises(InputError, match="is not an id"):
+        KaLMCompressor(reranker=small_table).compress_documents(
+            [Document(page_content="", metadata={"id": 1.5})], QUERY
+        )
+    with pytest.raises(MissingIdsError, match="'1'"):  # the id is an integer that is not stored
+        KaLMCompressor(reranker=small_table).compress_documents(
+            [Document(page_content="", metadata={"id": 1})], QUERY
+        )
+    with pytest.raises(InputError, match="ratio 3 is not a multiple"):
+        KaLMCompressor(reranker=small_table, ratio=3)

@@ -98,3 +98,33 @@ def test_what_is_wrong_is_named(reranker, nodes):
     for wrong in ({"top_n": 0}, {"topn": 3}):
         with pytest.raises(ValidationError):
             KaLMNodePostprocessor(reranker=reranker, **wrong)
+
+
+def test_an_id_that_is_not_stored_is_named_with_the_key_to_set(reranker):
+    """The ids of nodes are random, unless a splitter is told otherwise."""
+    nodes = [NodeWithScore(node=TextNode(text="chunk", metadata={"doc": "p1"}))]
+    with pytest.raises(MissingIdsError, match=r"as id_key \(now 'id'\), or .*on_missing='drop'"):
+        KaLMNodePostprocessor(reranker=reranker).postprocess_nodes(nodes, query_str=QUERY)
+    keyed = KaLMNodePostprocessor(reranker=reranker, id_key="doc")  # the remedy
+    assert len(keyed.postprocess_nodes(nodes, query_str=QUERY)) == 1
+
+
+def test_unknown_nodes_can_be_dropped_or_ranked_last(reranker, nodes):
+    given = [NodeWithScore(node=TextNode(text="new", id_="new"), score=9.0), *nodes]
+    plain = KaLMNodePostprocessor(reranker=reranker).postprocess_nodes(nodes, query_str=QUERY)
+    dropped = KaLMNodePostprocessor(reranker=reranker, on_missing="drop")
+    assert dropped.postprocess_nodes(given, query_str=QUERY) == plain
+    last = KaLMNodePostprocessor(reranker=reranker, on_missing="last")
+    *first, unknown = last.postprocess_nodes(given, query_str=QUERY)
+    assert first == plain and (unknown.node.node_id, unknown.score) == ("new", 0.0)
+
+
+def test_scores_never_rise_with_a_cascade_and_a_path_is_an_address(small_table, nodes):
+    staged = KaLMNodePostprocessor(reranker=small_table, cascade=[(8, 2), (2, None)])
+    scores = [n.score for n in staged.postprocess_nodes(nodes, query_str=QUERY)]
+    assert scores == sorted(scores, reverse=True)
+    again = KaLMNodePostprocessor.from_dict(staged.to_dict())
+    assert [n.score for n in again.postprocess_nodes(nodes, query_str=QUERY)] == scores
+    for wrong in ({"ratio": 3}, {"max_ms": -1.0}):
+        with pytest.raises(InputError):
+            KaLMNodePostprocessor(reranker=small_table, **wrong)

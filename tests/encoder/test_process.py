@@ -1,0 +1,134 @@
+"""What was opened before a fork, or is sent to another process, works or says why not."""
+
+import copy
+import multiprocessing
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
+from kalm_encoder.adapters.cross_encoder import KaLMCrossEncoder
+from kalm_encoder.adapters.lancedb import KaLMReranker
+from kalm_encoder.adapters.langchain import KaLMCompressor
+from kalm_encoder.adapters.llama_index import KaLMNodePostprocessor
+from kalm_encoder.errors import InputError, MissingIdsError
+
+IDS = ["p1", "p2", "p3"]
+FORKING = """
+import multiprocessing
+import sys
+import warnings
+
+from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
+from kalm_encoder.errors import KalmError
+
+warnings.filterwarnings("ignore")
+uri, model = sys.argv[1:]
+
+
+def child(uses):
+    for name, use in uses.items():
+        try:
+            use()
+            print(name, "works", flush=True)
+        except KalmError as error:
+            print(name, error, flush=True)
+
+
+def in_fork(**uses):
+    worker = multiprocessing.get_context("fork").Process(target=child, args=(uses,))
+    worker.start()
+    worker.join()
+    print("exit", worker.exitcode, flush=True)
+
+
+in_fork(first=lambda: Reranker.open(uri).rerank("q", ["p1"]))
+reranker, table = Reranker.open(uri), PassageTable.open(uri)
+decoder, encoder = QueryDecoder(model), PassageEncoder(model)
+prompt = decoder.prompt("q")
+in_fork(
+    reranker=lambda: reranker.rerank("q", ["p1"]),
+    prompted=lambda: reranker.rerank(prompt, ["p1"]),
+    table=lambda: table.take(["p1"]),
+    size=lambda: len(table),
+    search=lambda: table.search("token", 1),
+    decoder=lambda: decoder.score("q", []),
+    encoder=lambda: encoder.encode(["text"]),
+    reopened=lambda: Reranker.open(uri),
+    reopened_table=lambda: PassageTable.open(uri),
+    reloaded=lambda: PassageEncoder(model),
+)
+"""
+
+
+def test_what_was_opened_before_a_fork_says_so_and_what_the_worker_opens_works(
+    small_table, model_dir, tmp_path
+):
+    script = tmp_path / "forking.py"
+    script.write_text(FORKING)
+    command = [sys.executable, script, small_table, model_dir]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["first works", "exit 0"], done.stderr
+    assert lines[-1] == "exit 0" and len(lines) == 13, done.stdout + done.stderr
+    for line in lines[2:-1]:
+        assert "was forked from process" in line and "the method spawn" in line, line
+        assert "or open tables and models in the workers alone" in line
+
+
+def rank(reranker):
+    return reranker.rerank("token state", IDS)
+
+
+def test_spawn_is_a_remedy_and_the_copy_reads_the_same_version(small_table):
+    reranker = Reranker.open(small_table, hot_bytes=1 << 20, index_bytes=1 << 20)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.apply(rank, (reranker,))
+    again = pickle.loads(pickle.dumps(reranker))
+    assert rank(again) == rank(reranker) == there
+    assert again.table.version == reranker.table.version
+    assert again.table.index is not None and again.decoder.hot is not None
+    assert len(pickle.dumps(reranker)) < 2000, "an address, no weights"
+
+
+def test_adapters_are_pickled_with_the_address(small_table):
+    for adapter in (
+        KaLMCrossEncoder(small_table, ratio=8),
+        KaLMReranker(small_table, ratio=8),
+        KaLMCompressor(reranker=small_table, ratio=8),
+        KaLMNodePostprocessor(reranker=small_table, ratio=8),
+    ):
+        again = pickle.loads(pickle.dumps(adapter))
+        assert again._reranker.rerank("q", IDS) == adapter._reranker.rerank("q", IDS)
+
+
+def test_what_cannot_be_pickled_says_what_to_do(small_table, decoder, encoder):
+    made = Reranker(PassageTable.open(small_table), decoder)
+    with pytest.raises(InputError, match=r"only a Reranker made by Reranker\.open"):
+        pickle.dumps(made)
+    pickle.dumps(Reranker.open(small_table))  # the remedy
+    with pytest.raises(InputError, match="PassageEncoder cannot be pickled: make one in the other"):
+        copy.deepcopy(encoder)
+
+
+def test_a_decoder_and_a_table_are_pickled(small_table, model_dir):
+    table = pickle.loads(pickle.dumps(PassageTable.open(small_table, index_bytes=1 << 20)))
+    assert len(table.take(IDS)) == 3
+    hot = QueryDecoder(model_dir, hot_bytes=1 << 20)
+    again = pickle.loads(pickle.dumps(hot))
+    assert again.prompt("q") == hot.prompt("q") and again.hot.nbytes == 0
+
+
+def test_errors_survive_the_way_back_from_a_worker():
+    error = pickle.loads(pickle.dumps(MissingIdsError(["x"], "t.lance", "look elsewhere")))
+    assert (error.ids, error.uri, error.remedy) == (["x"], "t.lance", "look elsewhere")
+    assert "look elsewhere" in str(error)
+
+
+def test_a_path_is_an_address_wherever_one_is_taken(small_table, model_dir):
+    assert len(PassageTable.open(small_table)) == 60
+    assert rank(Reranker.open(small_table, model=model_dir))
+    assert PassageEncoder(model_dir).max_length == 1024
+    assert QueryDecoder(model_dir).dim == 128

@@ -21,6 +21,7 @@ BOM = b"\xef\xbb\xbf"
 LONE_CR = "\ud800"
 """Stands for a carriage return within a line while `csv` reads it, which refuses one outside of
 quotes. No decoded text holds this character."""
+MIXED = "a quote in a cell without quotes, beside a quoted cell"
 csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KB
 
 
@@ -36,12 +37,15 @@ class Cells:
             lines; one that ends in a backslash is refused. "rfc4180": the same, and a backslash is
             an ordinary character.
         header: Whether the names come from the first line of the file.
+        no_cr: Whether a carriage return before the end of a line makes it a reject: it would be
+            part of an id or a title, and the first line ends without one.
     """
 
     columns: tuple[str, ...]
     delimiter: str = "\t"
     quoting: str = "none"
     header: bool = False
+    no_cr: bool = False
 
     @property
     def spans_lines(self) -> bool:
@@ -82,8 +86,9 @@ def quoted_records(
 
     reader = csv.reader(feed(), delimiter=cells.delimiter, strict=True)
     while True:
+        found: list[str] | str
         try:
-            found: list[str] | str = next(reader)
+            found = _restored(next(reader))
         except StopIteration:
             return
         except csv.Error as error:
@@ -95,15 +100,12 @@ def quoted_records(
                 raise InputError(_unclosed(path, line, what)) from error
             found = _malformed(error)
         raw = b"".join(read)
-        if not isinstance(found, str):
-            found = _restored(found, raw)
-            if cells.quoting == "csv" and _may_be_escaped(found, raw):
-                raise InputError(
-                    f"{path} line {line}: a quoted cell ends in a backslash. Give --quoting if "
-                    "backslashes are ordinary characters. If they escape quotes, as Spark writes "
-                    'CSV by default, write the file again with quotes doubled: option("escape", '
-                    "'\"')"
-                )
+        if not isinstance(found, str) and b'"' in raw:
+            found = _checked(found, raw, cells, path, line)
+            if len(read) > 1 and cells.columns and len(found) != len(cells.columns):
+                last = line + len(read) - 1
+                what = f"reaches to line {last}, and the row does not have its columns"
+                raise InputError(_unclosed(path, line, what))
         yield raw, found
         line += len(read)
         size = 0
@@ -118,7 +120,8 @@ def split_line(text: str, cells: Cells) -> list[str] | str:
         (found,) = csv.reader([_shielded(text)], delimiter=cells.delimiter, strict=True)
     except csv.Error as error:
         return _malformed(error)
-    return _restored(found, text)
+    found = _restored(found)
+    return MIXED if _is_mixed(found, text) else found
 
 
 def check_quotes(raw: bytes, cells: Cells, path: str, line: int) -> None:
@@ -127,14 +130,51 @@ def check_quotes(raw: bytes, cells: Cells, path: str, line: int) -> None:
     Raises:
         InputError: If a quoted cell does not end in the line, or has text behind its closing quote.
     """
-    text = _decode(raw)
+    text = raw.decode("utf-8", "surrogateescape")
     found = split_line(text, cells)
     if isinstance(found, str) or _may_be_escaped(found, text):
-        reason = found if isinstance(found, str) else "a quoted cell ends in a backslash"
+        reason = found if isinstance(found, str) else "a backslash may escape a quote"
         raise InputError(
             f"{path} line {line}: {reason}. Give --no-quoting if quotes are ordinary characters in "
             "this file, or --quoting if its cells are quoted as RFC 4180 says and may span lines"
         )
+
+
+def _checked(found: list[str], raw: bytes, cells: Cells, path: str, line: int) -> list[str] | str:
+    """Return the cells of a record that has quotes, or why they cannot be what was meant.
+
+    Raises:
+        InputError: If backslashes may escape quotes, so that rows may end elsewhere.
+    """
+    text = raw.decode("utf-8", "surrogateescape")
+    if cells.quoting == "csv" and _may_be_escaped(found, text):
+        raise InputError(
+            f"{path} line {line}: a backslash stands before the closing quote of a cell, or before "
+            "a quote of a cell without quotes. Give --quoting if backslashes are ordinary "
+            "characters. If they escape quotes, as Spark writes CSV by default, write the file "
+            'again with quotes doubled: option("escape", \'"\')'
+        )
+    return MIXED if _is_mixed(found, text) else found
+
+
+def _is_mixed(found: list[str], text: str) -> bool:
+    """Return whether a line has quoted cells and also a quote in a cell that is not quoted."""
+    bare = sum(cell.count('"') for cell in _bare(found, text))
+    return bare > 0 and bare < text.count('"')
+
+
+def _may_be_escaped(found: list[str], text: str) -> bool:
+    """Return whether a quote may be one that a backslash escapes."""
+    if '\\"' not in text:
+        return False
+    bare = any('\\"' in cell for cell in _bare(found, text))
+    return bare or any(cell.endswith("\\") for cell in found)
+
+
+def _bare(found: list[str], text: str) -> list[str]:
+    """Return the cells of a record that have a quote and are not quoted."""
+    with_quotes = (cell for cell in found if '"' in cell)
+    return [c for c in with_quotes if '"' + c.replace('"', '""') + '"' not in text]
 
 
 def _decode(raw: bytes) -> str:
@@ -149,15 +189,8 @@ def _shielded(text: str) -> str:
     return body.replace("\r", LONE_CR) + text[len(body) :]
 
 
-def _restored(found: list[str], raw: bytes | str) -> list[str]:
-    has_cr = b"\r" in raw if isinstance(raw, bytes) else "\r" in raw or LONE_CR in raw
-    return [cell.replace(LONE_CR, "\r") for cell in found] if has_cr else found
-
-
-def _may_be_escaped(found: list[str], raw: bytes | str) -> bool:
-    """Return whether a closing quote may be one that a backslash escapes."""
-    escaped = b'\\"' in raw if isinstance(raw, bytes) else '\\"' in raw
-    return escaped and any(cell.endswith("\\") for cell in found)
+def _restored(found: list[str]) -> list[str]:
+    return [cell if LONE_CR not in cell else cell.replace(LONE_CR, "\r") for cell in found]
 
 
 def _malformed(error: csv.Error) -> str:

@@ -95,9 +95,19 @@ def _parse_cells(raw: bytes, found: list[str] | str | None, cells: Cells, line: 
         return found
     if len(found) != len(cells.columns):
         return f"{len(found)} columns instead of {len(cells.columns)}"
+    if cells.no_cr and _ends_in_cr(raw, cells):
+        return "a carriage return ends the line, but not the first line: let all lines end alike"
     if cells.header and tuple(found) == cells.columns:
         return "the header once more"
     return dict(zip(cells.columns, found, strict=True))
+
+
+def _ends_in_cr(raw: bytes, cells: Cells) -> bool:
+    """Return whether a carriage return ends a line, and does not stand behind a quoted cell."""
+    body = raw.removesuffix(b"\n")
+    return body.endswith(b"\r") and (
+        cells.quoting == "none" or not body.rstrip(b"\r").endswith(b'"')
+    )
 
 
 def _decoded(raw: bytes) -> str | UnicodeDecodeError:

@@ -89,10 +89,15 @@ def _detect_cells(
     named = {options.id, options.text, options.title}
     if options.columns:
         _check_columns(path, first, options)
-        return options.detect(options.columns, path), replace(without, columns=options.columns), b""
+        fields, cells = (
+            options.detect(options.columns, path),
+            replace(without, columns=options.columns),
+        )
+        return fields, _with_line_ends(cells, fields, raw), b""
     if any(cell in named or cell.casefold() in KNOWN_FIELDS for cell in first):
         cells = replace(with_header, columns=tuple(first), header=True)
-        return options.detect(first, path), cells, raw
+        fields = options.detect(first, path)
+        return fields, _with_line_ends(cells, fields, raw), raw
     if options.id or options.text:
         options.detect(first, path)  # raises and says which names there are
     if delimiter == "\t" and len(first) == 2:
@@ -106,6 +111,16 @@ def _detect_cells(
 
 def _quoting(options: FieldOptions, default: str) -> str:
     return default if options.quoting is None else "rfc4180" if options.quoting else "none"
+
+
+def _with_line_ends(cells: Cells, fields: Fields, first: bytes) -> Cells:
+    """Return the cells with what the end of the first record says of the other lines' ends.
+
+    Before Python 3.11.9, `csv` and pandas wrote a carriage return at the end of a cell without
+    quotes. At the end of a text it is nothing; an id or a title would lose it.
+    """
+    without_cr = first.endswith(b"\n") and not first.endswith(b"\r\n")
+    return replace(cells, no_cr=without_cr and cells.columns[-1] in (fields.id, fields.title))
 
 
 def _first_record(

@@ -79,32 +79,38 @@ def quoted_records(
         nonlocal size
         for raw in lines:
             read.append(raw)
-            size += len(raw)
-            if size > limit:
-                raise InputError(_unclosed(path, line, f"does not end within {size:,} bytes"))
-            yield _decode(raw.removeprefix(BOM) if line == 1 and len(read) == 1 else raw)
+            text = raw.decode("utf-8", "surrogateescape")
+            if len(read) > 1:
+                size += len(raw)
+                if size > limit:
+                    raise InputError(_unclosed(path, line, f"does not end within {limit:,} bytes"))
+            elif line == 1:
+                text = text.removeprefix("\ufeff")
+            yield _shielded(text) if "\r" in text else text
 
     reader = csv.reader(feed(), delimiter=cells.delimiter, strict=True)
     while True:
         found: list[str] | str
         try:
-            found = _restored(next(reader))
+            found = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             if len(read) > 1:
-                last = line + len(read) - 1
-                what = f"ends in line {last} with text behind its closing quote"
+                what = f"ends in line {line + len(read) - 1} with text behind its closing quote"
                 if _is_open(error):
                     what = "is never closed"
                 raise InputError(_unclosed(path, line, what)) from error
             found = _malformed(error)
-        raw = b"".join(read)
-        if not isinstance(found, str) and b'"' in raw:
-            found = _checked(found, raw, cells, path, line)
-            if len(read) > 1 and cells.columns and len(found) != len(cells.columns):
-                last = line + len(read) - 1
-                what = f"reaches to line {last}, and the row does not have its columns"
+        raw = read[0] if len(read) == 1 else b"".join(read)
+        if not isinstance(found, str):
+            if b"\r" in raw:
+                found = [cell.replace(LONE_CR, "\r") for cell in found]
+            num_cells = len(found)
+            if b'"' in raw and (b'\\"' in raw or '"' in "".join(found)):
+                found = _checked(found, raw, cells, path, line)
+            if len(read) > 1 and cells.columns and num_cells != len(cells.columns):
+                what = f"reaches to line {line + len(read) - 1}, and the row lacks columns then"
                 raise InputError(_unclosed(path, line, what))
         yield raw, found
         line += len(read)
@@ -120,24 +126,41 @@ def split_line(text: str, cells: Cells) -> list[str] | str:
         (found,) = csv.reader([_shielded(text)], delimiter=cells.delimiter, strict=True)
     except csv.Error as error:
         return _malformed(error)
-    found = _restored(found)
+    found = [cell.replace(LONE_CR, "\r") for cell in found]
     return MIXED if _is_mixed(found, text) else found
 
 
-def check_quotes(raw: bytes, cells: Cells, path: str, line: int) -> None:
+def check_quotes(lines: list[tuple[int, str]], cells: Cells, path: str) -> None:
     """Refuse a line whose quotes cannot be those of cells that end in it.
 
+    Args:
+        lines: Numbers of lines, and the lines, of which the encoding does not matter.
+        cells: How they are read.
+        path: Path of the file, for errors.
+
     Raises:
-        InputError: If a quoted cell does not end in the line, or has text behind its closing quote.
+        InputError: If a quoted cell does not end in its line, or has text behind its closing quote.
     """
-    text = raw.decode("utf-8", "surrogateescape")
-    found = split_line(text, cells)
-    if isinstance(found, str) or _may_be_escaped(found, text):
-        reason = found if isinstance(found, str) else "a backslash may escape a quote"
-        raise InputError(
-            f"{path} line {line}: {reason}. Give --no-quoting if quotes are ordinary characters in "
-            "this file, or --quoting if its cells are quoted as RFC 4180 says and may span lines"
-        )
+    texts = [_shielded(text) for _, text in lines]
+    try:
+        found = list(csv.reader(texts, delimiter=cells.delimiter, strict=True))
+    except csv.Error:
+        found = []
+    if len(found) == len(texts) and not any(map(_is_doubtful, found, texts)):
+        return
+    for line, text in lines:  # to find the line that is at fault
+        alone = split_line(text, cells)
+        if isinstance(alone, str) or _may_be_escaped(alone, text):
+            reason = alone if isinstance(alone, str) else "a backslash may escape a quote"
+            raise InputError(
+                f"{path} line {line}: {reason}. Give --no-quoting if quotes are ordinary "
+                "characters in this file, or --quoting if its cells are quoted as RFC 4180 says "
+                "and may span lines"
+            )
+
+
+def _is_doubtful(found: list[str], text: str) -> bool:
+    return _may_be_escaped(found, text) or _is_mixed(found, text)
 
 
 def _checked(found: list[str], raw: bytes, cells: Cells, path: str, line: int) -> list[str] | str:
@@ -159,8 +182,8 @@ def _checked(found: list[str], raw: bytes, cells: Cells, path: str, line: int) -
 
 def _is_mixed(found: list[str], text: str) -> bool:
     """Return whether a line has quoted cells and also a quote in a cell that is not quoted."""
-    bare = sum(cell.count('"') for cell in _bare(found, text))
-    return bare > 0 and bare < text.count('"')
+    bare = _bare(found, text)
+    return bool(bare) and sum(cell.count('"') for cell in bare) < text.count('"')
 
 
 def _may_be_escaped(found: list[str], text: str) -> bool:
@@ -173,12 +196,8 @@ def _may_be_escaped(found: list[str], text: str) -> bool:
 
 def _bare(found: list[str], text: str) -> list[str]:
     """Return the cells of a record that have a quote and are not quoted."""
-    with_quotes = (cell for cell in found if '"' in cell)
+    with_quotes = [cell for cell in found if '"' in cell]
     return [c for c in with_quotes if '"' + c.replace('"', '""') + '"' not in text]
-
-
-def _decode(raw: bytes) -> str:
-    return _shielded(raw.decode("utf-8", "surrogateescape"))
 
 
 def _shielded(text: str) -> str:
@@ -187,10 +206,6 @@ def _shielded(text: str) -> str:
         return text
     body = text.rstrip("\r\n")
     return body.replace("\r", LONE_CR) + text[len(body) :]
-
-
-def _restored(found: list[str]) -> list[str]:
-    return [cell if LONE_CR not in cell else cell.replace(LONE_CR, "\r") for cell in found]
 
 
 def _malformed(error: csv.Error) -> str:

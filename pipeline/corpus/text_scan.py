@@ -120,7 +120,7 @@ def record_chunks(found: Iterator[Record], blank: bytes = BLANK) -> Iterator[Chu
     """Yield records in chunks."""
     while batch := [raw for raw, _ in islice(found, RECORDS_AT_ONCE)]:
         starts = np.cumsum([0, *map(len, batch)])
-        yield b"".join(batch), starts, np.array([bool(raw.strip(blank)) for raw in batch])
+        yield b"".join(batch), starts, np.array([bool(raw.lstrip(blank)) for raw in batch])
 
 
 def quotes_checked(chunks: Iterable[Chunk], cells: Cells, path: str, line: int) -> Iterator[Chunk]:
@@ -134,8 +134,10 @@ def quotes_checked(chunks: Iterable[Chunk], cells: Cells, path: str, line: int) 
         quotes = np.flatnonzero(characters == QUOTE)
         before = characters[quotes - 1]  # of a first byte this is the last, a line's end or none
         opening = quotes[(quotes == 0) | (before == TAB) | (before == NEWLINE)]
-        for i in np.unique(np.searchsorted(starts, opening, "right") - 1):
-            check_quotes(raw[starts[i] : starts[i + 1]], cells, path, line + int(i))
+        found = np.unique(np.searchsorted(starts, opening, "right") - 1).tolist()
+        text = raw.decode("latin-1") if found else ""  # a character per byte
+        lines = [(line + i, text[starts[i] : starts[i + 1]]) for i in found]
+        check_quotes(lines, cells, path)
         yield raw, starts, is_row
         line += len(is_row)
 

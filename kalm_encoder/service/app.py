@@ -19,7 +19,7 @@ from kalm_encoder.errors import KalmError
 from kalm_encoder.service import answers, metrics
 from kalm_encoder.service.explore.comparing import Explorer
 from kalm_encoder.service.explore.routes import Page, add_routes
-from kalm_encoder.service.limits import RequestThreads, limit_body
+from kalm_encoder.service.limits import RequestThreads, limit_body, limit_time
 from kalm_encoder.service.live import LiveTable
 from kalm_encoder.service.problems import ERRORS, HANDLED, answer_problem
 from kalm_encoder.service.requests import RerankRequest, ScoreRequest, TeiRequest
@@ -38,7 +38,7 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
         settings: What the operator decided.
         explorer: What answers the explore page at /. None leaves the page out.
     """
-    live = LiveTable(settings, metrics.BATCH_PAIRS.observe)
+    live = LiveTable(settings, metrics.BATCH_PAIRS.observe, metrics.BATCH_TEXTS.observe)
     threads = RequestThreads(live)
 
     @asynccontextmanager
@@ -58,7 +58,8 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
     )
     app.state.live = live
     app.add_middleware(limit_body, max_body=settings.max_body)
-    app.middleware("http")(metrics.count)
+    app.add_middleware(limit_time, timeout_s=settings.timeout_s)
+    app.add_middleware(metrics.count)
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_problem)
     guards = [] if settings.api_key is None else [Depends(check_key)]

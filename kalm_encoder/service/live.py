@@ -15,7 +15,7 @@ from typing import Any
 
 from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
 from kalm_encoder.errors import InputError
-from kalm_encoder.service.batcher import BatchingDecoder
+from kalm_encoder.service.batcher import BatchingDecoder, BatchingEncoder, DeviceThread
 from kalm_encoder.service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Version:
     settings: Settings
     reranker: Reranker
     decoder: BatchingDecoder
-    encoder: PassageEncoder | None
+    encoder: BatchingEncoder | None
 
     @property
     def table(self) -> PassageTable:
@@ -62,18 +62,24 @@ class LiveTable:
 
     Args:
         settings: What the operator decided.
-        observe: Function that is told the number of pairs of every batch.
+        observe_pairs: Function that is told the number of pairs of every batch that is scored.
+        observe_texts: Function that is told the number of texts of every batch that is encoded.
 
     Attributes:
         current: The version that new requests get. None until `load` is done.
         failed_swaps: Number of times that a new version could not take over.
     """
 
-    def __init__(self, settings: Settings, observe: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        observe_pairs: Callable[[int], None] = lambda _: None,
+        observe_texts: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.settings = settings
         self.current: Version | None = None
         self.failed_swaps = 0
-        self._observe = observe
+        self._observe_pairs, self._observe_texts = observe_pairs, observe_texts
         self._closed = threading.Event()
 
     def load(self) -> None:
@@ -89,7 +95,7 @@ class LiveTable:
         """Finish what is queued and stop."""
         self._closed.set()
         if self.current is not None:
-            self.current.decoder.close()
+            self.current.decoder.device.close()
 
     def _follow(self) -> None:
         """Look at the tag until closed; a new version takes over when it is warm."""
@@ -124,16 +130,31 @@ class LiveTable:
             loaded = QueryDecoder(
                 model, **how, hot_bytes=settings.hot_bytes, compile=settings.compile
             )
-            decoder, encoder = BatchingDecoder(loaded, self._observe), None
+            decoder, encoder = BatchingDecoder(loaded, self._observe_pairs), None
         # It refuses a model that does not belong to the table, before anything is compiled.
         reranker = Reranker(table, decoder.decoder, score_pairs=decoder.score_pairs)
         if old is None or decoder is not old.decoder:
-            decoder.call(decoder.decoder.warm_up)
-        if settings.with_encoder and encoder is None:
-            encoder = PassageEncoder(model, **how, max_length=table.spec.max_length)
+            decoder.device.call(decoder.decoder.warm_up)
+        if settings.with_encoder:
+            encoder = self._encoder_for(table, encoder, model, how, decoder.device)
         if settings.index_bytes:
             table.load_index(settings.index_bytes)
         first = table.dataset.to_table(columns=["id"], limit=NUM_WARM_UP_PASSAGES)
         reranker.rerank("warm up", first["id"].to_pylist())
         self.current = Version(settings, reranker, decoder, encoder)
         logger.info("version %d ready in %.1f s", table.version, time.monotonic() - began)
+
+    def _encoder_for(
+        self,
+        table: PassageTable,
+        old: BatchingEncoder | None,
+        model: str,
+        how: dict[str, Any],
+        device: DeviceThread,
+    ) -> BatchingEncoder:
+        """Return the old version's encoder if it makes the states of this table, or a new one."""
+        length, ratio = table.spec.max_length, table.spec.ratios[0]
+        if old is not None and (old.encoder.max_length, old.ratio) == (length, ratio):
+            return old
+        loaded = PassageEncoder(model, **how, max_length=length)
+        return BatchingEncoder(loaded, ratio, device, self._observe_texts)

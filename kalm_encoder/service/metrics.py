@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 
-from fastapi import Request, Response
+from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kalm_encoder.service.live import LiveTable
 
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BUCKETS_PAIRS = (1, 4, 16, 64, 256, 1024)
+GONE = 499
+"""Status of a request whose client did not wait for the answer."""
 
 REQUESTS = Counter("kalm_requests", "Requests answered", ["path", "status"])
 SECONDS = Histogram("kalm_request_seconds", "Until answered", ["path"], buckets=BUCKETS_S)
 BATCH_PAIRS = Histogram("kalm_batch_pairs", "Pairs scored in a batch", buckets=BUCKETS_PAIRS)
+BATCH_TEXTS = Histogram("kalm_batch_texts", "Texts encoded in a batch", buckets=BUCKETS_PAIRS)
 PENDING = Gauge("kalm_pending_requests", "Worked on or waiting")
+QUEUED = Gauge("kalm_queued", "Pairs and texts that wait for the device", ["kind"])
 VERSION = Gauge("kalm_table_version", "Version that is served")
 FAILED_SWAPS = Gauge("kalm_failed_swaps", "Failed new versions")
 INDEX_BYTES = Gauge("kalm_index_bytes", "Memory of the row index")
@@ -30,6 +34,9 @@ def page(live: LiveTable, pending: int) -> Response:
     FAILED_SWAPS.set(live.failed_swaps)
     if (version := live.current) is not None:
         VERSION.set(version.table.version)
+        QUEUED.labels("pairs").set(len(version.decoder.queue))
+        if version.encoder is not None:
+            QUEUED.labels("texts").set(len(version.encoder.queue))
         INDEX_BYTES.set(version.table.index.nbytes if version.table.index else 0)
         if (hot := version.decoder.decoder.hot) is not None:
             HOT_BYTES.set(hot.nbytes)
@@ -38,15 +45,32 @@ def page(live: LiveTable, pending: int) -> Response:
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Count and time one request, as a middleware of the application."""
-    status, began = 500, time.monotonic()
-    try:
-        response = await call_next(request)
-        status = response.status_code
-        return response
-    finally:
-        # The route and not the path: a client could make up any number of paths.
-        path = getattr(request.scope.get("route"), "path", "other")
-        REQUESTS.labels(path, str(status)).inc()
-        SECONDS.labels(path).observe(time.monotonic() - began)
+def count(app: ASGIApp) -> ASGIApp:
+    """Return the application, with each of its requests counted and timed.
+
+    A request that was given up because its client had gone counts as status 499, as in nginx.
+    """
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        status, began = GONE, time.monotonic()
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await app(scope, receive, noted)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            # The route and not the path: a client could make up any number of paths.
+            path = getattr(scope.get("route"), "path", "other")
+            REQUESTS.labels(path, str(status)).inc()
+            SECONDS.labels(path).observe(time.monotonic() - began)
+
+    return counted

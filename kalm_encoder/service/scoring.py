@@ -96,6 +96,4 @@ def _encode(version: Version, keys: Sequence[str]) -> dict[str, PassageStates]:
             f"{len(texts)} candidates are texts without stored states ({shown}): send "
             "document_ids, or start the server with --with-encoder"
         )
-    encoder, ratio = version.encoder, version.table.spec.ratios[0]
-    encoded = version.decoder.call(lambda: encoder.encode(list(texts.values()), ratio=ratio))
-    return dict(zip(texts, encoded, strict=True))
+    return dict(zip(texts, version.encoder.encode(list(texts.values())), strict=True))

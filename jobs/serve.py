@@ -59,6 +59,13 @@ def serve(
     refresh_s: Annotated[
         float, typer.Option(help="Seconds between looks at the tag `live`. Raise it to read less.")
     ] = 10.0,
+    keep_alive_s: Annotated[
+        int, typer.Option(help="Seconds an idle connection stays. Stay above your load balancer's.")
+    ] = 75,
+    cors_origins: Annotated[
+        str | None,
+        typer.Option(help="Origins, with commas, whose pages may ask from a browser; * is all."),
+    ] = None,
     on_ray: Annotated[
         bool, typer.Option("--ray", help="Run replicas on Ray Serve, for several devices.")
     ] = False,
@@ -74,10 +81,12 @@ def serve(
     requests need it as their bearer key.
     """
     with options.needs_extra("serve"):
+        from kalm_encoder.service.access import is_loopback, read_key, read_origins
         from kalm_encoder.service.app import create_app, listen
         from kalm_encoder.service.live import open_live
         from kalm_encoder.service.settings import Settings
 
+    api_key = read_key(os.environ.get("KALM_API_KEY"))
     settings = Settings(
         uri,
         options.parse_storage_options(storage_option),
@@ -96,12 +105,14 @@ def serve(
         max_pending=max_pending,
         timeout_s=timeout_s,
         max_body=max_body_mb << 20,
-        api_key=os.environ.get("KALM_API_KEY") or None,
+        api_key=api_key,
+        only_loopback=api_key is None and is_loopback(host),
+        cors_origins=read_origins(cors_origins),
         tei=tei,
     )
     open_live(settings)  # a bad table or column fails here, before a model or a cluster is started
     if not on_ray:
-        listen(create_app(settings), host, port)
+        listen(create_app(settings), host, port, keep_alive_s=keep_alive_s)
         return
     with options.needs_extra("serve-ray"):
         import ray
@@ -110,8 +121,13 @@ def serve(
         from pipeline.workers.on_ray.cluster import RayOptions, connect
 
     with tempfile.TemporaryDirectory() as folder:
-        connect(RayOptions(address), Path(folder), packages=("kalm_encoder",))
+        connect(
+            RayOptions(address),
+            Path(folder),
+            packages=("kalm_encoder",),
+            env_vars=ray_serve.PROXY_ENVIRONMENT,
+        )
     try:
-        ray_serve.listen(settings, host, port, replicas=replicas)
+        ray_serve.listen(settings, host, port, replicas=replicas, keep_alive_s=keep_alive_s)
     finally:
         ray.shutdown()

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kalm_encoder.errors import KalmError
 from kalm_encoder.service import answers, metrics
+from kalm_encoder.service.access import key_check, only_loopback
 from kalm_encoder.service.explore.comparing import Explorer
 from kalm_encoder.service.explore.routes import Page, add_routes
-from kalm_encoder.service.limits import RequestThreads, limit_body, limit_time
+from kalm_encoder.service.http11 import Http11
+from kalm_encoder.service.limits import (
+    LOADING,
+    RETRY_LOADING_S,
+    RequestThreads,
+    limit_body,
+    limit_time,
+)
 from kalm_encoder.service.live import LiveTable
 from kalm_encoder.service.problems import ERRORS, HANDLED, answer_problem
 from kalm_encoder.service.requests import RerankRequest, ScoreRequest, TeiRequest
@@ -28,7 +36,9 @@ from kalm_encoder.version import __version__
 
 logger = logging.getLogger(__name__)
 
-BearerKey = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+KEEP_ALIVE_S = 75
+"""Seconds that an idle connection stays open. It is above the 60 s after which load balancers close
+theirs: one that sent a request into a connection that we are closing would answer 502."""
 
 
 def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
@@ -48,28 +58,34 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
         await loading
         await asyncio.to_thread(live.close)
 
-    async def check_key(sent: BearerKey) -> None:
-        key = (settings.api_key or "").encode()
-        if sent is None or not hmac.compare_digest(sent.credentials.encode(), key):
-            raise HTTPException(401, "a valid bearer key is needed", {"WWW-Authenticate": "Bearer"})
-
     app = FastAPI(
         title="kalm serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.live = live
     app.add_middleware(limit_body, max_body=settings.max_body)
     app.add_middleware(limit_time, timeout_s=settings.timeout_s)
+    if settings.only_loopback:
+        app.add_middleware(only_loopback)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization"],
+            expose_headers=["Retry-After", "WWW-Authenticate"],
+        )
     app.add_middleware(metrics.count)
+    app.add_middleware(_head_as_get)
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_problem)
-    guards = [] if settings.api_key is None else [Depends(check_key)]
+    guards = [] if settings.api_key is None else [Depends(key_check(settings.api_key))]
     guarded = APIRouter(dependencies=guards, responses=ERRORS)
 
     @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> dict[str, str]:
         """Answer 200 once a table is loaded and warm."""
         if live.current is None:
-            raise HTTPException(503, "the model is being loaded")
+            raise HTTPException(503, LOADING, {"Retry-After": RETRY_LOADING_S})
         return {"status": "ok"}
 
     @guarded.get("/metrics", response_class=Response)
@@ -107,6 +123,16 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
     return app
 
 
+def _head_as_get(app: ASGIApp) -> ASGIApp:
+    """Return the application, which answers HEAD as GET; the server leaves the body out."""
+
+    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+        as_get = {"method": "GET"} if scope.get("method") == "HEAD" else {}
+        await app({**scope, **as_get}, receive, send)
+
+    return answered
+
+
 def _load(live: LiveTable) -> None:
     """Load, or end the process: a server that can serve nothing must not look alive."""
     try:
@@ -119,10 +145,19 @@ def _load(live: LiveTable) -> None:
         os._exit(1)
 
 
-def listen(app: FastAPI, host: str, port: int) -> None:
+def listen(app: FastAPI, host: str, port: int, *, keep_alive_s: int = KEEP_ALIVE_S) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that were accepted are answered first."""
     # uvicorn handles both signals itself, and raises them again when all is answered.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     logger.info("listening at http://%s:%d", host, port)
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        http=Http11,
+        ws="none",
+        timeout_keep_alive=keep_alive_s,
+        log_level="warning",
+        access_log=False,
+    )

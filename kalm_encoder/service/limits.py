@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fastapi import HTTPException, Request
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kalm_encoder.service.batcher import Caller
@@ -22,29 +23,61 @@ from kalm_encoder.service.problems import answer_problem
 P = ParamSpec("P")
 T = TypeVar("T")
 
+LOADING = "the model is being loaded"
+RETRY_LOADING_S = "5"
+"""Seconds after which a client may ask again while the model is being loaded."""
+
 
 def limit_body(app: ASGIApp, max_body: int) -> ASGIApp:
-    """Return the application with a limit: reading more bytes of a body raises HTTPException 413.
+    """Return the application with a limit: reading a body raises HTTPException 413 or 415.
 
     Starlette's own limit answers with plain text where clients expect JSON. This one counts what
-    arrives, as a Content-Length may be missing or wrong.
+    arrives, as a Content-Length may be missing or wrong. A client that is still sending would not
+    see the answer, so the rest is read and dropped, unless the client asked before sending.
     """
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
+        headers = Headers(raw=scope.get("headers", []))
 
-        async def counted() -> Message:
+        async def checked() -> Message:
             nonlocal received
+            too_long = HTTPException(
+                413, f"the request is longer than {max_body} bytes", {"Connection": "close"}
+            )
+            length = headers.get("content-length", "")
+            if "expect" in headers and length.isdecimal() and int(length) > max_body:
+                raise too_long
             message = await receive()
             received += len(message.get("body", b""))
             if received > max_body:
-                text = f"the request is longer than {max_body} bytes"
-                raise HTTPException(413, text, {"Connection": "close"})
+                while message.get("more_body", False):
+                    message = await receive()
+                raise too_long
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                _check_media_type(headers)
             return message
 
-        await app(scope, counted, send)
+        await app(scope, checked, send)
 
     return limited
+
+
+def _check_media_type(headers: Headers) -> None:
+    """Refuse a body that is not said to be JSON, or is compressed.
+
+    Raises:
+        HTTPException: 415; it says what to send.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (
+        kind.startswith("application/") and kind[-5:] == "+json"
+    ):
+        text = "send JSON, with the header Content-Type: application/json"
+        raise HTTPException(415, text, {"Accept": "application/json"})
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        text = "send the body without a Content-Encoding, not compressed"
+        raise HTTPException(415, text, {"Accept-Encoding": "identity"})
 
 
 def limit_time(app: ASGIApp, timeout_s: float) -> ASGIApp:
@@ -131,7 +164,7 @@ class RequestThreads:
             HTTPException: 503 if nothing is loaded yet, 429 if too many requests wait.
         """
         if (version := self.live.current) is None:
-            raise HTTPException(503, "the model is being loaded", {"Retry-After": "5"})
+            raise HTTPException(503, LOADING, {"Retry-After": RETRY_LOADING_S})
         if len(self.pending) >= self.live.settings.max_pending:
             raise HTTPException(429, "too many requests are waiting", {"Retry-After": "1"})
         caller = Caller()

@@ -31,7 +31,13 @@ MAX_CPUS_PER_REPLICA = 4
 """Number of CPUs one replica takes at most; one forward hardly gets faster with more."""
 
 
-def listen(settings: Settings, host: str, port: int, *, replicas: int) -> None:
+PROXY_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "kalm_encoder.service.http11:use_http11"
+}
+"""What the environment of a job must hold for Ray Serve's proxies to speak our HTTP/1.1."""
+
+
+def listen(settings: Settings, host: str, port: int, *, replicas: int, keep_alive_s: int) -> None:
     """Serve on the connected cluster until SIGTERM or Ctrl-C; answer what was accepted.
 
     A cluster has one Ray Serve. If it runs already, its host and port stay as they are.
@@ -51,7 +57,8 @@ def listen(settings: Settings, host: str, port: int, *, replicas: int) -> None:
         max_constructor_retry_count=2,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the handler of Ray would abort here
-    serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
+    http_options = {"host": host, "port": port, "keep_alive_timeout_s": keep_alive_s}
+    serve.start(http_options=http_options, logging_config=QUIET)
     try:
         serve.run(application.bind(), name=NAME, logging_config=QUIET)
         logger.info("%d replicas ready at %s:%d", replicas, host, port)

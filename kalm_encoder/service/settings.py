@@ -29,6 +29,8 @@ class Settings:
         timeout_s: Seconds after which a request is answered 504.
         max_body: Size of a request body in bytes. A longer one is answered 413.
         api_key: Bearer key that everything but /health asks for. None asks for none.
+        only_loopback: Whether a request is answered only if its Host is this machine.
+        cors_origins: Origins whose pages may read answers in a browser; * is every origin.
         tei: Whether /rerank has the shape of Text Embeddings Inference.
     """
 
@@ -50,4 +52,6 @@ class Settings:
     timeout_s: float = 60.0
     max_body: int = 8 << 20
     api_key: str | None = field(default=None, repr=False)
+    only_loopback: bool = False
+    cors_origins: frozenset[str] = frozenset()
     tei: bool = False

@@ -11,7 +11,13 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-PACKAGES = {"chromium": "chromium", "chromedriver": "chromium-driver", "nginx": "nginx"}
+PACKAGES = {
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
+    "curl": "curl",
+    "java": "default-jdk-headless",
+    "nginx": "nginx",
+}
 """The Debian package of each program."""
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,11 @@ class RayOptions:
 
 
 def connect(
-    options: RayOptions, folder: Path, *, packages: Sequence[str] = ("kalm_encoder", "pipeline")
+    options: RayOptions,
+    folder: Path,
+    *,
+    packages: Sequence[str] = ("kalm_encoder", "pipeline"),
+    env_vars: Mapping[str, str] | None = None,
 ) -> None:
     """Join the cluster asked for, or start one on this machine.
 
@@ -88,7 +92,7 @@ def connect(
             warnings.filterwarnings("ignore", message="lance is not fork-safe")
             ray.init(
                 address=address,
-                runtime_env=_runtime_env(folder, packages),
+                runtime_env=_runtime_env(folder, packages, env_vars),
                 include_dashboard=False if address == "local" else None,
                 logging_level=logging.WARNING,
                 # For workers until they are loaded. With it Ray puts no prefix before their lines.
@@ -179,7 +183,9 @@ def _default_cpus(nodes: Nodes, gpus: float) -> int:
     return int(max(1, min(MOST_CPUS, share)))
 
 
-def _runtime_env(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+def _runtime_env(
+    folder: Path, names: Sequence[str], env_vars: Mapping[str, str] | None
+) -> dict[str, Any]:
     """Copy our packages into `folder` and say how they reach the workers."""
     packages = []
     for name in names:
@@ -187,4 +193,5 @@ def _runtime_env(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         ignored = shutil.ignore_patterns("__pycache__")
         packages.append(str(shutil.copytree(source, folder / name, ignore=ignored)))
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return {"py_modules": packages} if submitted else {"working_dir": str(folder)}
+    more = {"env_vars": dict(env_vars)} if env_vars else {}
+    return more | ({"py_modules": packages} if submitted else {"working_dir": str(folder)})

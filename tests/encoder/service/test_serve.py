@@ -300,14 +300,16 @@ def test_too_many_requests_are_refused_and_the_rest_answered(small_table):
 
 
 def test_a_request_that_takes_too_long_is_given_up(small_table):
-    with serving(small_table, "--timeout-s", "0.001") as client:
-        reply = client.post("/rerank", json={"query": "token", "document_ids": IDS})
+    cascade = [[16, 60], [8, 60], [4, 60], [2, None]]
+    ask = {"query": "token " * 500, "document_ids": IDS, "cascade": cascade}
+    with serving(small_table, "--timeout-s", "0.2") as client:
+        reply = client.post("/rerank", json=ask)
         assert reply.status_code == 504
 
 
 def test_sigterm_answers_what_was_accepted(small_table, reranker, tmp_path):
     query = "token state " * 200  # long enough that all 16 are there before the first is done
-    with serving(small_table, log=tmp_path / "log") as client:
+    with serving(small_table, "--timeout-s", HANG_S, log=tmp_path / "log") as client:
         replies = []
         ask = {"query": query, "document_ids": IDS[:30]}
         thread = threading.Thread(target=lambda: replies.extend(at_once(client, 16, ask)))

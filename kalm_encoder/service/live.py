@@ -16,6 +16,7 @@ from typing import Any
 from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
 from kalm_encoder.errors import InputError
 from kalm_encoder.service.batcher import BatchingDecoder, BatchingEncoder, DeviceThread
+from kalm_encoder.service.cpus import limit_threads
 from kalm_encoder.service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class LiveTable:
         Raises:
             KalmError: What `Reranker.open` raises.
         """
+        limit_threads()  # before the device thread begins, which takes the number over
         self._take_over(open_live(self.settings))
         threading.Thread(target=self._follow, name="kalm-follow", daemon=True).start()
 

@@ -54,7 +54,7 @@ def limit_body(app: ASGIApp, max_body: int) -> ASGIApp:
                 while message.get("more_body", False):
                     message = await receive()
                 raise too_long
-            if message["type"] == "http.request" and not message.get("more_body", False):
+            if received and not message.get("more_body", False):
                 _check_media_type(headers)
             return message
 

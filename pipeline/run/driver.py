@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, TooManyRejectsError
@@ -18,6 +18,7 @@ from kalm_encoder.table.spec import TableSpec
 from pipeline import logs
 from pipeline.corpus.shards import Plan
 from pipeline.messages import Executor, Outcome, ShardFailure, WorkerConfig
+from pipeline.run.first_look import first_look, id_field_remedy
 from pipeline.run.job import EncodeJob, TableJob, plan_job
 from pipeline.run.kept_plan import KeptPlan
 from pipeline.run.progress import Progress
@@ -32,6 +33,11 @@ from pipeline.table.rejects import RejectStore
 
 logger = logging.getLogger(__name__)
 
+MEND_LATER = (
+    "Others are encoded already. To keep them, run again with a higher --max-rejected, then mend "
+    "the rejected rows in their files and add --retry-rejects. To begin anew with mended files, "
+    "add --new-generation"
+)
 SHOWN_FAILURES = 20
 """Failed shards that an error names; the log names all of them."""
 
@@ -82,6 +88,13 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
     known = kept.read()
     plan = known or plan_job(job, kept.files)
     log_readings(plan)
+
+    def begun(ledger: Ledger) -> None:
+        if not known:
+            kept.write(plan)
+        if not ledger.done:
+            first_look(job, plan)
+
     spec = TableSpec(
         model=files.name if files.revision else str(files.path),
         revision=files.revision,
@@ -92,7 +105,7 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
     )
-    return load(job, plan, spec, execute, None if known else kept)
+    return load(job, plan, spec, execute, begun)
 
 
 def log_readings(plan: Plan) -> None:
@@ -103,7 +116,11 @@ def log_readings(plan: Plan) -> None:
 
 @logs.in_run()
 def load(
-    job: TableJob, plan: Plan, spec: TableSpec, execute: Executor, kept: KeptPlan | None = None
+    job: TableJob,
+    plan: Plan,
+    spec: TableSpec,
+    execute: Executor,
+    begun: Callable[[Ledger], None] = lambda ledger: None,
 ) -> Summary:
     """Make a table hold what a plan says. This is what `run` does once plan and spec are known.
 
@@ -112,15 +129,14 @@ def load(
         plan: The shards that the table is to hold.
         spec: What the table records of the model and the settings.
         execute: The function that makes fragments of shards.
-        kept: Where the plan is kept once the table is begun. None keeps it nowhere.
+        begun: What is to happen once the table is begun or taken over, before anything is encoded.
 
     Raises:
         FencedError, TooManyRejectsError, IncompleteError, MismatchError: As in `run`.
     """
     check_writable(job.table)
     ledger = Ledger.begin(job.table, spec, plan, new_generation=job.new_generation)
-    if kept:
-        kept.write(plan)
+    begun(ledger)
     pending = [shard for shard in plan.shards if shard.number not in ledger.done]
     logger.info(
         "%s: %d rows in %d shards, %d done, %d to do",
@@ -138,7 +154,7 @@ def load(
             with contextlib.closing(execute(config, pending)) as outcomes:
                 _commit_all(job, plan, ledger, progress, outcomes)
         progress.encoded()
-        live = _finish(job, ledger)
+        live = _finish(job, plan, ledger)
     rejected = int(ledger.metadata[REJECTED])
     rows = job.table.dataset().count_rows()
     return Summary(
@@ -175,12 +191,8 @@ def _commit_all(
                 committer.add(outcome)
                 rejected += len(outcome.rejects)
                 if rejected > allowed:
-                    last = outcome.rejects[-1]
-                    raise TooManyRejectsError(
-                        f"{rejected} rows were rejected, {allowed} of {plan.num_rows} may be. "
-                        f"The last: {last.path} line {last.line}: {last.reason}. All are in "
-                        f"{rejects.location}; mend the input, or raise --max-rejected and run again"
-                    )
+                    words = rejects.too_many(outcome.rejects, rejected, allowed, plan.num_rows)
+                    raise TooManyRejectsError(f"{words}. {MEND_LATER}")
             committer.commit_if_due()
     except FencedError:
         committer.waiting.clear()  # another driver encodes these shards
@@ -195,11 +207,11 @@ def _commit_all(
         )
 
 
-def _finish(job: TableJob, ledger: Ledger) -> bool:
+def _finish(job: TableJob, plan: Plan, ledger: Ledger) -> bool:
     """Seal, finish and publish; each step is skipped where done. Returns whether it is live."""
     if not ledger.sealed:
         if job.on_duplicate == "error":
-            _refuse_repeated(job, ledger)
+            _refuse_repeated(plan, ledger)
         ledger.seal(job.on_duplicate)
     SealedTable(job.table).finish()
     if ledger.generation == 1 or ledger.is_live():
@@ -208,7 +220,7 @@ def _finish(job: TableJob, ledger: Ledger) -> bool:
     return False
 
 
-def _refuse_repeated(job: TableJob, ledger: Ledger) -> None:
+def _refuse_repeated(plan: Plan, ledger: Ledger) -> None:
     repeated = list(repeated_rows(ledger.dataset, "first"))
     if repeated:
         total = sum(map(len, repeated))
@@ -216,6 +228,6 @@ def _refuse_repeated(job: TableJob, ledger: Ledger) -> None:
         shown = ", ".join(map(repr, rows["id"].to_pylist()))
         raise InputError(
             f"{total} rows repeat an id: {shown}. All rows are encoded: run again with "
-            "--on-duplicate first or last to keep one of each (nothing is encoded twice), or mend "
-            f"the input and choose another table than {job.uri}"
+            "--on-duplicate first or last to keep one row of each id (nothing is encoded twice). "
+            f"{id_field_remedy(plan)}, and add --new-generation to begin anew, as for a mended file"
         )

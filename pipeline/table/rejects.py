@@ -17,14 +17,10 @@ from pipeline.table.side_files import REJECTS, read_text, write_text
 
 
 class RejectStore:
-    """The rejects of one table.
-
-    Attributes:
-        location: Address of the folder that holds them.
-    """
+    """The rejects of one table."""
 
     def __init__(self, table: Location) -> None:
-        self.location = table / REJECTS
+        self._table = table
         self._session = table.file_session()
 
     def write(self, name: str, rejects: Sequence[Reject]) -> None:
@@ -52,6 +48,14 @@ class RejectStore:
         """Drop all rejects."""
         for path in self._paths():
             self._session.delete_file(path)
+
+    def too_many(self, rejects: Sequence[Reject], count: int, allowed: int, total: int) -> str:
+        """Return in words that so many of `total` rows are rejected, and where they are listed."""
+        last = rejects[-1]
+        return (
+            f"{count} rows were rejected, {allowed} of {total} may be. The last: {last.path} line "
+            f"{last.line}: {last.reason}. `kalm rejects {self._table}` lists them"
+        )
 
     def _paths(self) -> list[str]:
         return sorted(self._session.list(REJECTS))

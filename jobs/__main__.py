@@ -1,5 +1,5 @@
 """`python -m jobs` is `kalm`."""
 
-from jobs.cli import main
+from kalm_encoder.command import main
 
 main()

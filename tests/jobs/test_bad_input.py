@@ -22,6 +22,7 @@ from jobs import cli
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import IncompleteError
 from kalm_encoder.table.location import Location
+from pipeline.run import first_look
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.table.rejects import RejectStore
@@ -150,7 +151,10 @@ def test_rows_that_cannot_be_used_are_listed(encode, good, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("first", "one"), ("last", "three")])
-def test_repeated_ids_within_and_across_shards_and_files(encode, tmp_path, policy, kept):
+def test_repeated_ids_within_and_across_shards_and_files(
+    encode, tmp_path, monkeypatch, policy, kept
+):
+    monkeypatch.setattr(first_look, "MOST_ROWS", 1)  # as in a large corpus
     for name, texts in (("a.jsonl", ["one", "two"]), ("b.jsonl", ["other", "three"])):
         rows = [{"id": "other" if t == "other" else "same", "text": t} for t in texts]
         (tmp_path / name).write_bytes(jsonl(rows))

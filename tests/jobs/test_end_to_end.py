@@ -217,13 +217,13 @@ def test_rejected_rows_are_kept_where_a_user_can_read_them(model_dir, tmp_path):
         (["encode", "c.jsonl", "--to", "t.lance", "--model", "none/x"], "'none/x'"),
         (["encode", "c.jsonl", "--to", "t.lance", "--model", "M", "--ratio", "0"], "ratios [0]"),
         (["encode", "c.jsonl", "--to", "t.lance", "--model", "M", "--ratios", "a"], "'a'"),
-        (["rerank", "none.lance", "--query", "q", "--ids", "a"], "no passage table at none.lance"),
+        (["rerank", "none.lance", "--query", "q", "--ids", "a"], "/none.lance: "),
         (
             ["encode", "c.jsonl", "--to", "t.lance", "--model", "M", "--max-length", "2"],
             "max_length 2",
         ),
         (["rerank", "none.lance", "--query", "q"], "one of --ids"),
-        (["status", "none.lance"], "no passage table at none.lance"),
+        (["status", "none.lance"], "/none.lance: "),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(model_dir, tmp_path, arguments, message):

@@ -99,8 +99,8 @@ def connect(
                 logging_config=ray.LoggingConfig(logs.current().format.upper(), "ERROR"),
                 **extra,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot join Ray at {address!r}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot join Ray at {address!r}: {_explain(error)}") from error
     finally:
         # Undo what Ray does to the logging of this process; each line would appear twice.
         root.handlers[:] = handlers
@@ -111,6 +111,18 @@ def connect(
         if on_sigterm is not None and threading.current_thread() is threading.main_thread():
             # Ray puts its own handler in its place, with which SIGTERM aborts the process.
             signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _explain(error: Exception) -> str:
+    """Return what Ray says, with the remedy where its sockets lie too deep."""
+    if "AF_UNIX" not in str(error):
+        return str(error)
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    return (
+        f"the path of a socket may have 107 bytes, and Ray makes its own below {variable} "
+        f"({os.environ.get(variable)}): set RAY_TMPDIR to a shorter folder, such as "
+        f"RAY_TMPDIR=/tmp ({error})"
+    )
 
 
 Nodes = dict[str, dict[str, float]]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -93,6 +94,35 @@ def test_workers_that_die_at_once_end_the_job(monkeypatch):
 def test_an_impossible_request_fails_at_once(monkeypatch):
     with pytest.raises(InputError, match="no node can hold a worker of 4096 CPUs"):
         outcomes(Troubled, monkeypatch, make_shards(1), cpus_per_worker=4096)
+
+
+DEEP = """
+import os, ray
+from pathlib import Path
+from kalm_encoder.errors import InputError
+from pipeline.workers.on_ray.cluster import RayOptions, connect
+try:
+    connect(RayOptions(), Path("first"))
+except InputError as error:
+    print(error)
+os.environ["RAY_TMPDIR"] = "/tmp"
+connect(RayOptions(), Path("second"))
+print("joined", ray.is_initialized())
+"""
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_named_with_its_variable(tmp_path):
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", DEEP], cwd=tmp_path, capture_output=True, text=True,
+        env={**environment, "TMPDIR": str(deep), "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    says, joined = done.stdout.splitlines()
+    assert "107 bytes" in says
+    assert f"below TMPDIR ({deep}): set RAY_TMPDIR to a shorter folder" in says
+    assert joined == "joined True"
 
 
 def test_a_cluster_that_is_not_there_is_named(monkeypatch):

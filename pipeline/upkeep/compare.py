@@ -19,6 +19,7 @@ from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.ids import ids_in
 from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Plan, ShardReader
+from pipeline.run.first_look import id_field_remedy
 from pipeline.table.duplicates import repeated
 
 Corpus = Callable[[], Iterator[tuple[list[Passage], list[Reject]]]]
@@ -90,8 +91,8 @@ def corpus_of(plan: Plan, options: dict[str, str] | None, on_duplicate: str = "e
         ids = (p.id for placed, _ in read() for place, p in placed if place in dropped)
         raise InputError(
             f"{len(dropped)} passages repeat an id of another: "
-            f"{', '.join(map(repr, islice(ids, 10)))}. Mend the corpus, or choose one with "
-            "--on-duplicate first or last"
+            f"{', '.join(map(repr, islice(ids, 10)))}. {id_field_remedy(plan)}; or mend the "
+            "corpus, or choose one with --on-duplicate first or last"
         )
     return corpus
 

@@ -82,7 +82,7 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     Raises:
         InputError: If the table is not complete.
     """
-    store = RejectStore(job.table)
+    claim, store = _claim(job), RejectStore(job.table)
     wanted = {(reject.path, reject.line) for reject in store.read()}
     shards = [s for s in plan_job(job).shards if any(path == s.path for path, _ in wanted)]
 
@@ -95,7 +95,7 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     retried = {passage.id for passages, _ in corpus() for passage in passages}
     if not retried:
         return None
-    claim, dataset = _claim(job), job.table.dataset()
+    dataset = job.table.dataset()
     changes = compare(dataset, corpus)
     summary = _apply(job, execute, claim, changes, differing_passages(dataset, corpus), [])
     store.drop(retried - {reject.id for reject in store.read(_rejects_name(changes))})

@@ -26,6 +26,7 @@ from pipeline.corpus.passages import FieldOptions, Passage, to_rows
 from pipeline.corpus.reading import readings
 from pipeline.estimate.intervals import Estimate, ratio_estimate
 from pipeline.estimate.sources import BlockSource, open_sources
+from pipeline.run.first_look import id_field_remedy
 
 MIN_BLOCKS, MAX_BLOCKS = 30, 20_000
 """Fewer blocks make the interval meaningless, so this many are read even if the time is up."""
@@ -121,6 +122,7 @@ def sample_corpus(
     rejected: list[int] = []
     lengths: list[list[int]] = []
     examples: list[tuple[Passage, int]] = []
+    ids: set[int] = set()  # hashes: a long sample has millions
     for number in rng.sample(range(starts[-1]), min(starts[-1], MAX_BLOCKS)):
         if len(sizes) >= MIN_BLOCKS and time.monotonic() > began + seconds:
             break
@@ -128,6 +130,7 @@ def sample_corpus(
         share, rows = sources[i].read(number - starts[i], counts[i])
         passages, rejects = to_rows(rows, sources[i].fields, sources[i].path)
         tokens = [len(ids) for ids in passage_ids(tokenizer, [p.text for p in passages])]
+        ids.update(hash(passage.id) for passage in passages)
         read[i] += 1
         sizes.append(share * sources[i].size)
         rejected.append(len(rejects))
@@ -139,6 +142,12 @@ def sample_corpus(
     complete = read.total() == starts[-1] and len(sources) == len(found)
     finished = sum(s.in_order and read[i] >= counts[i] for i, s in enumerate(sources))
     in_order = sum(source.in_order for source in found)
+    notes = []
+    if repeated := sum(map(len, lengths)) - len(ids):
+        notes = [
+            f"{repeated:,} of the sampled passages repeat an id, which `kalm encode` refuses "
+            f"without --on-duplicate. {id_field_remedy(source.fields for source in sources)}"
+        ]
     note = (
         f"{in_order} compressed or quoted files can only be read from their start, and "
         f"{finished} were read to the end: their intervals hold if the rest is like it"
@@ -152,7 +161,7 @@ def sample_corpus(
         complete=complete,
         examples=examples,
         seconds=time.monotonic() - began,
-        notes=[] if complete or not in_order else [note],
+        notes=notes if complete or not in_order else [*notes, note],
         readings=readings((source.path, source.fields, source.cells) for source in found),
     )
 

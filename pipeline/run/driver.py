@@ -226,8 +226,9 @@ def _refuse_repeated(plan: Plan, ledger: Ledger) -> None:
         total = sum(map(len, repeated))
         rows = ledger.dataset._take_rows(repeated[0][:10].tolist(), columns=["id", "shard_id"])
         shown = ", ".join(map(repr, rows["id"].to_pylist()))
+        remedy = id_field_remedy(s.fields for s in plan.shards)
         raise InputError(
             f"{total} rows repeat an id: {shown}. All rows are encoded: run again with "
             "--on-duplicate first or last to keep one row of each id (nothing is encoded twice). "
-            f"{id_field_remedy(plan)}, and add --new-generation to begin anew, as for a mended file"
+            f"{remedy}, and add --new-generation to begin anew, as for a mended file"
         )

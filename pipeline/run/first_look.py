@@ -7,11 +7,11 @@ column of nulls would show when the workers have encoded it, and repeated ids wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from kalm_encoder.errors import InputError, TooManyRejectsError, first_line
-from pipeline.corpus.passages import Passage, Reject
+from pipeline.corpus.passages import Fields, Passage, Reject
 from pipeline.corpus.shards import Plan, Shard, ShardReader
 from pipeline.run.job import EncodeJob
 from pipeline.table.rejects import RejectStore
@@ -46,6 +46,7 @@ def first_look(job: EncodeJob, plan: Plan) -> None:
             first = found.setdefault(passage.id, place)
             if first != place:
                 repeated.append(f"{passage.id!r} in {first} and {place}")
+    remedy = id_field_remedy(s.fields for s in plan.shards)
     allowed = int(job.max_rejected * plan.num_rows)
     if len(rejected) > allowed:
         raise TooManyRejectsError(
@@ -57,13 +58,13 @@ def first_look(job: EncodeJob, plan: Plan) -> None:
     if repeated and job.on_duplicate == "error":
         raise InputError(
             f"of {num_rows} rows that were looked at before any is encoded, {len(repeated)} repeat "
-            f"an id, such as {repeated[0]}. {id_field_remedy(plan)}; or keep one row of each id "
+            f"an id, such as {repeated[0]}. {remedy}; or keep one row of each id "
             "with --on-duplicate first or last"
         )
     if repeated:
         logger.warning(
             "of %d rows that were looked at, %d repeat an id and will be dropped, such as %s. %s",
-            num_rows, len(repeated), repeated[0], id_field_remedy(plan),
+            num_rows, len(repeated), repeated[0], remedy,
         )  # fmt: skip
     if empty:
         logger.warning(
@@ -72,9 +73,9 @@ def first_look(job: EncodeJob, plan: Plan) -> None:
         )  # fmt: skip
 
 
-def id_field_remedy(plan: Plan) -> str:
-    """Return which fields the ids of a plan come from, and how another is chosen."""
-    names = " and ".join(sorted({repr(shard.fields.id) for shard in plan.shards}))
+def id_field_remedy(fields: Iterable[Fields]) -> str:
+    """Return which fields the ids of a corpus come from, and how another is chosen."""
+    names = " and ".join(sorted({repr(chosen.id) for chosen in fields}))
     return f"The ids are those of field {names}: if another holds them, name it with --id-field"
 
 

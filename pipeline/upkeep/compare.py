@@ -88,10 +88,11 @@ def corpus_of(plan: Plan, options: dict[str, str] | None, on_duplicate: str = "e
             yield [p for place, p in placed if place not in dropped], rejects
 
     if dropped and on_duplicate == "error":
+        remedy = id_field_remedy(s.fields for s in plan.shards)
         ids = (p.id for placed, _ in read() for place, p in placed if place in dropped)
         raise InputError(
             f"{len(dropped)} passages repeat an id of another: "
-            f"{', '.join(map(repr, islice(ids, 10)))}. {id_field_remedy(plan)}; or mend the "
+            f"{', '.join(map(repr, islice(ids, 10)))}. {remedy}; or mend the "
             "corpus, or choose one with --on-duplicate first or last"
         )
     return corpus

@@ -188,7 +188,7 @@ def test_other_settings_on_a_table_are_refused_by_name(table, model_dir, change,
     arguments = encode_arguments(table.parent / "c.jsonl", table, model_dir, "--workers", 0)
     done = kalm(*arguments, *change, check=2)
     assert field in done.stderr
-    assert done.stderr.count("\n") <= 2
+    assert done.stderr.count("\n") <= 3  # how the corpus is read, its kept plan, and the error
     assert "Traceback" not in done.stderr
 
 

@@ -218,6 +218,24 @@ def test_csv_and_lance_inputs_are_sampled_too(model_dir, tmp_path, few_blocks):
     assert tokens["low"] <= whole["tokens"]["value"] <= tokens["high"]
 
 
+@pytest.mark.parametrize(("ids", "repeated"), [(range(30), 0), ([i // 3 for i in range(30)], 20)])
+def test_repeated_ids_of_a_sample_are_noted_with_their_field(encoder, tmp_path, ids, repeated):
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps({"docid": i, "text": "x"}) + "\n" for i in ids))
+    sample = sample_corpus(
+        expand_inputs([str(file)], None),
+        encoder.tokenizer,
+        fields=FieldOptions(),
+        seconds=1,
+        seed=0,
+    )
+    assert len(sample.notes) == bool(repeated)
+    assert all(
+        f"{repeated} of the sampled passages repeat an id" in note and "field 'docid'" in note
+        for note in sample.notes
+    )
+
+
 def test_measure_times_the_real_encoder(corpus, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan_command, "MEASURE_S", 0.0)
     plan = planned(corpus[:1], model_dir, tmp_path / "p.json", measure=True, as_json=True)

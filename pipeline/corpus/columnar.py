@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from kalm_encoder.errors import InputError, first_line
+from kalm_encoder.errors import InputError
 from pipeline.corpus.access import open_binary, readable
 from pipeline.corpus.foreign import refuse_signature
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 
-NOT_UTF8 = re.compile(r"invalid utf-?8|utf-?8 sequence", re.IGNORECASE)
+NOT_UTF8 = re.compile(r"utf-?8 (byte )?sequence", re.IGNORECASE)
 """How the errors read with which Lance refuses a string; they have no class of their own."""
 
 
@@ -167,7 +167,7 @@ def _lance_rows(
         if not NOT_UTF8.search(str(error)):
             raise
         if length == 1:
-            yield f"not UTF-8: {first_line(error)}"
+            yield "a string of the row is not UTF-8"
             return
         half = length // 2
         yield from _lance_rows(dataset, columns, start, half)

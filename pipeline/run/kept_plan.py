@@ -19,8 +19,8 @@ import lance
 import xxhash
 from pydantic import TypeAdapter
 
-from kalm_encoder.errors import first_line
-from pipeline.corpus.access import open_store
+from kalm_encoder.errors import InputError, first_line
+from pipeline.corpus.access import open_store, readable
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
@@ -107,9 +107,10 @@ def _identity(
     try:
         if file.format == "lance":
             return [file.path, lance.dataset(file.path, storage_options=storage_options).version]
-        fs, path = open_store(file.path, storage_options)
-        info = fs.info(path)
-    except (OSError, ValueError):
+        with readable(file.path):
+            fs, path = open_store(file.path, storage_options)
+            info = fs.info(path)
+    except (InputError, OSError, ValueError):
         return None  # planning will say what is wrong with it
     stamp = next((str(info[key]) for key in STAMPS if info.get(key)), None)
     return [path.rsplit("/", 1)[-1], info.get("size"), stamp] if stamp else None

@@ -108,6 +108,21 @@ def test_a_parquet_file_cut_in_half(encode, good, tmp_path):
     assert_good_run(encode, good)
 
 
+@pytest.mark.parametrize("name", ["c.parquet", "c.lance"])
+def test_one_bad_string_costs_its_own_row_and_rejects_shows_it(encode, monkeypatch, tmp_path, name):
+    file, table = tmp_path / name, tmp_path / "t.lance"
+    texts = pa.array([b"first", b"caf\xe9", b"last"]).view(pa.string())  # no writer checks it
+    rows = pa.table({"id": ["a", "b", "c"], "text": texts})
+    write = lance.write_dataset if name.endswith(".lance") else pq.write_table
+    write(rows, file)
+    model = ("--model", "kalm-demo", "--time-limit", 0)
+    assert kalm(monkeypatch, "plan", file, *model)[0] == 0
+    code, out = encode(file, more=["--max-rejected", 0.5])
+    assert (code, "complete: 2 passages" in out) == (0, True), out
+    code, out = kalm(monkeypatch, "rejects", table)
+    assert re.search(rf"{name} line 2.* (not valid Unicode|not UTF-8)", out), out
+
+
 @pytest.mark.parametrize(
     ("column", "values"), [("text", [1.5]), ("id", [True]), ("text", [["list"]])]
 )

@@ -25,8 +25,8 @@ TEXT = "".join(
 SKIPPED = struct.pack("<II", 0x184D2A50, 4) + b"skip"
 
 
-def long_window(raw, log=30):
-    """What `zstd --long=30` writes: a frame that needs 1 GiB to be read."""
+def long_window(raw, log=28):
+    """What `zstd --long=28` writes: a frame that needs 256 MiB to be read."""
     options = {zstd.CompressionParameter.window_log: log}
     stream = zstd.ZstdCompressor(options=options)  # one that does not know the size beforehand
     return stream.compress(raw) + stream.flush()

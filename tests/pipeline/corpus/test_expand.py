@@ -26,6 +26,7 @@ from pipeline.corpus.access import absolute
 from pipeline.corpus.inputs import expand_inputs, named_format
 from pipeline.corpus.passages import FieldOptions, Passage
 from pipeline.corpus.shards import ShardReader, plan_shards
+from pipeline.estimate.sources import open_sources
 from pipeline.run.job import EncodeJob
 from pipeline.run.kept_plan import KeptPlan
 from tests.support.file_server import Ranges, WholeFiles, serve_files
@@ -63,6 +64,13 @@ def passages(*inputs, format=None, shard_size=100):
         rows[shard.number], rejects = reader.read(shard)
         assert not rejects
     return [p for number in sorted(rows) for p in rows[number]]
+
+
+def sampled(given):
+    """The number of rows that an estimate reads of an input in 7 blocks, the last one first."""
+    (file,) = expand_inputs([given], None)
+    (source,) = open_sources(file, FieldOptions(), None)
+    return sum(len(list(source.read(k, 7)[1])) for k in reversed(range(7)))
 
 
 EXPECTED = [Passage(f"d{i}", f"text {i}") for i in range(300)]
@@ -307,6 +315,7 @@ def test_a_chain_keeps_all_its_parts(beir):
         assert paths(given_) == [given_]
         assert paths(given_.replace("corpus", "c*")) == [given_]
         assert passages(given_) == EXPECTED
+        assert sampled(given_) == 300
 
 
 class Hosted(LocalFileSystem):
@@ -339,6 +348,7 @@ def test_a_server_without_ranges_is_refused_before_encoding_with_the_url_that_wo
             remedy = next(w for w in str(refused.value).split() if "simplecache::" in w).strip(",")
             assert paths(remedy) == [remedy]
             assert passages(remedy) == EXPECTED
+            assert sampled(remedy) == 300
         assert passages(f"simplecache::{url}/*.jsonl") == EXPECTED
         with pytest.raises(InputError, match=r"no file matches .*none.jsonl"):
             paths(f"{url}/none.jsonl")
@@ -352,6 +362,7 @@ def test_a_server_with_ranges_is_read_in_place(beir):
             f"zip://scifact/corpus.jsonl::{url}/scifact.zip",
         ):  # fmt: skip
             assert passages(given_) == EXPECTED, given_
+            assert sampled(given_) == 300
     with pytest.raises(InputError, match=r"cannot read http.*c.jsonl: Cannot connect"):
         paths(f"{url}/c.jsonl")
 

@@ -187,7 +187,7 @@ def resolve(
     if isinstance(model_name_or_path, Checkpoint):
         return model_name_or_path
     model_name_or_path = os.fspath(model_name_or_path)
-    path = Path(model_name_or_path)
+    path = Path(model_name_or_path).expanduser()
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(

@@ -227,3 +227,9 @@ def test_rows_that_are_not_mended_yet_are_named_as_such(late, monkeypatch):
     late.write_text(good)
     assert kalm(monkeypatch, *command, "--retry-rejects")[0] == 0
     assert len(PassageTable.open("new.lance")) == 12
+
+
+def test_a_tilde_names_the_home_folder_of_a_model_too(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    command = "encode c.jsonl --to new.lance --model ~/model --workers 0"
+    assert kalm(monkeypatch, *shlex.split(command))[0] == 0

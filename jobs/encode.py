@@ -38,14 +38,6 @@ def encode(
             "device. Default: chosen from the device and its free memory."
         ),
     ] = None,
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Run the encoder through torch.compile. Try it for long runs on a GPU; compiling "
-            "delays the start of each worker.",
-        ),
-    ] = False,
     shard_size: options.ShardSize = 1000,
     limit: Annotated[
         int | None, typer.Option(help="Encode only the first N rows, to try a corpus out.")
@@ -109,7 +101,6 @@ def encode(
         shard_size=shard_size,
         limit=limit,
         token_budget=token_budget,
-        compile=compile,
         max_rejected=max_rejected,
         commit_every_s=commit_every,
         on_duplicate=on_duplicate,

@@ -31,10 +31,6 @@ def serve(
             min=0, help="Megabytes for an index of all rows, 37 bytes per row; 0 holds none."
         ),
     ] = 512,
-    compile: Annotated[
-        bool,
-        typer.Option("--compile", help="Use torch.compile. Try it on a GPU, without --hot-mb."),
-    ] = False,
     filter_columns: Annotated[
         str | None, typer.Option(help="Columns that filters may name, with commas. Default: none.")
     ] = None,
@@ -97,7 +93,6 @@ def serve(
         with_encoder=with_encoder,
         hot_bytes=hot_mb << 20,
         index_bytes=index_mb << 20,
-        compile=compile,
         filter_columns=frozenset(options.split_list(filter_columns or "")),
         max_candidates=max_candidates,
         refresh_s=refresh_s,

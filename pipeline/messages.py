@@ -26,7 +26,6 @@ class WorkerConfig:
         token_budget: Number of tokens per forward pass. None chooses it from the device and its
             free memory.
         threads: Number of CPU threads of the model. None leaves torch's own choice.
-        compile: Whether the encoder runs through torch.compile.
         gpu_share: Share of a GPU's memory that this worker may use.
         logs: How a worker logs, and the id of the run.
     """
@@ -35,7 +34,6 @@ class WorkerConfig:
     spec: TableSpec
     token_budget: int | None = None
     threads: int | None = None
-    compile: bool = False
     gpu_share: float = 1.0
     logs: LogOptions = field(default_factory=LogOptions)
 

@@ -7,7 +7,9 @@ for a GPU, so that batches can be sent to it ahead of time.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,6 +95,7 @@ class Packed:
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = lengths
+        self.device = device
         self.sizes = send(lengths, device)
         self.starts = torch.nn.functional.pad(self.sizes.cumsum(0), (1, 0)).int()
         places = torch.arange(sum(lengths), device=device)
@@ -101,3 +104,22 @@ class Packed:
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Repeat the (b,) value of each passage for each of its tokens: (T,)."""
         return values.repeat_interleave(self.sizes, output_size=sum(self.lengths))
+
+    @cached_property
+    def grids(self) -> tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
+        """Where each token lies when passages are padded to powers of two.
+
+        Returns:
+            The place of each token in a buffer of all grids, (T,) int64; and for each grid its
+            number of rows, of columns, and the lengths of the passages in its rows, (rows,) int64.
+        """
+        members = defaultdict(list)
+        for i, length in enumerate(self.lengths):
+            members[1 << (length - 1).bit_length()].append(i)
+        firsts, grids, size = [0] * len(self.lengths), [], 0
+        for columns, rows in sorted(members.items()):
+            for i in rows:
+                firsts[i] = size
+                size += columns
+            grids.append((len(rows), columns, send([self.lengths[i] for i in rows], self.device)))
+        return self.positions + self.spread(send(firsts, self.device)), grids

@@ -222,13 +222,24 @@ def choose_device(device: Device) -> torch.device:
 
 
 def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """Return the wanted compute dtype. None chooses bfloat16 on a GPU and float32 on a CPU."""
+    """Return the wanted compute dtype.
+
+    None chooses bfloat16 on a GPU that computes in it, and float32 elsewhere: older GPUs emulate
+    it, which is slower than float32.
+    """
     if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return torch.bfloat16 if _has_bfloat16(device) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return chosen
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def answer_token_id(tokenizer: Any, answer: str) -> int:

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError, NonFiniteError
-from kalm_encoder.model.batching import make_batches
+from kalm_encoder.model.batching import make_batches, send
 from kalm_encoder.model.checkpoint import Checkpoint, Device, Dtype, answer_token_id, resolve
-from kalm_encoder.model.compiled_forward import CompiledForward
+from kalm_encoder.model.cuda_graphs import DecoderGraphs
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
 from kalm_encoder.model.pairs import HotPassages, Pair, Prompt, memory_of
 from kalm_encoder.process import check_process
@@ -33,7 +33,8 @@ CPU_TOKEN_BUDGET = 4096
 GPU_TOKEN_BUDGET = 131072
 """Most prompt tokens plus states of a forward on a GPU."""
 MAX_PADDING = 0.05
-"""Largest share of padding among the prompt tokens and states of a batch that is not compiled."""
+"""Largest share of padding among the prompt tokens and states of a batch on a CPU. On a GPU there
+is no limit: a padded state costs only its key and value, a further forward 400 launches."""
 QUERY_MAX_TOKENS = 512
 """Tokens that a raw query is cut to, without the prompt around it, as the reference does."""
 
@@ -45,24 +46,22 @@ class QueryDecoder:
         model_name_or_path: Hub id, directory, `kalm-demo`, or a Checkpoint.
         revision: Revision of a hub id.
         device: None takes the first GPU, or the CPU if there is none.
-        dtype: None takes bfloat16 on a GPU and float32 on a CPU.
+        dtype: None takes bfloat16 on a GPU that computes in it, and float32 elsewhere.
         token_budget: Most prompt tokens plus states of one forward, with padding. None chooses it
             from the device.
-        hot_bytes: Most memory for repeated passages; see pairs.py. 0 keeps none.
-        compile: Whether the forward goes through torch.compile. Batches are then padded to a few
-            shapes, and the first one waits for the compiler unless `warm_up` ran before.
+        hot_bytes: Most memory for repeated passages; see pairs.py. 0 keeps none. Batches with
+            passages to keep are launched kernel by kernel on a GPU, without CUDA graphs.
 
     Attributes:
         model: The decoder in eval mode; its embedding is also the LM head.
         fingerprint: Fingerprint of the checkpoint. A table must record the same.
         dim: Width d of the states that this decoder attends to.
         hot: Memory of repeated passages, or None.
-        compiled: Forward through torch.compile, or None.
+        graphs: CUDA graphs of the forward, or None on a CPU.
 
     Raises:
         CheckpointError: If the model is missing, incomplete, damaged or not a KaLM reranker.
-        InputError: If the device or the dtype is impossible, or `compile` is combined with
-            `hot_bytes`.
+        InputError: If the device or the dtype is impossible.
     """
 
     def __init__(
@@ -74,20 +73,18 @@ class QueryDecoder:
         dtype: Dtype = None,
         token_budget: int | None = None,
         hot_bytes: int = 0,
-        compile: bool = False,
     ) -> None:
-        if compile and hot_bytes:
-            raise InputError("compile and hot_bytes cannot be combined: choose one")
         files = resolve(model_name_or_path, revision)
         self.model = files.load_decoder(device, dtype)
         self.tokenizer = files.tokenizer()
         self.fingerprint = files.fingerprint
         self.device: torch.device = self.model.device
         self.dim = int(self.model.config.hidden_size)
-        default = CPU_TOKEN_BUDGET if self.device.type == "cpu" else GPU_TOKEN_BUDGET
+        self._on_gpu = self.device.type == "cuda"
+        default = GPU_TOKEN_BUDGET if self._on_gpu else CPU_TOKEN_BUDGET
         self.token_budget = default if token_budget is None else token_budget
         self.hot = HotPassages(hot_bytes) if hot_bytes else None
-        self.compiled = CompiledForward(self.model, self.token_budget) if compile else None
+        self.graphs = DecoderGraphs(self.model) if self._on_gpu else None
         answers = [answer_token_id(self.tokenizer, answer) for answer in ("yes", "no")]
         self._answers = self.model.embed_tokens.weight[answers].float()  # (2, d)
 
@@ -161,36 +158,33 @@ class QueryDecoder:
                     f"states[{i}] has shape {shape}; this decoder takes (m, {self.dim})"
                 )
             alike[len(pair.prompt.ids), pair.prompt.prefix, pair.held].append(i)
-        scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
+        order: list[int] = []
+        logits: list[torch.Tensor] = []
         for (length, _, held), members in alike.items():
             sizes = [pairs[i].num_states for i in members]
             for batch in self._make_batches(sizes, length - held):
-                chosen = [members[j] for j in batch]
-                logits = self.forward([pairs[i] for i in chosen])
-                if not torch.isfinite(logits).all():
-                    raise NonFiniteError(
-                        f"the decoder made non-finite logits in {self.model.dtype}; load it in "
-                        "bfloat16 or float32"
-                    )
-                margins = logits[:, 0] - logits[:, 1]
-                found = zip(margins.sigmoid().tolist(), margins.tolist(), strict=True)
-                for i, score in zip(chosen, found, strict=True):
-                    scores[i] = score
-        return scores
+                order += (chosen := [members[j] for j in batch])
+                logits.append(self.forward([pairs[i] for i in chosen]))
+        if not order:
+            return []
+        found = torch.cat(logits).cpu()  # the only wait for a GPU
+        if not torch.isfinite(found).all():
+            raise NonFiniteError(
+                f"the decoder made non-finite logits in {self.model.dtype}; load it in bfloat16 or "
+                "float32"
+            )
+        margins = torch.empty(len(order))
+        margins[order] = found[:, 0] - found[:, 1]
+        return list(zip(margins.sigmoid().tolist(), margins.tolist(), strict=True))
 
     def _make_batches(self, sizes: Sequence[int], length: int) -> list[list[int]]:
-        if self.compiled is not None:
-            return self.compiled.make_batches(sizes, length)
-        return make_batches(sizes, self.token_budget, overhead=length, max_padding=MAX_PADDING)
+        most = 1.0 if self._on_gpu else MAX_PADDING
+        return make_batches(sizes, self.token_budget, overhead=length, max_padding=most)
 
     def warm_up(self) -> None:
-        """Compile for short queries in this thread; do nothing without `compile`.
-
-        Raises:
-            InputError: If torch cannot compile on this machine.
-        """
-        if self.compiled is not None:
-            self.compiled.warm_up(len(self.prompt("").ids))
+        """On a GPU, compile and record the CUDA graphs that short queries need."""
+        if self.graphs is not None:
+            self.graphs.record_usual(len(self.prompt("").ids))
 
     def forward(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """Run the decoder on b pairs with prompts of one length; all are recalled, or none is.
@@ -199,22 +193,27 @@ class QueryDecoder:
             (b, 2) float32 logits of `yes` and `no` at the last prompt position.
         """
         memory = memory_of(pairs, self.device, self.model.dtype)
-        rows = [pair.prompt.ids[memory.prefix :] for pair in pairs]
-        if all(row == rows[0] for row in rows):
-            rows = rows[:1]
+        prompts = [pair.prompt.ids[memory.prefix :] for pair in pairs]
+        if all(prompt == prompts[0] for prompt in prompts):
+            prompts = prompts[:1]
+        tokens = send(prompts, self.device)
         wanted = self.hot and not memory.prefix and any(pair.key is not None for pair in pairs)
-        keep = pairs[0].prompt.prefix if wanted else 0
-        tokens = torch.tensor(rows, device=self.device)
-        kept = None
-        if self.compiled is not None and isinstance(memory, PassageMemory):
-            hidden = self.compiled(tokens, memory)
-        else:
-            hidden, kept = last_hidden(self.model, tokens, memory, keep=keep)
-        if kept is not None and self.hot is not None:
-            for pair, entry in zip(pairs, kept, strict=True):
-                if pair.key is not None:
-                    entry = entry[:, :, : keep + len(pair.passage)].clone()
-                    self.hot.put((pair.key, pair.prompt.ids[:keep]), entry)
+        hidden = None
+        if self.graphs and not wanted and len(tokens) == 1 and isinstance(memory, PassageMemory):
+            hidden = self.graphs(tokens[0], memory)
+        if hidden is None:
+            keep = pairs[0].prompt.prefix if wanted else 0
+            hidden, kept = last_hidden(self.model, tokens, memory, keep=keep, fuse=self._on_gpu)
+            if kept is not None:
+                self._keep(pairs, kept, keep)
         logits: torch.Tensor = hidden.float() @ self._answers.T
         cap = self.model.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _keep(self, pairs: Sequence[Pair], kept: torch.Tensor, keep: int) -> None:
+        """Remember the passages of a batch that have a key; see `last_hidden`."""
+        assert self.hot is not None
+        for pair, entry in zip(pairs, kept, strict=True):
+            if pair.key is not None:
+                own = entry[: keep + len(pair.passage)].clone()
+                self.hot.put((pair.key, pair.prompt.ids[:keep]), own)

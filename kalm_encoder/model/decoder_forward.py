@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 
-from kalm_encoder.model.layers import feed_forward, norm, rotate
+from kalm_encoder.model.layers import Parts, embed, norm, parts, queries, rotate
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+Rotary = dict[str, list[torch.Tensor]]
+"""Cosines and sines by kind of layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,16 @@ class PassageMemory:
     real: torch.Tensor
     prefix: int = 0
 
-    def keys_values(self, attention: Any, _layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def rows(self) -> int:
+        """Number of passages, b."""
+        return len(self.states)
+
+    def keys_values(self, compute: Parts, attention: Any, _layer: int) -> KeysValues:
         """Return keys and values, (b, kv heads, m, head_dim) each."""
-        return _project(attention, self.states)
+        found = compute.keys_values(attention, self.states.flatten(0, 1))
+        key, value = (_by_head(part, self.rows) for part in found)
+        return key, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +58,26 @@ class KeptMemory:
     """Keys and values of a prompt's first tokens and of the passage, kept from an earlier forward.
 
     Attributes:
-        entries: A (layers, 2, prefix + m_i, kv heads, head_dim) tensor per row; see `last_hidden`.
+        entries: (b, prefix + m, layers, 2, kv heads, head_dim), padded on the right; see
+            `last_hidden`.
         prefix: Number of prompt tokens that they hold. The prompts given now begin after these.
         real: (b, prefix + m) bool, False for padding; (1, prefix + m) if all rows have the same
             length.
     """
 
-    entries: Sequence[torch.Tensor]
+    entries: torch.Tensor
     prefix: int
     real: torch.Tensor
 
-    def keys_values(self, _attention: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def rows(self) -> int:
+        """Number of passages, b."""
+        return len(self.entries)
+
+    def keys_values(self, _compute: Parts, _attention: Any, layer: int) -> KeysValues:
         """Return keys and values, (b, kv heads, prefix + m, head_dim) each."""
-        keys, values = (
-            pad_sequence([entry[layer, part] for entry in self.entries], batch_first=True)
-            for part in (0, 1)
-        )
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        key, value = self.entries[:, :, layer].unbind(2)
+        return key.transpose(1, 2), value.transpose(1, 2)
 
 
 def last_hidden(
@@ -74,6 +87,7 @@ def last_hidden(
     *,
     keep: int = 0,
     positions: torch.Tensor | None = None,
+    fuse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the decoder and return its final hidden state at the last prompt position.
 
@@ -84,103 +98,107 @@ def last_hidden(
         keep: Number of prompt tokens whose keys and values are returned with those of the passages.
         positions: Positions of the given tokens, (p,), ascending. Tokens at negative positions are
             padding. None means that they begin at 0, or after what the memory holds.
+        fuse: Whether the parts between the attentions go through torch.compile.
 
     Returns:
-        The hidden state after the final norm, (b, d), and with `keep` a tensor of shape (b, layers,
-        2, keep + m, kv heads, head_dim), otherwise None. A row of that tensor without its padding
-        is an entry for `KeptMemory`.
+        The hidden state after the final norm, (b, d), and with `keep` a tensor of shape (b,
+        keep + m, layers, 2, kv heads, head_dim), otherwise None. A row of that tensor without its
+        padding is what `KeptMemory` holds of a passage.
     """
-    config = model.config
+    config, compute = model.config, parts(fuse=fuse)
+    rows, p = prompts.shape
     layers = model.layers[: config.num_hidden_layers]
-    hidden = model.embed_tokens(prompts)  # (1 or b, p, d)
+    hidden = embed(model.embed_tokens, prompts.flatten())  # (rows * p, d)
     if positions is None:
-        positions = torch.arange(prompts.shape[1], device=prompts.device) + memory.prefix
-    rotary = {
-        kind: [part.unsqueeze(1) for part in model.rotary_emb(hidden, positions[None], kind)]
+        positions = torch.arange(p, device=prompts.device) + memory.prefix
+    once = {
+        kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions[None], kind)]
         for kind in set(config.layer_types)
     }
+    rotary = _repeated(once, rows)
     masks = _masks(config, positions, memory, hidden.dtype)
     kept = []
     for i, layer in enumerate(layers):
         attention, kind = layer.self_attn, config.layer_types[i]
-        normed = norm(layer.pre_self_attn_layernorm, hidden)
-        own = _project(attention, normed, rotary[kind])
-        other = memory.keys_values(attention, i)
+        if layer is layers[-1]:
+            found, every = _before_last(compute, layer, hidden, rotary[kind], p), p
+        else:
+            found, every = compute.before(layer, hidden, *rotary[kind]), 1
+        query, key, value = (_by_head(part, rows) for part in found)
+        other = memory.keys_values(compute, attention, i)
         if keep:
-            kept.append(_to_keep(own, other, keep))
-        first = -1 if layer is layers[-1] else 0  # the last layer computes the last position alone
-        rotation = [part[:, :, first:] for part in rotary[kind]]
-        mask = masks[kind][:, :, :, first:].flatten(2, 3)
-        hidden, normed = hidden[:, first:], normed[:, first:]
-        attended = _attend(attention, normed, rotation, own, other, mask)
-        hidden = hidden + norm(layer.post_self_attn_layernorm, attended)
-        fed = feed_forward(layer.mlp, norm(layer.pre_feedforward_layernorm, hidden))
-        hidden = hidden + norm(layer.post_feedforward_layernorm, fed)
-    return norm(model.norm, hidden)[:, -1], torch.stack(kept, dim=1) if keep else None
+            kept.append(_to_keep((key, value), other, keep))
+        mask = masks[kind][:, :, :, every - 1 :: every].flatten(2, 3)
+        seen = _attend(query, (key, value), other, mask, attention.scaling)
+        asked = hidden[every - 1 :: every].reshape(rows, p // every, -1)
+        asked = asked.expand(memory.rows, -1, -1).flatten(0, 1)
+        hidden = compute.after(layer, asked, seen)
+        if rows != memory.rows:  # the first layer computed a shared prompt once for all
+            rows = memory.rows
+            rotary = _repeated(once, rows)
+    return norm(model.norm, hidden), torch.stack(kept, dim=2) if keep else None
 
 
-def _project(
-    attention: Any, hidden: torch.Tensor, rotary: Sequence[torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the keys, rotated if `rotary` is given, and the values: (b, kv heads, n, head_dim)."""
-    heads = (*hidden.shape[:2], -1, attention.head_dim)
-    key = norm(attention.k_norm, attention.k_proj(hidden).view(heads)).transpose(1, 2)
-    value = attention.v_proj(hidden).view(heads).transpose(1, 2)
-    return key if rotary is None else rotate(key, *rotary), value
+def _repeated(rotary: Rotary, rows: int) -> Rotary:
+    """Return cosines and sines, (p, 1, head_dim), for each of `rows` prompts."""
+    return {kind: [part.repeat(rows, 1, 1) for part in pair] for kind, pair in rotary.items()}
+
+
+def _before_last(
+    compute: Parts, layer: Any, hidden: torch.Tensor, rotation: Sequence[torch.Tensor], p: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do as `before_attention` for all but the queries: only those of each p-th row are made."""
+    normed = norm(layer.pre_self_attn_layernorm, hidden)
+    key, value = compute.keys_values(layer.self_attn, normed)
+    query = queries(layer.self_attn, normed[p - 1 :: p])
+    query = rotate(query, *(part[p - 1 :: p] for part in rotation))
+    return query, rotate(key, *rotation), value
+
+
+def _by_head(flat: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return (rows * n, heads, head_dim) as (rows, heads, n, head_dim)."""
+    return flat.view(rows, -1, *flat.shape[1:]).transpose(1, 2)
 
 
 def _attend(
-    attention: Any,
-    hidden: torch.Tensor,
-    rotary: Sequence[torch.Tensor],
-    own: tuple[torch.Tensor, torch.Tensor],
-    other: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    own: KeysValues,
+    other: KeysValues,
     mask: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
-    """Return (b, p, d): attention over memory and prompt in one softmax.
+    """Return (b * p, heads * head_dim): attention over memory and prompt in one softmax.
 
     The query heads of one key head are laid out as if they were positions, so that keys and values
     are never repeated.
 
     Args:
-        attention: T5Gemma2MergedAttention of the layer.
-        hidden: Normed hidden states, (1 or b, p, d).
-        rotary: Cosines and sines, (1, 1, p, head_dim).
+        query: Rotated queries, (1 or b, heads, p, head_dim).
         own: Keys and values of the prompts, (1 or b, kv heads, p', head_dim).
         other: Keys and values of the memory, (b, kv heads, n, head_dim).
         mask: Additive mask, (1 or b, 1, heads / kv heads * p, n + p').
+        scale: Factor of the products.
     """
-    b, p = len(other[0]), hidden.shape[1]
-    heads = (*hidden.shape[:2], -1, attention.head_dim)
-    query = norm(attention.q_norm, attention.q_proj(hidden).view(heads)).transpose(1, 2)
-    query = rotate(query, *rotary)  # (1 or b, heads, p, head_dim)
-    shape = (query.shape[0], own[0].shape[1], -1, attention.head_dim)
+    b, p = len(other[0]), query.shape[2]
     key, value = (
         torch.cat([memory, prompt.expand(b, -1, -1, -1)], dim=2)
         for memory, prompt in zip(other, own, strict=True)
     )
+    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
     out = scaled_dot_product_attention(
-        query.reshape(shape).expand(b, -1, -1, -1),
-        key,
-        value,
-        attn_mask=mask,
-        scale=attention.scaling,
+        grouped.expand(b, -1, -1, -1), key, value, attn_mask=mask, scale=scale
     )
-    out = out.reshape(b, -1, p, attention.head_dim).transpose(1, 2).flatten(2)
-    projected: torch.Tensor = attention.o_proj(out)
-    return projected
+    return out.reshape(b, -1, p, out.shape[3]).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _to_keep(
-    own: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], keep: int
-) -> torch.Tensor:
-    """Return what a later forward of the same passages needs: (b, 2, keep + m, kv heads, k)."""
+def _to_keep(own: KeysValues, other: KeysValues, keep: int) -> torch.Tensor:
+    """Return what a later forward of the same passages needs: (b, keep + m, 2, kv heads, k)."""
     b = len(other[0])
-    parts = [
+    found = [
         torch.cat([prompt[:, :, :keep].expand(b, -1, -1, -1), passage], dim=2)
         for prompt, passage in zip(own, other, strict=True)
     ]
-    return torch.stack(parts, dim=1).transpose(2, 3)
+    return torch.stack(found, dim=1).permute(0, 3, 1, 2, 4)
 
 
 def _masks(

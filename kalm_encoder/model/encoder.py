@@ -46,12 +46,11 @@ class PassageEncoder:
         model_name_or_path: Hub id, directory, `kalm-demo`, or a Checkpoint.
         revision: Revision of a hub id.
         device: None takes the first GPU, or the CPU if there is none.
-        dtype: None takes bfloat16 on a GPU and float32 on a CPU.
+        dtype: None takes bfloat16 on a GPU that computes in it, and float32 elsewhere.
         max_length: Number of tokens that a passage is cut to, with its prefix.
         token_budget: Most tokens of one forward; a single passage may have more. None chooses it
             from the device and its free memory. If memory runs out, it is halved for the rest of
             the encoder's life.
-        compile: Whether the parts between the attentions go through torch.compile.
 
     Attributes:
         model: The text encoder in eval mode. `PackedForward` changes its layers.
@@ -70,7 +69,6 @@ class PassageEncoder:
         dtype: Dtype = None,
         max_length: int = 1024,
         token_budget: int | None = None,
-        compile: bool = False,
     ) -> None:
         if token_budget is not None and token_budget < 1:
             raise InputError(f"token_budget {token_budget} must be at least 1")
@@ -80,7 +78,7 @@ class PassageEncoder:
         check_max_length(max_length, self.tokenizer, self.model.config)
         self.max_length = max_length
         self.device: torch.device = self.model.embed_tokens.weight.device
-        self._forward = PackedForward(self.model, compile=compile)
+        self._forward = PackedForward(self.model)
         self._loaded = mark(self.device)
         self._last = threading.local()
         self.token_budget = token_budget or (

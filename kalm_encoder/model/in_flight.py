@@ -78,7 +78,7 @@ def mark(device: torch.device) -> Any:
     if device.type == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(torch.cuda.current_stream(device))  # the current device may be another one
     return event
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from cachetools import LRUCache
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
+from kalm_encoder.model.batching import send
 from kalm_encoder.model.decoder_forward import KeptMemory, PassageMemory
 
 
@@ -38,7 +40,8 @@ class Pair:
 
     Attributes:
         prompt: The query.
-        passage: (m, d) states with m >= 1, or what `QueryDecoder.recall` returned.
+        passage: (m, d) states with m >= 1, or the (prefix + m, layers, 2, kv heads, head_dim) that
+            `QueryDecoder.recall` returned.
         key: Name of the passage (its table, ratio and id) under which it is kept. With None it is
             never kept.
     """
@@ -55,7 +58,7 @@ class Pair:
     @property
     def num_states(self) -> int:
         """Number of states of the passage, m."""
-        return int(self.passage.shape[2 if self.held else 0]) - self.held
+        return int(self.passage.shape[0]) - self.held
 
     @property
     def size(self) -> int:
@@ -76,18 +79,19 @@ def memory_of(
     lengths = [pair.held + pair.num_states for pair in pairs]
     longest = max(lengths)
     alike = min(lengths) == longest
-    real = torch.arange(longest) < torch.tensor(lengths[:1] if alike else lengths).unsqueeze(1)
-    real = real.to(device)
+    sizes = send(lengths[:1] if alike else lengths, device)
+    real = torch.arange(longest, device=device) < sizes.unsqueeze(1)
     entries = [pair.passage for pair in pairs if isinstance(pair.passage, torch.Tensor)]
+    arrays = [pair.passage for pair in pairs if not isinstance(pair.passage, torch.Tensor)]
     if entries:
-        return KeptMemory(entries, pairs[0].prompt.prefix, real)
-    shape = (len(pairs), longest, pairs[0].passage.shape[1])
-    padded = np.zeros(shape, dtype=pairs[0].passage.dtype)  # type: ignore[arg-type]
-    for row, pair in zip(padded, pairs, strict=True):
-        row[: len(pair.passage)] = pair.passage
-    states = torch.from_numpy(padded)
-    if device.type == "cuda":
-        states = states.pin_memory()
+        padded = pad_sequence(entries, batch_first=True)  # once for all layers
+        return KeptMemory(padded, pairs[0].prompt.prefix, real)
+    kinds = {array.dtype for array in arrays}
+    stored = torch.from_numpy(np.empty(0, dtype=np.result_type(*kinds))).dtype
+    shape = (len(pairs), longest, arrays[0].shape[1])
+    states = torch.zeros(shape, dtype=stored, pin_memory=device.type == "cuda")
+    for row, array in zip(states.numpy(), arrays, strict=True):
+        row[: len(array)] = array
     return PassageMemory(states.to(device, non_blocking=True).to(dtype), real)
 
 

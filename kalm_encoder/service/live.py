@@ -129,9 +129,7 @@ class LiveTable:
         if old is not None and old.decoder.fingerprint == table.spec.fingerprint:
             decoder, encoder = old.decoder, old.encoder
         else:
-            loaded = QueryDecoder(
-                model, **how, hot_bytes=settings.hot_bytes, compile=settings.compile
-            )
+            loaded = QueryDecoder(model, **how, hot_bytes=settings.hot_bytes)
             decoder, encoder = BatchingDecoder(loaded, self._observe_pairs), None
         # It refuses a model that does not belong to the table, before anything is compiled.
         reranker = Reranker(table, decoder.decoder, score_pairs=decoder.score_pairs)

@@ -146,7 +146,6 @@ def load(
         job.table,
         spec,
         token_budget=job.token_budget,
-        compile=job.compile,
         logs=logs.current(),
     )
     with Progress(job.table, plan, pending) as progress:

@@ -19,7 +19,6 @@ class TableJob:
         uri: Address of the table, ending in .lance.
         token_budget: Number of tokens per forward pass. None chooses it from the device and its
             free memory.
-        compile: Whether the encoder runs through torch.compile.
         max_rejected: Largest share of rows that may be rejected.
         commit_every_s: Least number of seconds between two commits, and what a killed driver
             repeats. The pause is longer where commits take long, see `committer.pause_s`. 0 commits
@@ -32,7 +31,6 @@ class TableJob:
 
     uri: str
     token_budget: int | None = None
-    compile: bool = False
     max_rejected: float = 0.001
     commit_every_s: float = 10.0
     on_duplicate: str = "error"

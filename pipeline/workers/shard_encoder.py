@@ -76,7 +76,6 @@ class ShardEncoder:
                 device=place,
                 max_length=spec.max_length,
                 token_budget=config.token_budget,
-                compile=config.compile,
             )
         ).result()
         self._on_gpu: deque[BatchInFlight] = deque()

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kalm_encoder.model import encoder_forward
 from kalm_encoder.model.batching import Packed
+from kalm_encoder.model.encoder_attention import attend_blocks, attend_flash, attend_padded
 from kalm_encoder.model.encoder_forward import PackedForward
 from tests.bench.forwards import own_forward, random_encoder
 from tests.bench.gpu_check.device import CUDA, DEVICE, HALF, Setting, median_ms, say
@@ -36,14 +36,16 @@ def check_equality(setting: Setting) -> list[str]:
         with torch.inference_mode():
             packed = Packed(lengths, ids.device)
             # PackedForward packs the weights of a CPU model in place: a copy for the toy run.
-            ours = PackedForward(half)(ids, packed)
-            wide = PackedForward(full if CUDA else copy.deepcopy(full))(ids, packed)
-            compiled = PackedForward(half, compile=True)(ids, packed) if CUDA else ours
-        ratio = relative(ours, want) / max(relative(theirs, want), 1e-9)
+            ours = PackedForward(half, fuse=False)(ids, packed)
+            wide = PackedForward(full if CUDA else copy.deepcopy(full), fuse=False)(ids, packed)
+            fused = PackedForward(half)(ids, packed) if CUDA else ours
+        ratio, fused_ratio = (
+            relative(states, want) / max(relative(theirs, want), 1e-9) for states in (ours, fused)
+        )
         say(
             f"equality {name} {lengths[:6]}: float32 ours-theirs {relative(wide, want):.1e} (<1e-4)"
             f" | bf16 ours {relative(ours, want):.2e} theirs {relative(theirs, want):.2e}"
-            f" ratio {ratio:.2f} (<=1.2) | compiled-eager {relative(compiled, ours):.1e}"
+            f" ratio {ratio:.2f}, fused {fused_ratio:.2f} (<=1.2)"
         )
     return []
 
@@ -66,13 +68,17 @@ def check_attention(setting: Setting) -> list[str]:
         q, k, v = (
             torch.randn(sum(lengths), h, 256, device=DEVICE, dtype=HALF) for h in (heads, kv, kv)
         )
-        took = median_ms(partial(encoder_forward._attend_varlen, q, k, v, packed, 1 / 16, window))
+        took, padded = (
+            median_ms(partial(attend, q, k, v, packed, 1 / 16, window))
+            for attend in (attend_flash, attend_padded)
+        )
         some = [x[: sum(few.lengths)] for x in (q, k, v)]
-        flash = encoder_forward._attend_varlen(*some, few, 1 / 16, window)
-        blocks = encoder_forward._attend_blocks(*(x.float() for x in some), few, 1 / 16, window)
+        flash = attend_flash(*some, few, 1 / 16, window)
+        blocks = attend_blocks(*(x.float() for x in some), few, 1 / 16, window)
         flops = 4 * heads * 256 * sum(min(n, window or n) * n for n in lengths)
         say(
             f"attention h{heads}/{kv} window {window} length {length}: {took:.3f} ms, "
-            f"{flops / took / 1e9:.0f} TFLOP/s, error {relative(flash, blocks):.1e} (<1e-2)"
+            f"{flops / took / 1e9:.0f} TFLOP/s, error {relative(flash, blocks):.1e} (<1e-2); "
+            f"padded {padded:.2f} ms"
         )
     return []

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kalm_encoder.model.encoder import PassageEncoder
+from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.in_flight import PassageTokens
 from tests.bench.forwards import RATIO, in_memory
 from tests.bench.gpu_check.device import CUDA, Setting, say
@@ -60,9 +61,9 @@ def print_top_kernels(setting: Setting) -> list[str]:
         return []
     for size in [n for n in ("Nano", "Large") if n in setting.sizes]:
         model = setting.encoder(size)
-        for variant in ("eager", "compiled"):
-            files = in_memory(model, setting.tokenizer)
-            encoder = PassageEncoder(files, token_budget=65536, compile=variant == "compiled")
+        for fuse in (False, True):
+            encoder = PassageEncoder(in_memory(model, setting.tokenizer), token_budget=65536)
+            encoder._forward = PackedForward(model, fuse=fuse)
             batch = batches_of(encoder, [128] * 512)[0]
             for _ in range(2):
                 encoder.encode_batch(batch, ratio=RATIO)
@@ -77,7 +78,8 @@ def print_top_kernels(setting: Setting) -> list[str]:
             rows.sort(key=lambda event: -event.self_device_time_total)
             whole = sum(event.self_device_time_total for event in rows)
             launches = sum(event.count for event in rows)
-            say(f"profile {size} {variant}: {whole / 1e3:.1f} ms, {launches} launches")
+            kind = "fused" if fuse else "plain"
+            say(f"profile {size} {kind}: {whole / 1e3:.1f} ms, {launches} launches")
             for event in rows[:10]:
                 took = event.self_device_time_total
                 print(f"    {took / whole:6.1%} {took / 1e3:8.2f} ms x{event.count:<5} {event.key}")

@@ -102,7 +102,7 @@ def main() -> None:
     with fake:
         model = _fake_encoder(chosen.size)
     with fake, torch.inference_mode(), mock.patch.object(batching, "send", send):
-        forward = encoder_forward.PackedForward(model)
+        forward = encoder_forward.PackedForward(model, fuse=False)
         print("attend:", forward._attend.__name__)
         packed = Packed(LENGTHS, torch.device("cuda"))
         ids = torch.zeros(sum(LENGTHS), dtype=torch.long, device="cuda")

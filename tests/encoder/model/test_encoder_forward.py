@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from kalm_encoder import PassageEncoder
-from kalm_encoder.model import checkpoint, onednn
+from kalm_encoder.model import checkpoint, encoder_attention, onednn
 from kalm_encoder.model.batching import Packed
-from kalm_encoder.model.encoder_forward import (
+from kalm_encoder.model.encoder_attention import (
     BLOCK_QUERIES,
-    PackedForward,
-    _attend_blocks,
-    _attend_varlen,
+    attend_blocks,
+    attend_flash,
+    attend_padded,
     reach,
 )
+from kalm_encoder.model.encoder_forward import PackedForward
+from kalm_encoder.model.layers import parts
 from kalm_encoder.model.onednn import PackedLinear, product, usable
 
 TOLERANCE = 2e-5
@@ -155,8 +157,9 @@ def test_a_product_is_that_of_torch(n, m, k):
 
 def test_two_small_graphs_do_for_all_layers_and_lengths(model_dir, plain):
     torch._dynamo.reset()
+    parts.cache_clear()
     counters.clear()
-    forward = PackedForward(load(model_dir), compile=True)
+    forward = PackedForward(load(model_dir), fuse=True)
     for lengths in ([5, 90], [30], [2], [64] * 8, [200, 3, 17]):
         ids = random_ids(lengths)
         torch.testing.assert_close(
@@ -164,6 +167,40 @@ def test_two_small_graphs_do_for_all_layers_and_lengths(model_dir, plain):
         )
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 64, 65])
+def test_attention_of_padded_passages_equals_the_products(window, kv_heads):
+    packed = Packed([1, 32, 33, 34, 64, 65, 300, 3], torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(sum(packed.lengths), heads, 48, generator=draw)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    got, want = (
+        attend(query, key, value, packed, 0.125, window)
+        for attend in (attend_padded, attend_blocks)
+    )
+    torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
+
+
+def test_products_get_no_rows_with_gaps(monkeypatch):
+    """Rows with gaps, as those of one of several key heads, send oneDNN to its slowest kernel."""
+    strides = []
+
+    def noted(x, weight):
+        strides.append((x.stride(), weight.stride(), weight.shape))
+        return product(x, weight)
+
+    monkeypatch.setattr(encoder_attention, "product", noted)
+    packed = Packed([70, 200], torch.device("cpu"))
+    parts_of = [torch.randn(270, heads, 48) for heads in (8, 4, 4)]
+    attend_blocks(*parts_of, packed, 0.125, 64)
+    assert strides
+    for x, weight, shape in strides:
+        assert x[1] == 1
+        assert weight in ((shape[1], 1), (1, shape[0])), "rows lie together, or columns do"
 
 
 @pytest.mark.gpu
@@ -174,8 +211,8 @@ def test_flash_attention_equals_the_products_on_a_gpu(window):
     packed = Packed(lengths, torch.device("cuda"))
     draw = [torch.randn(sum(lengths), heads, 64, device="cuda") for heads in (4, 1, 1)]
     query, key, value = (part.bfloat16() for part in draw)
-    got = _attend_varlen(query, key, value, packed, 0.125, window)
-    want = _attend_blocks(*draw, packed, 0.125, window)
+    got = attend_flash(query, key, value, packed, 0.125, window)
+    want = attend_blocks(*draw, packed, 0.125, window)
     torch.testing.assert_close(got.float(), want, atol=3e-2, rtol=0)
 
 

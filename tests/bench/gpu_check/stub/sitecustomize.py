@@ -35,6 +35,7 @@ class StandIn(metaclass=_Anything):
 
 class _Module(types.ModuleType):
     __path__ = ()
+    __version__ = "stand-in"
 
     def __getattr__(self, name):
         if name.startswith("__"):

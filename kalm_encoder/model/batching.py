@@ -76,8 +76,10 @@ def make_packed_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 def send(values: Any, device: torch.device) -> torch.Tensor:
     """Return values as an int64 tensor on the device, without waiting for its current work."""
-    pinned = device.type == "cuda"
-    return torch.tensor(values, dtype=torch.long, pin_memory=pinned).to(device, non_blocking=True)
+    tensor = torch.as_tensor(values, dtype=torch.long)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Packed:

@@ -157,10 +157,12 @@ class QueryDecoder:
                 raise InputError(
                     f"states[{i}] has shape {shape}; this decoder takes (m, {self.dim})"
                 )
-            alike[len(pair.prompt.ids), pair.prompt.prefix, pair.held].append(i)
+            # CUDA graphs are recorded for passages that share one prompt.
+            prompt = pair.prompt.ids if self.graphs else ()
+            alike[len(pair.prompt.ids), pair.prompt.prefix, pair.held, prompt].append(i)
         order: list[int] = []
         logits: list[torch.Tensor] = []
-        for (length, _, held), members in alike.items():
+        for (length, _, held, _), members in alike.items():
             sizes = [pairs[i].num_states for i in members]
             for batch in self._make_batches(sizes, length - held):
                 order += (chosen := [members[j] for j in batch])

@@ -10,9 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kalm_encoder.errors import CheckpointError, InputError
 from kalm_encoder.matryoshka import PassageStates
@@ -99,14 +102,20 @@ class PassageEncoder:
         """
         check_process()
         encoded = passage_ids(self.tokenizer, texts)
-        vocabulary = self.model.config.vocab_size
-        top = max((max(ids) for ids in encoded), default=0)
+        lengths = [len(ids) for ids in encoded]
+        # One array for all: packing lists of ints into batches would hold Python's lock for long.
+        flat = np.fromiter(chain.from_iterable(encoded), np.int64, sum(lengths))
+        vocabulary, top = self.model.config.vocab_size, flat.max(initial=0)
         if top >= vocabulary:
             raise CheckpointError(
                 f"the tokenizer made token {top}, but the model has {vocabulary} tokens: they do "
                 "not belong together"
             )
-        return [PassageTokens(i[: self.max_length], len(i) > self.max_length) for i in encoded]
+        most, ends = self.max_length, accumulate(lengths)
+        return [
+            PassageTokens(flat[end - n : end][:most], n > most)
+            for n, end in zip(lengths, ends, strict=True)
+        ]
 
     def encode(self, texts: Sequence[str], *, ratio: int = 4) -> list[PassageStates]:
         """Encode passages.
@@ -165,7 +174,7 @@ class PassageEncoder:
         return self.start(tokens[:half], ratio=ratio) + self.start(tokens[half:], ratio=ratio)
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Packed]:
+    def forward(self, batch: Sequence[NDArray[np.int64]]) -> tuple[torch.Tensor, Packed]:
         """Run the text encoder.
 
         Args:
@@ -174,7 +183,7 @@ class PassageEncoder:
         Returns:
             (T, d) last hidden states after the final norm, and where each passage lies in them.
         """
-        ids = send([i for passage in batch for i in passage], self.device)
+        ids = send(np.concatenate(batch), self.device)
         packed = Packed([len(passage) for passage in batch], self.device)
         return self._forward(ids, packed), packed
 
@@ -196,7 +205,7 @@ class PassageEncoder:
     def _fitting_budget(self) -> int:
         """Measure the peak memory of a small batch and return how many tokens fit this GPU."""
         length = min(self.max_length, PROBE_TOKENS)
-        probe = [[0] * length] * (PROBE_TOKENS // length)
+        probe = [np.zeros(length, np.int64)] * (PROBE_TOKENS // length)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         pool_packed(*self.forward(probe), 1)

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kalm_encoder.matryoshka import PassageStates, num_groups
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PassageTokens:
-    """The token ids of one rendered passage, cut to max_length, and whether it was cut."""
+    """The token ids of one rendered passage, (n,) int64, cut to max_length; and whether it was."""
 
-    ids: list[int]
+    ids: NDArray[np.int64]
     truncated: bool
 
 
@@ -59,10 +60,12 @@ class BatchInFlight:
                 if not isinstance(self.marks[-1], float):
                     self.marks[-1].synchronize()
                     rows = rows.copy()  # the next batches need the pinned memory, which is scarce
+                start = 0
                 for passage in self.tokens:
                     length = len(passage.ids)
-                    own, rows = np.split(rows, [num_groups(length, self.ratio)])
-                    self._states.append(PassageStates(own, length, passage.truncated))
+                    end = start + num_groups(length, self.ratio)
+                    self._states.append(PassageStates(rows[start:end], length, passage.truncated))
+                    start = end
                 self.pooled = None
             return self._states
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from jobs.demo import standard_library_docs
@@ -65,7 +66,7 @@ class Queue:
     states: torch.Tensor = field(default_factory=lambda: torch.randn(40_000, WIDE.hidden))
 
     def start(self, tokens: Sequence[PassageTokens], ratio: int) -> BatchInFlight:
-        ids = torch.tensor([i for passage in tokens for i in passage.ids])
+        ids = torch.tensor(np.concatenate([passage.ids for passage in tokens]))
         groups = sum(num_groups(len(passage.ids), ratio) for passage in tokens)
         begin = max(time.perf_counter(), self.free_at_s)
         self.free_at_s = end = begin + len(ids) / self.tokens_per_s

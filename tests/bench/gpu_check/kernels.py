@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.in_flight import PassageTokens
-from tests.bench.forwards import RATIO, in_memory
-from tests.bench.gpu_check.device import CUDA, Setting, say
+from kalm_encoder.model.pairs import Pair
+from tests.bench.forwards import RATIO, in_memory, ms_marco_lengths, random_decoder
+from tests.bench.gpu_check.device import CUDA, DEVICE, HALF, Setting, say
 
 
 def kernel_seconds(work: Callable[[], object]) -> float:
@@ -50,12 +53,12 @@ def covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 def batches_of(encoder: PassageEncoder, lengths: Sequence[int]) -> list[list[PassageTokens]]:
     rng = np.random.default_rng(0)
-    tokens = [PassageTokens(rng.integers(10, 6000, n).tolist(), False) for n in lengths]
+    tokens = [PassageTokens(rng.integers(10, 6000, n), False) for n in lengths]
     return encoder.batches(tokens)
 
 
 def print_top_kernels(setting: Setting) -> list[str]:
-    """Print the ten kernels that take most of one batch of 512 passages of 128 tokens."""
+    """Print what takes most of a batch of 65,536 tokens, and of 10 and 100 candidates."""
     if not CUDA:
         say("profile: no CUDA device")
         return []
@@ -65,23 +68,46 @@ def print_top_kernels(setting: Setting) -> list[str]:
             encoder = PassageEncoder(in_memory(model, setting.tokenizer), token_budget=65536)
             encoder._forward = PackedForward(model, fuse=fuse)
             batch = batches_of(encoder, [128] * 512)[0]
-            for _ in range(2):
-                encoder.encode_batch(batch, ratio=RATIO)
-            with _profiled(ProfilerActivity.CPU, ProfilerActivity.CUDA) as profiler:
-                encoder.encode_batch(batch, ratio=RATIO)
-            cpu = torch.autograd.DeviceType.CPU
-            rows = [
-                event
-                for event in profiler.key_averages()
-                if event.self_device_time_total > 0 and event.device_type != cpu
-            ]
-            rows.sort(key=lambda event: -event.self_device_time_total)
-            whole = sum(event.self_device_time_total for event in rows)
-            launches = sum(event.count for event in rows)
-            kind = "fused" if fuse else "plain"
-            say(f"profile {size} {kind}: {whole / 1e3:.1f} ms, {launches} launches")
-            for event in rows[:10]:
-                took = event.self_device_time_total
-                print(f"    {took / whole:6.1%} {took / 1e3:8.2f} ms x{event.count:<5} {event.key}")
-        del model
+            label = f"encoder {size} {'fused' if fuse else 'plain'}"
+            _print_kernels(label, partial(encoder.encode_batch, batch, ratio=RATIO))
+        del model, encoder
+        decoder = QueryDecoder(
+            in_memory(
+                random_decoder(setting.sizes[size], setting.tokenizer, DEVICE, HALF),
+                setting.tokenizer,
+            )
+        )
+        for count in (10, 100):
+            pairs = random_pairs(decoder, count)
+            _print_kernels(f"decoder {size} {count}", partial(decoder.score_pairs, pairs))
     return []
+
+
+def random_pairs(decoder: QueryDecoder, count: int) -> list[Pair]:
+    """Return one query with random states of as many passages, as long as MS MARCO's."""
+    prompt = decoder.prompt("how many people live in the capital of the country")
+    rng = np.random.default_rng(0)
+    return [
+        Pair(prompt, rng.standard_normal((-(-n // RATIO), decoder.dim)).astype("f2"))
+        for n in ms_marco_lengths(count)
+    ]
+
+
+def _print_kernels(label: str, work: Callable[[], object]) -> None:
+    for _ in range(2):
+        work()
+    with _profiled(ProfilerActivity.CPU, ProfilerActivity.CUDA) as profiler:
+        work()
+    cpu = torch.autograd.DeviceType.CPU
+    rows = [
+        event
+        for event in profiler.key_averages()
+        if event.self_device_time_total > 0 and event.device_type != cpu
+    ]
+    rows.sort(key=lambda event: -event.self_device_time_total)
+    whole = sum(event.self_device_time_total for event in rows)
+    launches = sum(event.count for event in rows)
+    say(f"profile {label}: {whole / 1e3:.2f} ms, {launches} launches")
+    for event in rows[:10]:
+        took = event.self_device_time_total
+        print(f"    {took / whole:6.1%} {took / 1e3:8.2f} ms x{event.count:<5} {event.key[:160]}")

@@ -17,11 +17,10 @@ from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.layers import parts
-from kalm_encoder.model.pairs import Pair
 from pipeline.estimate.flops import Dimensions
 from tests.bench.forwards import RATIO, in_memory, ms_marco_lengths, plain_states, random_decoder
 from tests.bench.gpu_check.device import CUDA, DEVICE, HALF, Setting, median_ms, say, seconds
-from tests.bench.gpu_check.kernels import batches_of, kernel_seconds
+from tests.bench.gpu_check.kernels import batches_of, kernel_seconds, random_pairs
 
 GOALS = {"Nano": 0.37, "Small": 0.45, "Large": 0.5}
 """Least share of the rate of products, at 128 tokens per passage."""
@@ -115,18 +114,14 @@ def measure_decoder(setting: Setting) -> list[str]:
     for size, dimensions in setting.sizes.items():
         fresh_compiler()
         model = random_decoder(dimensions, setting.tokenizer, DEVICE, HALF)
-        rng = np.random.default_rng(0)
         decoder = QueryDecoder(in_memory(model, setting.tokenizer))
         graphs, usual = decoder.graphs, seconds(decoder.warm_up)
         recorded = len(graphs._recorded) if graphs else 0
         memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if CUDA else ""
         say(f"decoder {size:5} warm-up {usual:.1f} s, {recorded} graphs{memory}")
-        prompt = decoder.prompt("how many people live in the capital of the country")
         for count in (1, 10, 100, 1000)[: 2 if setting.toy else 4]:
-            pairs = [
-                Pair(prompt, rng.standard_normal((-(-n // RATIO), dimensions.hidden)).astype("f2"))
-                for n in ms_marco_lengths(count)
-            ]
+            pairs = random_pairs(decoder, count)
+            length = len(pairs[0].prompt.ids)
             found, scores = {}, {}
             for label, on_gpu, used in (
                 ("plain", False, None),
@@ -139,7 +134,7 @@ def measure_decoder(setting: Setting) -> list[str]:
             text = ", ".join(f"{label} {took:.2f} ms" for label, took in found.items())
             off = max(abs(some - scores["plain"]).max() for some in scores.values())
             say(
-                f"decoder {size:5} {count:4} candidates, prompt {len(prompt.ids)}: {text}; "
+                f"decoder {size:5} {count:4} candidates, prompt {length}: {text}; "
                 f"{1000 * count / min(found.values()):,.0f} pairs/s, max |dP| {off:.4f}"
             )
         del decoder, graphs, model

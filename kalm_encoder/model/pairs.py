@@ -89,9 +89,9 @@ def memory_of(
     kinds = {array.dtype for array in arrays}
     stored = torch.from_numpy(np.empty(0, dtype=np.result_type(*kinds))).dtype
     shape = (len(pairs), longest, arrays[0].shape[1])
-    states = torch.zeros(shape, dtype=stored, pin_memory=device.type == "cuda")
+    states = torch.empty(shape, dtype=stored, pin_memory=device.type == "cuda")
     for row, array in zip(states.numpy(), arrays, strict=True):
-        row[: len(array)] = array
+        row[: len(array)], row[len(array) :] = array, 0
     return PassageMemory(states.to(device, non_blocking=True).to(dtype), real)
 
 

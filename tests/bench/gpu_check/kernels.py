@@ -111,3 +111,6 @@ def _print_kernels(label: str, work: Callable[[], object]) -> None:
     for event in rows[:10]:
         took = event.self_device_time_total
         print(f"    {took / whole:6.1%} {took / 1e3:8.2f} ms x{event.count:<5} {event.key[:160]}")
+    calls = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:6]
+    spent = [f"{event.key[:40]} {event.self_cpu_time_total / 1e3:.2f} ms" for event in calls]
+    print(f"    on the host: {', '.join(spent)}")

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from kalm_encoder.model.cuda_graphs import round_up
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.encoder_forward import PackedForward
@@ -132,6 +133,10 @@ def measure_decoder(setting: Setting) -> list[str]:
                 found[label] = median_ms(partial(decoder.score_pairs, pairs), repeats=10)
                 scores[label] = np.array([score for score, _ in decoder.score_pairs(pairs)])
             text = ", ".join(f"{label} {took:.2f} ms" for label, took in found.items())
+            states = max(pair.num_states for pair in pairs)
+            if graphs and (shape := round_up(count, length, states)):
+                replayed = median_ms(graphs._recorded[shape].graph.replay)
+                text += f", replay alone {replayed:.2f} ms"
             off = max(abs(some - scores["plain"]).max() for some in scores.values())
             say(
                 f"decoder {size:5} {count:4} candidates, prompt {length}: {text}; "

@@ -191,13 +191,17 @@ def _may_be_escaped(found: list[str], text: str) -> bool:
     if '\\"' not in text:
         return False
     bare = any('\\"' in cell for cell in _bare(found, text))
-    return bare or any(cell.endswith("\\") for cell in found)
+    return bare or any(cell.endswith("\\") and _quoted(cell) in text for cell in found)
 
 
 def _bare(found: list[str], text: str) -> list[str]:
     """Return the cells of a record that have a quote and are not quoted."""
     with_quotes = [cell for cell in found if '"' in cell]
-    return [c for c in with_quotes if '"' + c.replace('"', '""') + '"' not in text]
+    return [cell for cell in with_quotes if _quoted(cell) not in text]
+
+
+def _quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"'
 
 
 def _shielded(text: str) -> str:

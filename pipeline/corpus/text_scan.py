@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,10 +25,10 @@ from pipeline.corpus.access import open_text, readable
 from pipeline.corpus.cells import Cells, Record, check_quotes
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
+from pipeline.corpus.quotes import all_belong, record_starts
 from pipeline.corpus.text import (
     BLANK,
     blank_characters,
-    is_plain,
     parse_all,
     records,
 )
@@ -69,10 +69,10 @@ class TextFile:
         with readable(self.path), open_text(self.path, self._storage_options) as stream:
             stream.read(len(header))
             blank = blank_characters(cells)
-            if is_plain(cells):
-                chunks = line_chunks(stream, blank=blank)
+            if cells and cells.spans_lines:
+                chunks = quoted_chunks(stream, cells, self.path, first_line)
             else:
-                chunks = record_chunks(records(iter(stream), cells, self.path, first_line), blank)
+                chunks = line_chunks(stream, blank=blank)
             if cells and cells.quoting == "line":
                 chunks = quotes_checked(chunks, cells, self.path, first_line)
             ranges = cut(
@@ -104,16 +104,46 @@ class TextFile:
 
 def line_chunks(stream: Any, size: int = READ_BYTES, blank: bytes = BLANK) -> Iterator[Chunk]:
     """Yield a stream in chunks of about `size` bytes, where each line is a record."""
-    is_blank = np.isin(np.arange(256), np.frombuffer(blank, np.uint8))
     while raw := stream.read(size) + stream.readline():
         ends = np.flatnonzero(np.frombuffer(raw, np.uint8) == NEWLINE) + 1
         rest = [] if raw.endswith(b"\n") else [len(raw)]
         starts = np.concatenate([[0], ends, rest]).astype(np.int64)
-        # The first byte tells for most lines; only those that begin with a space are looked at.
-        is_row: NDArray[np.bool_] = ~is_blank[np.frombuffer(raw, np.uint8)[starts[:-1]]]
-        for i in np.flatnonzero(~is_row):
-            is_row[i] = bool(raw[starts[i] : starts[i + 1]].strip(blank))
-        yield raw, starts, is_row
+        yield raw, starts, _are_rows(raw, starts, blank)
+
+
+def quoted_chunks(
+    stream: Any, cells: Cells, path: str, line: int, size: int = READ_BYTES
+) -> Iterator[Chunk]:
+    """Yield a stream in chunks of about `size` bytes, where quotes decide what a record is.
+
+    From the first doubtful chunk on, the stream is read record by record.
+
+    Raises:
+        InputError: If quotes do not tell where a record ends.
+    """
+    rest, blank = b"", blank_characters(cells)
+    while raw := rest + stream.read(size) + stream.readline():
+        starts = record_starts(raw, cells, is_start=line == 1)
+        if starts is None:
+            lines = chain(io.BytesIO(raw), stream)
+            yield from record_chunks(records(lines, cells, path, line), blank)
+            return
+        yield raw, starts, _are_rows(raw, starts, blank)
+        end = int(starts[-1])
+        line += raw.count(b"\n", 0, end)
+        rest = raw[end:]
+
+
+def _are_rows(raw: bytes, starts: NDArray[np.int64], blank: bytes) -> NDArray[np.bool_]:
+    """Return which records are not blank.
+
+    The first byte tells for most of them; only those that begin with a space are looked at.
+    """
+    is_blank = np.isin(np.arange(256), np.frombuffer(blank, np.uint8))
+    is_row: NDArray[np.bool_] = ~is_blank[np.frombuffer(raw, np.uint8)[starts[:-1]]]
+    for i in np.flatnonzero(~is_row):
+        is_row[i] = bool(raw[starts[i] : starts[i + 1]].strip(blank))
+    return is_row
 
 
 def record_chunks(found: Iterator[Record], blank: bytes = BLANK) -> Iterator[Chunk]:
@@ -134,10 +164,15 @@ def quotes_checked(chunks: Iterable[Chunk], cells: Cells, path: str, line: int) 
         quotes = np.flatnonzero(characters == QUOTE)
         before = characters[quotes - 1]  # of a first byte this is the last, a line's end or none
         opening = quotes[(quotes == 0) | (before == TAB) | (before == NEWLINE)]
-        found = np.unique(np.searchsorted(starts, opening, "right") - 1).tolist()
-        text = raw.decode("latin-1") if found else ""  # a character per byte
-        lines = [(line + i, text[starts[i] : starts[i + 1]]) for i in found]
-        check_quotes(lines, cells, path)
+        found = np.unique(np.searchsorted(starts, opening, "right") - 1)
+        line_of = np.searchsorted(starts, quotes, "right") - 1
+        in_found = np.isin(line_of, found)
+        quotes, line_of = quotes[in_found], line_of[in_found]
+        even = len(quotes) % 2 == 0 and (line_of[::2] == line_of[1::2]).all()
+        if not (even and all_belong(characters, quotes, cells.delimiter)):
+            text = raw.decode("latin-1")  # a character per byte
+            lines = [(line + int(i), text[starts[i] : starts[i + 1]]) for i in found]
+            check_quotes(lines, cells, path)
         yield raw, starts, is_row
         line += len(is_row)
 

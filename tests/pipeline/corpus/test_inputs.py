@@ -9,15 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backports import zstd
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128_hexdigest
 
 from kalm_encoder.errors import InputError
+from pipeline.corpus.cells import Cells, quoted_records
 from pipeline.corpus.inputs import RowRange, expand_inputs
 from pipeline.corpus.passages import FieldOptions, Passage, Reject
 from pipeline.corpus.shards import ShardReader, plan_shards
-from pipeline.corpus.text_scan import cut, line_chunks, record_chunks
+from pipeline.corpus.text_scan import cut, line_chunks, quoted_chunks, record_chunks
 
 
 def read_all(files, *, shard_size=7, **options):
@@ -273,3 +274,41 @@ def test_ranges_are_cut_where_lines_are(parts, shard_size, max_rows, read_bytes)
         record_chunks((line, None) for line in lines),
     ):
         assert list(cut(chunks, 7, 2, shard_size, max_rows=max_rows)) == by_hand
+
+
+QUOTED = [
+    b'"',
+    b'""',
+    b",",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"a",
+    b" ",
+    b"\\",
+    b'"a"',
+    b',"',
+    b'",',
+    b"b,c\n",
+]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from(QUOTED), max_size=40),
+    st.integers(1, 30),
+    st.sampled_from(["csv", "rfc4180"]),
+    st.integers(1, 2),
+)
+def test_quoted_records_are_cut_at_once_where_they_are_one_by_one(parts, size, quoting, line):
+    raw, cells = b"".join(parts), Cells(("a", "b"), ",", quoting)
+
+    def ranges(chunks):
+        try:
+            return list(cut(chunks, 0, line, 2, cells=cells))
+        except InputError as error:
+            return str(error)
+
+    one_by_one = record_chunks(quoted_records(iter(io.BytesIO(raw)), cells, "c", line))
+    at_once = quoted_chunks(io.BytesIO(raw), cells, "c", line, size)
+    assert ranges(at_once) == ranges(one_by_one)

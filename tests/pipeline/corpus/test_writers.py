@@ -300,4 +300,4 @@ def test_what_a_writer_wrote_is_read_exactly_or_named(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_much_of_what_a_writer_wrote_is_read_exactly_or_named(tmp_path, name):
-    property_of(WRITERS[name], tmp_path / WRITERS[name].name, 2000)
+    property_of(WRITERS[name], tmp_path / WRITERS[name].name, 300)

@@ -179,7 +179,9 @@ WRITERS = {
     "csv, quote all, read by default": Writer("c.csv", by_csv(quoting=csv.QUOTE_ALL), exact=False),
     "csv, unix": Writer("c.csv", by_csv(dialect="unix"), QUOTED),
     "csv, byte order mark": Writer("c.csv", by_csv(encoding="utf-8-sig"), QUOTED),
-    "csv, no header": Writer("c.csv", by_csv(header=False), QUOTED | {"columns": True}),
+    "csv, no header": Writer(
+        "c.csv", by_csv(header=False), QUOTED | {"columns": True}, without="\ufeff"
+    ),
     "csv, escapes": Writer(
         "c.csv", by_csv(doublequote=False, escapechar="\\"), exact=False, without="\\"
     ),
@@ -211,7 +213,7 @@ WRITERS = {
     "by hand, commas": Writer("c.csv", by_hand(","), UNQUOTED, exact=False, without="\n"),
     "by hand, tabs": Writer("c.tsv", by_hand("\t"), UNQUOTED, exact=False, without="\n"),
     "by hand, no header": Writer(
-        # The end of the first line tells how lines end, so no cell may seem to be one.
+        # The start of the first line may be a byte order mark, and its end tells how lines end.
         "c.tsv",
         by_hand("\t", False),
         {"columns": True},

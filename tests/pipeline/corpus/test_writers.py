@@ -218,7 +218,7 @@ WRITERS = {
         by_hand("\t", False),
         {"columns": True},
         exact=False,
-        without="\r\n",
+        without="\r\n\ufeff",
     ),
     "a quote too many": Writer("c.csv", one_quote_too_many(by_csv()), QUOTED, exact=False),
     "a quote too many, tabs": Writer(

@@ -23,6 +23,7 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.rerank.reranker import Reranker
+from kalm_encoder.rerank.results import OnMissing
 from kalm_encoder.table.reader import PassageTable
 from pipeline.messages import Executor
 from pipeline.run.driver import run
@@ -44,6 +45,7 @@ class KaLMSearch:
         ratio: Ratio to score at; None takes the finest stored.
         instruction: The task; None takes the model's default.
         system_instruction: What the model is told before the task; None takes its default.
+        on_missing: What becomes of candidates that were not encoded: error, drop or last.
         instructions: Instructions by mteb's task name; one found here replaces `instruction`. The
             instruction of a query itself replaces both.
         execute: `encode_inline`, or `on_ray(options)` of `pipeline.workers.on_ray.actor`.
@@ -59,6 +61,7 @@ class KaLMSearch:
         instruction: str | None = None,
         system_instruction: str | None = None,
         instructions: Mapping[str, str] | None = None,
+        on_missing: OnMissing = "error",
         execute: Executor = encode_inline,
         **encoding: Any,
     ) -> None:
@@ -71,6 +74,7 @@ class KaLMSearch:
         self._instruction = instruction
         self._system_instruction = system_instruction
         self._instructions = dict(instructions or {})
+        self._on_missing: OnMissing = on_missing
         self._execute = execute
 
     def index(
@@ -143,6 +147,7 @@ class KaLMSearch:
                 system_instruction=self._system_instruction,
                 ratio=self._ratio,
                 top_k=top_k,
+                on_missing=self._on_missing,
             )
             scores[row["id"]] = {r.id: r.score for r in results}
         return scores
@@ -160,6 +165,7 @@ class KaLMSearch:
             "instruction": self._instruction,
             "system_instruction": self._system_instruction,
             "instructions": self._instructions,
+            "on_missing": self._on_missing if self._on_missing != "error" else None,
         }
         return ModelMeta.create_empty(
             {

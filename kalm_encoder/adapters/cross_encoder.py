@@ -27,9 +27,6 @@ from kalm_encoder.table.ids import Id, as_id
 if TYPE_CHECKING:
     from kalm_encoder.model.encoder import PassageEncoder
 
-Score = tuple[float, float]
-"""P(yes) and margin."""
-
 
 class KaLMCrossEncoder:
     """Scores (query, document) pairs by P(yes). The score of a pair depends on no other pair.
@@ -207,7 +204,8 @@ class KaLMCrossEncoder:
     ) -> None:
         """Refuse what would change the scores of a CrossEncoder; here it would change nothing."""
         own = self._reranker.decoder.device
-        devices = (None, str(own), own.type)
+        devices = (str(own), own.type)
+        elsewhere = f"the decoder is on {own}; Reranker.open takes a device"
         task = "give the task as instruction to KaLMCrossEncoder"
         margins = "leave it out for P(yes), or take the margins of Reranker.rerank"
         for name, given, changes, remedy in (
@@ -215,19 +213,14 @@ class KaLMCrossEncoder:
             ("prompt", prompt, isinstance(prompt, str), task),
             ("activation_fn", activation_fn, not _is_sigmoid(activation_fn), margins),
             ("apply_softmax", apply_softmax, apply_softmax, "leave it out: scores are P(yes)"),
-            (
-                "device",
-                device,
-                device is not None and str(device) not in devices,
-                f"the decoder is on {own}; Reranker.open takes a device",
-            ),
+            ("device", device, device and str(device) not in devices, elsewhere),
             ("pool", pool, pool is not None, "leave it out: this process scores"),
         ):
             if changes:
                 raise InputError(f"{name}={given!r} cannot be used here: {remedy}")
 
-    def _scores(self, pairs: Sequence[tuple[str, Id]]) -> list[Score | None]:
-        """Score each query and each repeated document once; None stands for what was dropped."""
+    def _scores(self, pairs: Sequence[tuple[str, Id]]) -> list[tuple[float, float] | None]:
+        """Return (score, margin) per pair, or None for what was dropped; score each pair once."""
         named = [(query, as_id(document)) for query, document in pairs]
         documents = defaultdict(list)
         for query, document in named:
@@ -246,7 +239,7 @@ class KaLMCrossEncoder:
 
 
 def _is_sigmoid(function: object) -> bool:
-    return function is None or isinstance(function, torch.nn.Sigmoid) or function is torch.sigmoid
+    return function in (None, torch.sigmoid) or isinstance(function, torch.nn.Sigmoid)
 
 
 class NoCard:

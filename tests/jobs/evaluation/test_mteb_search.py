@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from jobs.evaluation.mteb_search import KaLMSearch
 from kalm_encoder import PassageTable, QueryDecoder, Reranker
-from kalm_encoder.errors import InputError, MismatchError, TableError
+from kalm_encoder.errors import InputError, MismatchError, MissingIdsError, TableError
 from pipeline.workers.local import encode_inline
 from tests.conftest import make_texts
 
@@ -163,5 +163,11 @@ def test_what_cannot_be_searched_is_named(model_dir, tmp_path):
     search.index(CORPUS, **place)
     assert len(search.search(QUERIES, top_k=2, **place)["q0"]) == 2
     assert search.search(QUERIES, top_k=5, top_ranked={"q0": ["d1"]}, **place)["q1"] == {}
+    unknown = {"q0": ["d1", "never encoded"]}
+    with pytest.raises(MissingIdsError, match="never encoded"):
+        search.search(QUERIES, top_k=5, top_ranked=unknown, **place)
+    dropping = KaLMSearch(str(model_dir), tmp_path, on_missing="drop")
+    found = dropping.search(QUERIES, top_k=5, top_ranked=unknown, **place)
+    assert list(found["q0"]) == ["d1"]
     with pytest.raises(InputError, match="'c' of LocalRetrieval is a conversation"):
         search.search([{"id": "c", "text": ["one", "two"]}], top_k=5, **place)

@@ -53,20 +53,20 @@ def test_callers_share_batches_and_get_their_own_scores(batching, decoder, state
     let_go, answers = hold(batching), {}
     queries = ["alpha", "beta gamma", "alpha", "delta"]
     threads = [
-        ask(batching, [Pair(decoder.prompt(q), s) for s in states[i : i + 7]], answers, i)
+        ask(batching, [Pair(decoder.prompt(q), s) for s in states[i : i + 3]], answers, i)
         for i, q in enumerate(queries)
     ]
-    while len(batching.queue) < 4 * 7:
+    while len(batching.queue) < 4 * 3:
         time.sleep(0.001)
     let_go()
     for thread in threads:
         thread.join()
     for i, query in enumerate(queries):
         for (got, _), (right, _) in zip(
-            answers[i], decoder.score(query, states[i : i + 7]), strict=True
+            answers[i], decoder.score(query, states[i : i + 3]), strict=True
         ):
             assert abs(got - right) <= 1e-5
-    assert max(batching.sizes) > 7, "no batch held pairs of two callers"
+    assert max(batching.sizes) > 3, "no batch held pairs of two callers"
 
 
 def test_a_large_request_comes_in_parts(batching, decoder, states):
@@ -188,9 +188,9 @@ def test_pairs_wait_for_no_more_than_one_batch_of_texts(decoder, encoder, states
     let_go, answers = hold(batching), {}
     many = leaving(batching, lambda: texts.encode(make_texts(60, longest=300)))
     wait_until(lambda: len(texts.queue) == 60)
-    pairs = [Pair(decoder.prompt("q"), s) for s in states * 4]
+    pairs = [Pair(decoder.prompt("q"), s) for s in states]
     asked = ask(batching, pairs, answers, 0)
-    wait_until(lambda: len(batching.queue) == 120)
+    wait_until(lambda: len(batching.queue) == 30)
     let_go()
     asked.join()
     many[1].join()

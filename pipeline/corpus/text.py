@@ -94,7 +94,10 @@ def _parse_cells(raw: bytes, found: list[str] | str | None, cells: Cells, line: 
     if isinstance(found, str):
         return found
     if len(found) != len(cells.columns):
-        return f"{len(found)} columns instead of {len(cells.columns)}"
+        reason = f"{len(found)} columns instead of {len(cells.columns)}"
+        # A break inside a cell without quotes leaves the line before complete, as far as it goes.
+        rest = "; if it is the rest of the row before it, that row is in the table without it"
+        return reason + rest if len(found) < len(cells.columns) else reason
     if cells.no_cr and _ends_in_cr(raw, cells):
         return "a carriage return ends the line, but not the first line: let all lines end alike"
     if cells.header and tuple(found) == cells.columns:

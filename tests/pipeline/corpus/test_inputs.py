@@ -178,7 +178,9 @@ def test_csv_rows_of_the_wrong_width_are_rejected(tmp_path):
     file.write_text('id,text\n1,"two\nlines"\n2\n3,ok\n')
     _, passages, rejects = read_all([file])
     assert passages == [Passage("1", "two\nlines"), Passage("3", "ok")]
-    assert [(r.line, r.reason) for r in rejects] == [(4, "1 columns instead of 2")]
+    (reject,) = rejects
+    assert reject.line == 4
+    assert reject.reason.startswith("1 columns instead of 2; if it is the rest of the row before")
 
 
 def test_fields_can_be_named_and_are_checked(tmp_path):

@@ -145,7 +145,7 @@ def nobody(tmp_path_factory):
     if os.geteuid():
         pytest.skip("only root can become another user")
     folder = tmp_path_factory.mktemp("others")
-    for parent in (folder, *folder.parents[:2]):
+    for parent in (folder, *folder.parents[:3]):  # the last one is that of all runs
         parent.chmod(0o755)
     os.seteuid(65534)
     yield folder

@@ -185,7 +185,7 @@ def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_pat
     poison = PassageEncoder(str(model_dir)).tokenise(["poison passage"])[0].ids
 
     def breaks(self, tokens, ratio):
-        if any(t.ids == poison for t in tokens):
+        if any(np.array_equal(t.ids, poison) for t in tokens):
             raise RuntimeError("a kernel failed")
         return real(self, tokens, ratio)
 

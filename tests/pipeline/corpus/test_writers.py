@@ -262,7 +262,8 @@ def check(writer, path, order, rows):
         passages, rejects = read_back(path, options)
     except InputError as error:
         assert path.name in str(error)
-        assert not writer.exact
+        # A short file with many NULs cannot be told from UTF-16: it is refused by name.
+        assert not writer.exact or b"\0" in path.read_bytes()
         return 0
     expected = [passage(row) for row in rows]
     read = [(p.id, p.text) for p in passages]

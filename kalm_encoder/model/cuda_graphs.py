@@ -88,6 +88,10 @@ class DecoderGraphs:
         self._real = weight.new_zeros(largest.rows * largest.states, dtype=torch.bool)
         self._states = weight.new_zeros(largest.rows * largest.states * width)
 
+    def __reduce__(self) -> tuple[type[DecoderGraphs], tuple[Any]]:
+        """Pickle the model alone: a graph belongs to its process, and the copy records anew."""
+        return DecoderGraphs, (self.model,)
+
     def __call__(self, prompt: torch.Tensor, memory: PassageMemory) -> torch.Tensor | None:
         """Return (b, d) as `last_hidden` does, or None if no graph is meant for this shape.
 

@@ -184,7 +184,7 @@ class QueryDecoder:
         return make_batches(sizes, self.token_budget, overhead=length, max_padding=most)
 
     def warm_up(self) -> None:
-        """On a GPU, compile and record the CUDA graphs that short queries need."""
+        """Compile, and record the CUDA graphs that short queries need; on a CPU, do nothing."""
         if self.graphs is not None:
             self.graphs.record_usual(len(self.prompt("").ids))
 

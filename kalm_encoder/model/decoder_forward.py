@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kalm_encoder.model.layers import Parts, embed, norm, parts, queries, rotate
+from kalm_encoder.model.layers import Parts, embed, norm, parts, queries, rotary_parts, rotate
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Rotary = dict[str, list[torch.Tensor]]
@@ -111,10 +111,7 @@ def last_hidden(
     hidden = embed(model.embed_tokens, prompts.flatten())  # (rows * p, d)
     if positions is None:
         positions = torch.arange(p, device=prompts.device) + memory.prefix
-    once = {
-        kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions[None], kind)]
-        for kind in set(config.layer_types)
-    }
+    once = rotary_parts(model, hidden, positions)
     rotary = _repeated(once, rows)
     masks = _masks(config, positions, memory, hidden.dtype)
     kept = []

@@ -15,7 +15,7 @@ import torch
 from kalm_encoder.errors import CheckpointError
 from kalm_encoder.model.batching import Packed
 from kalm_encoder.model.encoder_attention import choose_attention
-from kalm_encoder.model.layers import embed, norm, parts
+from kalm_encoder.model.layers import embed, norm, parts, rotary_parts
 from kalm_encoder.model.onednn import pack_linears
 
 
@@ -55,11 +55,7 @@ class PackedForward:
         """
         model, config = self.model, self.model.config
         hidden = embed(model.embed_tokens, ids)
-        positions = packed.positions[None]
-        rotary = {
-            kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions, kind)]
-            for kind in set(config.layer_types)
-        }
+        rotary = rotary_parts(model, hidden, packed.positions)
         for kind, layer in zip(config.layer_types, model.layers, strict=False):
             query, key, value = self._parts.before(layer, hidden, *rotary[kind])
             window = config.sliding_window if kind == "sliding_attention" else None

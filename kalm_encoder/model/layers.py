@@ -120,6 +120,16 @@ def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (wide * scale).mul_(1.0 + module.weight.float()).type_as(hidden)
 
 
+def rotary_parts(
+    model: Any, hidden: torch.Tensor, positions: torch.Tensor
+) -> dict[str, list[torch.Tensor]]:
+    """Return the cosines and sines of (n,) positions by kind of layer, (n, 1, head_dim) each."""
+    return {
+        kind: [part.transpose(0, 1) for part in model.rotary_emb(hidden, positions[None], kind)]
+        for kind in set(model.config.layer_types)
+    }
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Apply rotary positions to (…, head_dim); cos and sin broadcast against it."""
     half = states.shape[-1] // 2

@@ -18,7 +18,7 @@ REMEMBERED_IDS = 1 << 16
 """Number of ids whose content is known without reading: more than a decoder keeps passages."""
 
 Candidate = tuple[Hashable, Pair]
-"""What it has in common with the candidates that have the same text, and the pair to score."""
+"""A key that candidates with the same text share, and the pair to score."""
 
 
 class CandidateReader:

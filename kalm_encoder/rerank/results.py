@@ -1,4 +1,4 @@
-"""What reranking returns, and where it belongs in the list of a caller."""
+"""Describes what reranking returns, and finds its place in the list of a caller."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from kalm_encoder.table.ids import Id, as_ids
 
 OnMissing = Literal["error", "drop", "last"]
-"""What becomes of ids that the table does not hold: an error, nothing, or the last places."""
+"""Says what becomes of ids that the table does not hold: an error, nothing, or the last places."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, which torch does not know in a container."""
+"""Finds out how many CPUs this process may use, which torch does not know in a container."""
 
 from __future__ import annotations
 

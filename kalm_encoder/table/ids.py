@@ -1,4 +1,4 @@
-"""What an id is: a string, and for an integer its decimal string, as at encoding."""
+"""Says what an id is: a string, or the decimal string of an integer, as at encoding."""
 
 from __future__ import annotations
 

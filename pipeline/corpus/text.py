@@ -29,11 +29,6 @@ def blank_characters(cells: Cells | None) -> bytes:
     return BLANK.replace(cells.delimiter.encode(), b"") if cells else BLANK
 
 
-def is_plain(cells: Cells | None) -> bool:
-    """Return whether each line is a record. Else quotes decide."""
-    return cells is None or not cells.spans_lines
-
-
 def records(
     lines: Iterator[bytes],
     cells: Cells | None,

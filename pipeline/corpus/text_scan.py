@@ -25,7 +25,7 @@ from pipeline.corpus.access import open_text, readable
 from pipeline.corpus.cells import Cells, Record, check_quotes
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
-from pipeline.corpus.quotes import all_belong, record_starts
+from pipeline.corpus.quotes import NEWLINE, QUOTE, all_belong, record_starts
 from pipeline.corpus.text import (
     BLANK,
     blank_characters,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 READ_BYTES = 4 << 20
 """Number of bytes read and cut at once: enough for NumPy to pay off, little beside a model."""
 RECORDS_AT_ONCE = 64
-TAB, NEWLINE, QUOTE = b'\t\n"'
+TAB = ord("\t")
 
 Chunk = tuple[bytes, "NDArray[np.int64]", "NDArray[np.bool_]"]
 """Whole records that were read at once: their bytes; (n + 1,) where each record begins in them, and

@@ -110,7 +110,7 @@ def _text_file(
         with fs.open(inner, "rb") as raw:
             compression = compression_of(raw, path)
             text_size = _text_bytes(raw, size, compression)
-    if not (compression or file.is_packed) and text.is_plain(cells):
+    if not (compression or file.is_packed) and not (cells and cells.spans_lines):
 
         def read(k: int, n: int) -> Block:
             begin, end = size * k // n, size * (k + 1) // n

@@ -3,6 +3,7 @@
 What needs no GPU is tested without one: the tensors that a graph reads hold the same batch.
 """
 
+import pickle
 import warnings
 from dataclasses import replace
 
@@ -133,3 +134,14 @@ def test_a_shape_is_a_graph_of_its_own(two_layers):
     decoder.score("q", states * 5)
     assert {s.rows for s in decoder.graphs._recorded} == {8, 16}
     assert all(isinstance(shape, Shape) for shape in decoder.graphs._recorded)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_pickled_decoder_records_its_graphs_anew(two_layers):
+    decoder = QueryDecoder(str(two_layers), device="cuda")
+    states = [np.ones((5, 64), dtype=np.float16)] * 3
+    right = decoder.score("q", states)
+    copy = pickle.loads(pickle.dumps(decoder))
+    assert not copy.graphs._recorded
+    assert copy.score("q", states) == right

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -33,7 +32,7 @@ def explore(
     from kalm_encoder.model.checkpoint import DEMO_NAME, DEMO_NOTE
 
     with options.needs_extra("serve"):
-        from kalm_encoder.service.access import is_loopback, read_key
+        from kalm_encoder.service.access import who_may_ask
         from kalm_encoder.service.app import create_app, listen
         from kalm_encoder.service.explore.comparing import Explorer
         from kalm_encoder.service.explore.tables import open_tables
@@ -43,7 +42,6 @@ def explore(
     tables = open_tables(uris, storage_options)
     if note is None and next(iter(tables.values())).spec.model == DEMO_NAME:
         note = DEMO_NOTE
-    api_key = read_key(os.environ.get("KALM_API_KEY"))
     settings = Settings(
         uris[0],
         storage_options,
@@ -51,7 +49,6 @@ def explore(
         revision=revision,
         device=device,
         dtype=dtype,
-        api_key=api_key,
-        only_loopback=api_key is None and is_loopback(host),
+        **who_may_ask(host),
     )
     listen(create_app(settings, Explorer(tables, note)), host, port)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -77,12 +76,11 @@ def serve(
     requests need it as their bearer key.
     """
     with options.needs_extra("serve"):
-        from kalm_encoder.service.access import is_loopback, read_key, read_origins
+        from kalm_encoder.service.access import read_origins, who_may_ask
         from kalm_encoder.service.app import create_app, listen
         from kalm_encoder.service.live import open_live
         from kalm_encoder.service.settings import Settings
 
-    api_key = read_key(os.environ.get("KALM_API_KEY"))
     settings = Settings(
         uri,
         options.parse_storage_options(storage_option),
@@ -100,8 +98,7 @@ def serve(
         max_pending=max_pending,
         timeout_s=timeout_s,
         max_body=max_body_mb << 20,
-        api_key=api_key,
-        only_loopback=api_key is None and is_loopback(host),
+        **who_may_ask(host),
         cors_origins=read_origins(cors_origins),
         tei=tei,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import os
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, HTTPException, Request
@@ -19,6 +20,16 @@ NUM_SHOWN_CHARACTERS = 100
 """Number of characters of a Host that an error repeats."""
 
 BearerKey = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+def who_may_ask(host: str) -> dict[str, Any]:
+    """Return the settings of a service that listens at a host: its key, or whom it answers without.
+
+    Raises:
+        InputError: KALM_API_KEY is set but holds no key; see `read_key`.
+    """
+    key = read_key(os.environ.get("KALM_API_KEY"))
+    return {"api_key": key, "only_loopback": key is None and is_loopback(host)}
 
 
 def read_key(value: str | None) -> str | None:

@@ -6,12 +6,16 @@ the paper's r (arXiv 2606.22807, section on MEP); the published code calls it `c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError
+
+Count = TypeVar("Count", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +38,37 @@ class PassageStates:
     content: int | None = None
 
 
-def num_groups(num_tokens: int, ratio: int) -> int:
-    """Return ceil(num_tokens / ratio), the number of stored vectors of a passage."""
+@dataclass(frozen=True, slots=True)
+class PackedStates:
+    """Encoded passages, one behind the other, so that a step works on all of them at once.
+
+    Attributes:
+        states: Group means of all passages, (G, d).
+        num_tokens: Number of tokens of each passage, (b,).
+        truncated: Whether each passage was longer than the encoder's max_length, (b,) bool.
+    """
+
+    states: NDArray[np.floating]
+    num_tokens: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, passages: Sequence[PassageStates]) -> PackedStates:
+        """Pack passages of one ratio; there is at least one."""
+        return cls(
+            np.concatenate([p.states for p in passages]),
+            np.array([p.num_tokens for p in passages]),
+            np.array([p.truncated for p in passages]),
+        )
+
+
+def num_groups(num_tokens: Count, ratio: int) -> Count:
+    """Return ceil(num_tokens / ratio), the number of stored vectors of a passage or of each."""
     return -(-num_tokens // ratio)
 
 
 def coarsen(
-    pooled: NDArray[np.floating], num_tokens: int, stored: int, wanted: int
+    pooled: NDArray[np.floating], num_tokens: int | NDArray[np.int64], stored: int, wanted: int
 ) -> NDArray[np.floating]:
     """Turn group means at ratio `stored` into exact group means at ratio `wanted`.
 
@@ -48,13 +76,15 @@ def coarsen(
     and a plain mean of means would be wrong there.
 
     Args:
-        pooled: Group means, (ceil(num_tokens / stored), d).
-        num_tokens: Number of tokens of the passage.
+        pooled: Group means of one passage or of several, one behind the other, (G, d): there are
+            ceil(n / stored) of a passage with n tokens.
+        num_tokens: Number of tokens of the passage, or of each passage, (b,).
         stored: Ratio of `pooled`.
         wanted: A multiple of `stored`.
 
     Returns:
-        (ceil(num_tokens / wanted), d) float32, or `pooled` itself if the ratios are equal.
+        ceil(n / wanted) means of each passage, one behind the other, in float32; or `pooled` itself
+        if the ratios are equal.
 
     Raises:
         InputError: If `wanted` is no multiple of `stored`, or `pooled` does not fit `num_tokens`.
@@ -64,14 +94,18 @@ def coarsen(
     """
     if wanted < stored or wanted % stored:
         raise InputError(f"ratio {wanted} is not a multiple of the stored ratio {stored}")
-    if len(pooled) != num_groups(num_tokens, stored):
+    sizes = np.atleast_1d(np.asarray(num_tokens, np.int64))
+    groups = num_groups(sizes, stored)
+    ends = groups.cumsum()
+    if len(pooled) != groups.sum():
         raise InputError(
             f"{len(pooled)} states cannot belong to {num_tokens} tokens at ratio {stored}"
         )
     if wanted == stored:
         return pooled
     weights = np.full((len(pooled), 1), stored, dtype=np.float32)
-    weights[-1] = num_tokens - stored * (len(pooled) - 1)
-    starts = np.arange(0, len(pooled), wanted // stored)
+    weights[ends - 1, 0] = sizes - stored * (groups - 1)
+    places = np.arange(len(pooled)) - np.repeat(ends - groups, groups)  # in their passage
+    starts = np.flatnonzero(places % (wanted // stored) == 0)
     sums = np.add.reduceat(pooled.astype(np.float32) * weights, starts, axis=0)
     return sums / np.add.reduceat(weights, starts, axis=0)

@@ -14,16 +14,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kalm_encoder.errors import CorruptRowError
-from kalm_encoder.matryoshka import PassageStates, coarsen, num_groups
+from kalm_encoder.matryoshka import PackedStates, PassageStates, coarsen, num_groups
 from kalm_encoder.table.checksums import row_checksum, states_checksum, text_hash
 from kalm_encoder.table.spec import TableSpec
+
+ENCODED_AT_ONCE = 1024
+"""Number of vectors that a codec encodes at once."""
 
 
 def build_rows(
     spec: TableSpec,
     ids: Sequence[str],
     texts: Sequence[str],
-    passages: Sequence[PassageStates],
+    passages: PackedStates,
     shard_id: str,
     *,
     hashes: Sequence[bytes] | None = None,
@@ -34,7 +37,8 @@ def build_rows(
         spec: Spec of the table.
         ids: Id of each passage.
         texts: Raw texts, not rendered.
-        passages: float32 states at the finest ratio, all within the limit of the codec.
+        passages: States at the finest ratio, all within the limit of the codec: float32, or of the
+            store's dtype if that is the only ratio.
         shard_id: Shard that is recorded with every row.
         hashes: Hashes of the rendered texts, for callers that do not have the texts.
 
@@ -47,29 +51,40 @@ def build_rows(
         "id": ids,
         "text": texts,
         "text_hash": hashes,
-        "num_tokens": [p.num_tokens for p in passages],
-        "truncated": [p.truncated for p in passages],
-        "shard_id": [shard_id] * len(ids),
+        "num_tokens": passages.num_tokens,
+        "truncated": passages.truncated,
+        "shard_id": pa.repeat(shard_id, len(ids)),
         "checksum": [row_checksum(i, h, shard_id) for i, h in zip(ids, hashes, strict=True)],
     }
+    facts = [ids, passages.num_tokens.tolist(), passages.truncated.tolist()]
     for ratio in spec.ratios:
-        arrays = [
-            spec.codec.encode(coarsen(p.states, p.num_tokens, spec.ratios[0], ratio))
-            for p in passages
-        ]
+        states = coarsen(passages.states, passages.num_tokens, spec.ratios[0], ratio)
+        stored = states if states.dtype == spec.codec.dtype else _encode(spec, states)
+        offsets = np.append(0, num_groups(passages.num_tokens, ratio).cumsum())
         columns[f"checksum_r{ratio}"] = [
-            states_checksum(i, p.num_tokens, p.truncated, a)
-            for i, p, a in zip(ids, passages, arrays, strict=True)
+            states_checksum(i, n, truncated, stored[begin:end])
+            for i, n, truncated, (begin, end) in zip(
+                *facts, pairwise(offsets.tolist()), strict=True
+            )
         ]
-        columns[f"states_r{ratio}"] = _ragged(arrays, schema.field(f"states_r{ratio}").type)
+        columns[f"states_r{ratio}"] = _ragged(
+            stored, offsets, schema.field(f"states_r{ratio}").type
+        )
     return pa.table(columns, schema=schema)  # takes the columns of the schema, in its order
 
 
-def _ragged(arrays: Sequence[NDArray[Any]], type: pa.DataType) -> pa.Array:
-    """Build a list<fixed_size_list> column from arrays of shape (m_i, width)."""
-    offsets = np.cumsum([0, *(len(a) for a in arrays)])
-    flat = np.concatenate(arrays).reshape(-1) if arrays else np.empty(0, np.float32)
-    values = pa.array(flat, type.value_type.value_type)
+def _encode(spec: TableSpec, states: NDArray[np.float32]) -> NDArray[Any]:
+    """Encode in pieces that stay in a core's cache."""
+    stored = np.empty((len(states), spec.codec.width(spec.dim)), spec.codec.dtype)
+    for begin in range(0, len(states), ENCODED_AT_ONCE):
+        piece = slice(begin, begin + ENCODED_AT_ONCE)
+        stored[piece] = spec.codec.encode(states[piece])
+    return stored
+
+
+def _ragged(stored: NDArray[Any], offsets: NDArray[np.int64], type: pa.DataType) -> pa.Array:
+    """Build a list<fixed_size_list> column: row i has the vectors from offsets[i] to the next."""
+    values = pa.array(stored.reshape(-1), type.value_type.value_type)
     vectors = pa.FixedSizeListArray.from_arrays(values, type=type.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), vectors, type=type)
 

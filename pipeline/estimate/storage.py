@@ -15,7 +15,7 @@ from pathlib import Path
 import lance
 import numpy as np
 
-from kalm_encoder.matryoshka import PassageStates, num_groups
+from kalm_encoder.matryoshka import PackedStates, PassageStates, num_groups
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
@@ -52,7 +52,7 @@ def measure_rows(
         states.append(PassageStates(made, n, tokens > spec.max_length))
     passages = [passage for passage, _ in examples[:used]]
     ids, texts = [p.id for p in passages], [p.text for p in passages]
-    rows = build_rows(spec, ids, texts, states, f"000000-{rng.bytes(6).hex()}")
+    rows = build_rows(spec, ids, texts, PackedStates.of(states), f"000000-{rng.bytes(6).hex()}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sample.lance")
         write_once(spec.schema().empty_table(), Location(str(path)), spec.schema())

@@ -12,6 +12,7 @@ from dataclasses import replace
 import lance
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.matryoshka import PackedStates
 from kalm_encoder.table.location import address
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import build_rows, read_rows
@@ -97,13 +98,11 @@ def _convert(
         columns=columns, offset=shard.rows.start, limit=shard.rows.num_rows
     )
     passages = read_rows(old, rows, finest, uri=table.uri)
-    ids = list(passages)
+    ids, packed = list(passages), PackedStates.of(list(passages.values()))
     texts = rows["text"].to_pylist() if old.keep_text else [""] * len(ids)
-    made = build_rows(
-        new, ids, texts, list(passages.values()), shard.id, hashes=rows["text_hash"].to_pylist()
-    )
-    tokens = sum(p.num_tokens for p in passages.values())
+    made = build_rows(new, ids, texts, packed, shard.id, hashes=rows["text_hash"].to_pylist())
+    tokens = int(packed.num_tokens.sum())
     return ShardResult(
         shard, write_fragment(made, target), num_rows=len(ids), num_tokens=tokens,
-        padded_tokens=tokens, num_truncated=sum(p.truncated for p in passages.values()),
+        padded_tokens=tokens, num_truncated=int(packed.truncated.sum()),
     )  # fmt: skip

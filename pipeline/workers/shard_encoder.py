@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kalm_encoder.errors import MismatchError, first_line
-from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.matryoshka import PackedStates, PassageStates
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
@@ -177,7 +177,8 @@ class ShardEncoder:
     def _write(self, shard: Shard, kept: Sequence[tuple[Passage, PassageStates]]) -> str:
         passages, states = zip(*kept, strict=True)
         ids, texts = [p.id for p in passages], [p.text for p in passages]
-        return write_fragment(build_rows(self.spec, ids, texts, states, shard.id), self._dataset)
+        rows = build_rows(self.spec, ids, texts, PackedStates.of(states), shard.id)
+        return write_fragment(rows, self._dataset)
 
 
 def start_isolated(

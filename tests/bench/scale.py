@@ -21,7 +21,7 @@ import lance
 import numpy as np
 import psutil
 
-from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.matryoshka import PackedStates, PassageStates
 from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.shards import Shard, ShardReader
 from pipeline.messages import Outcome, ShardResult, WorkerConfig
@@ -99,7 +99,8 @@ class _Fake:
                 self._ended()
                 raise KeyboardInterrupt
             passages, _ = reader.read(shard)
-            states = [PassageStates(np.zeros((1, config.spec.dim), np.float32), 4, False)]
+            state = PassageStates(np.zeros((1, config.spec.dim), np.float32), 4, False)
+            states = PackedStates.of([state])
             rows = build_rows(
                 config.spec, [p.id for p in passages], [p.text for p in passages], states, shard.id
             )

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from kalm_encoder import PassageStates, PassageTable
+from kalm_encoder.matryoshka import PackedStates
 from kalm_encoder.table.checksums import states_checksum
 from kalm_encoder.table.reader import LIVE_TAG
 from kalm_encoder.table.rows import build_rows
@@ -92,7 +93,7 @@ def _random_table(rows: int, *, dim: int, states: int) -> str:
         for start in range(0, rows, SMALL):
             drawn = rng.standard_normal((min(SMALL, rows), states, dim)).astype(np.float32)
             ids = [f"doc-{start + i}" for i in range(len(drawn))]
-            passages = [PassageStates(s, 4 * states - 2, False) for s in drawn]
+            passages = PackedStates.of([PassageStates(s, 4 * states - 2, False) for s in drawn])
             yield from build_rows(spec, ids, ids, passages, f"shard-{start}").to_batches()
 
     dataset = lance.write_dataset(

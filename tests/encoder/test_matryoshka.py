@@ -50,15 +50,20 @@ def test_padding_never_enters_a_mean(lengths, ratio, seed):
 
 
 @given(
-    n=st.integers(1, 700),
+    lengths=st.lists(st.integers(1, 700), min_size=1, max_size=4),
     stored=st.integers(1, 32),
     factor=st.integers(1, 32),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_coarsening_equals_pooling_at_the_coarse_ratio(n, stored, factor, seed):
-    x = np.random.default_rng(seed).standard_normal((n, 4)).astype(np.float32)
-    coarse = coarsen(pool_one(x, stored), n, stored, stored * factor)
-    np.testing.assert_allclose(coarse, pool_one(x, stored * factor), atol=2e-6)
+def test_coarsening_equals_pooling_at_the_coarse_ratio(lengths, stored, factor, seed):
+    rng, wanted = np.random.default_rng(seed), stored * factor
+    passages = [rng.standard_normal((n, 4)).astype(np.float32) for n in lengths]
+    pooled = [pool_one(x, stored) for x in passages]
+    alone = [coarsen(p, n, stored, wanted) for p, n in zip(pooled, lengths, strict=True)]
+    for coarse, x in zip(alone, passages, strict=True):
+        np.testing.assert_allclose(coarse, pool_one(x, wanted), atol=2e-6)
+    together = coarsen(np.concatenate(pooled), np.array(lengths), stored, wanted)
+    assert np.array_equal(together, np.concatenate(alone))
 
 
 def test_coarsening_refuses_what_is_no_multiple():

@@ -11,7 +11,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from kalm_encoder.matryoshka import PassageStates, num_groups
+from kalm_encoder.matryoshka import PackedStates, PassageStates, num_groups
 from kalm_encoder.table.reader import LIVE_TAG
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
@@ -46,7 +46,7 @@ def passages() -> list[PassageStates]:
 def rows_of(dtype: str) -> pa.Table:
     """The rows of one file."""
     spec = replace(SPEC, store_dtype=dtype)
-    return build_rows(spec, IDS, TEXTS, passages(), "000000-golden")
+    return build_rows(spec, IDS, TEXTS, PackedStates.of(passages()), "000000-golden")
 
 
 def main() -> None:

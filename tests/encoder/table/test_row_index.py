@@ -7,6 +7,7 @@ import pytest
 
 from kalm_encoder import PassageTable, Reranker
 from kalm_encoder.errors import CorruptRowError, MissingIdsError
+from kalm_encoder.matryoshka import PackedStates
 from kalm_encoder.table import row_index
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.row_index import RowIndex
@@ -132,7 +133,7 @@ def test_an_id_that_is_there_twice_is_an_error(tmp_path):
     states = np.ones((len(passage.states), 4), np.float32)
     twice = [type(passage)(states, passage.num_tokens, False)] * 2
     uri = tmp_path / "t.lance"
-    lance.write_dataset(build_rows(spec, ["a", "a"], ["", ""], twice, "s"), uri)
+    lance.write_dataset(build_rows(spec, ["a", "a"], ["", ""], PackedStates.of(twice), "s"), uri)
     for table in both(uri, version=1):
         with pytest.raises(CorruptRowError, match=r"'a' is in .* more than once"):
             table.take(["a"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import CorruptRowError, InputError, TableError
-from kalm_encoder.matryoshka import PassageStates, coarsen, num_groups
+from kalm_encoder.matryoshka import PackedStates, PassageStates, coarsen, num_groups
 from kalm_encoder.table.checksums import states_checksum
 from kalm_encoder.table.rows import build_rows, read_rows
 from kalm_encoder.table.spec import TableSpec
@@ -24,7 +24,7 @@ def columns(ratio):
 
 
 @given(
-    lengths=st.lists(st.integers(1, 64), max_size=20),
+    lengths=st.lists(st.integers(1, 64), min_size=1, max_size=20),
     slice_at=st.integers(0, 5),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -35,7 +35,7 @@ def test_round_trip(lengths, slice_at, seed):
         for n in lengths
     ]
     ids = [f"id{i}" for i in range(len(lengths))]
-    rows = build_rows(SPEC, ids, ids, passages, "s").slice(slice_at)
+    rows = build_rows(SPEC, ids, ids, PackedStates.of(passages), "s").slice(slice_at)
     for ratio in (2, 8):
         for wanted in (ratio, ratio * 2):
             got = read_rows(SPEC, rows.select(columns(ratio)), wanted, uri="u")
@@ -83,7 +83,8 @@ def test_checksum_covers_id_tokens_and_states():
 
 def test_repeated_ids_are_an_error():
     passage = PassageStates(np.ones((1, 4), np.float32), 2, False)
-    rows = build_rows(SPEC, ["a", "a"], ["", ""], [passage] * 2, "s").select(columns(2))
+    rows = build_rows(SPEC, ["a", "a"], ["", ""], PackedStates.of([passage] * 2), "s")
+    rows = rows.select(columns(2))
     with pytest.raises(CorruptRowError, match="'a' is in u more than once"):
         read_rows(SPEC, rows, 2, uri="u")
 

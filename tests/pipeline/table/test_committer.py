@@ -7,7 +7,7 @@ import lance
 import numpy as np
 import pytest
 
-from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.matryoshka import PackedStates, PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
@@ -49,7 +49,7 @@ def job(tmp_path):
     results = []
     for i, shard in enumerate(plan.shards):
         states = [PassageStates(np.zeros((1, 4), np.float32), 2, False)]
-        rows = build_rows(SPEC, [f"r{i}"], ["t"], states, shard.id)
+        rows = build_rows(SPEC, [f"r{i}"], ["t"], PackedStates.of(states), shard.id)
         results.append(ShardResult(shard, write_fragment(rows, ledger.dataset), 1))
     return ledger, results
 

@@ -8,7 +8,7 @@ import pytest
 
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import FencedError, InputError, KalmError, MismatchError, TableError
-from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.matryoshka import PackedStates, PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
@@ -43,7 +43,7 @@ def encode(plan: Plan, uri: str, number: int) -> ShardResult:
     """What a worker returns, with made-up states."""
     ids = [f"r{i}" for i in range(number * 3, number * 3 + 3)]
     passages = [PassageStates(np.full((1, 4), number, np.float32), 2, False)] * 3
-    rows = build_rows(SPEC, ids, ["t"] * 3, passages, plan.shards[number].id)
+    rows = build_rows(SPEC, ids, ["t"] * 3, PackedStates.of(passages), plan.shards[number].id)
     return ShardResult(plan.shards[number], write_fragment(rows, lance.dataset(uri)), 3)
 
 

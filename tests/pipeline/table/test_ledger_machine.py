@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kalm_encoder.errors import FencedError, KalmError
-from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.matryoshka import PackedStates, PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
 from kalm_encoder.table.spec import TableSpec
@@ -48,8 +48,8 @@ def make_plan(generation):
 
 
 def rows_of(ids, value):
-    states = [PassageStates(np.full((1, 4), value, np.float32), 2, False) for _ in ids]
-    return build_rows(SPEC, ids, [f"text {value}"] * len(ids), states, "s")
+    passages = [PassageStates(np.full((1, 4), value, np.float32), 2, False)] * len(ids)
+    return build_rows(SPEC, ids, [f"text {value}"] * len(ids), PackedStates.of(passages), "s")
 
 
 class LedgerMachine(RuleBasedStateMachine):

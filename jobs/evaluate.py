@@ -12,10 +12,12 @@ from jobs.options import (
     STORE_DTYPES,
     Address,
     AsJson,
+    Dtype,
     Instruction,
     MaxLength,
     Revision,
     SystemInstruction,
+    compute_dtype,
     executor,
     needs_extra,
     parse_ratios,
@@ -72,6 +74,7 @@ def evaluate(
     instructions: Annotated[
         Path | None, typer.Option(help="JSON file that maps collection names to instructions.")
     ] = None,
+    dtype: Dtype = "auto",
     max_length: MaxLength = 1024,
     measure: Annotated[
         list[str] | None, typer.Option(help="Metric as ir-measures spells it. May be repeated.")
@@ -131,6 +134,7 @@ def evaluate(
             instruction=instruction,
             system_instruction=system_instruction,
             max_length=max_length,
+            compute_dtype=compute_dtype(dtype),
             measures=tuple(measure or DEFAULT_MEASURES),
         ),
         execute,

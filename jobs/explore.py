@@ -18,7 +18,7 @@ def explore(
     model: options.TableModel = None,
     revision: options.TableRevision = None,
     device: options.Device = None,
-    dtype: options.Dtype = None,
+    dtype: options.Dtype = "auto",
     note: Annotated[
         str | None, typer.Option(help="What readers of the page must know, such as: old corpus.")
     ] = None,

@@ -33,6 +33,7 @@ def rerank(
     search: Annotated[
         int | None, typer.Option(help="Take this many candidates from a full-text search (BM25).")
     ] = None,
+    dtype: options.Dtype = "auto",
     ratio: Annotated[
         int | None, typer.Option(help="A multiple of a stored ratio. Raise it for speed.")
     ] = None,
@@ -68,6 +69,7 @@ def rerank(
         revision=revision,
         version=options.parse_version(version),
         storage_options=options.parse_storage_options(storage_option),
+        dtype=dtype,
     )
     began = time.perf_counter()
     if ids is not None:

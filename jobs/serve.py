@@ -18,7 +18,7 @@ def serve(
     model: options.TableModel = None,
     revision: options.TableRevision = None,
     device: options.Device = None,
-    dtype: options.Dtype = None,
+    dtype: options.Dtype = "auto",
     with_encoder: Annotated[
         bool,
         typer.Option("--with-encoder", help="Load the encoder too, for texts that are not stored."),

@@ -30,6 +30,7 @@ def sync(
         bool, typer.Option("--dry-run", help="Print the counts and change nothing.")
     ] = False,
     on_duplicate: options.OnDuplicate = "error",
+    dtype: options.Dtype = "auto",
     workers: options.Workers = None,
     cpus_per_worker: options.CpusPerWorker = None,
     gpus_per_worker: options.GpusPerWorker = None,
@@ -59,6 +60,7 @@ def sync(
         revision=revision or (spec.revision if model is None else None),
         ratios=spec.ratios,
         store_dtype=spec.store_dtype,
+        compute_dtype=options.compute_dtype(dtype),
         max_length=spec.max_length,
         keep_text=spec.keep_text,
         fields=options.reading(id_field, text_field, title_field, columns, quoting, format),

@@ -22,6 +22,7 @@ def verify(
         ),
     ] = 0,
     model: options.TableModel = None,
+    dtype: options.Dtype = "auto",
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,6 +52,7 @@ def verify(
         storage_options=options.parse_storage_options(storage_option),
         sample=sample,
         model=model,
+        dtype=options.compute_dtype(dtype),
         inputs=inputs or (),
         fields=options.reading(id_field, text_field, title_field, columns, quoting, format),
     )

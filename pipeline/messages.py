@@ -54,6 +54,7 @@ class ShardResult:
             pool and write add up to the time of the shard; idle is the time for which the device
             waited for this shard.
         worker: Host and process that encoded it; "" if nobody did.
+        compute_dtype: Dtype in which the encoder computed; None if nothing was computed.
     """
 
     shard: Shard
@@ -65,6 +66,7 @@ class ShardResult:
     num_truncated: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     worker: str = ""
+    compute_dtype: str | None = None
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class Experiment:
         instruction: The task; None takes the default of the model.
         system_instruction: What the model is told before the task; None takes its default.
         max_length: Number of tokens to which a passage is cut.
+        compute_dtype: Dtype in which encoder and decoder compute; None takes what suits the device.
         measures: Metrics as ir-measures spells them; settings are compared by the first.
     """
 
@@ -88,6 +89,7 @@ class Experiment:
     instruction: str | None = None
     system_instruction: str | None = None
     max_length: int = 1024
+    compute_dtype: str | None = None
     measures: tuple[str, ...] = DEFAULT_MEASURES
 
     def __post_init__(self) -> None:
@@ -132,7 +134,9 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
         )
     start = _judge(experiment, Ranking(SettingResult(name=name, kind="first stage"), first), None)
     rankings = [start]
-    decoder = QueryDecoder(experiment.model, revision=experiment.revision)
+    decoder = QueryDecoder(
+        experiment.model, revision=experiment.revision, dtype=experiment.compute_dtype
+    )
     for dtype in experiment.store_dtypes:
         reranker = Reranker(tables[dtype], decoder, max_length=experiment.max_length)
         suffix = "" if dtype == experiment.store_dtypes[0] else f"-{dtype}"
@@ -176,13 +180,14 @@ def _tables(experiment: Experiment, fingerprint: str, execute: Executor) -> dict
     files_read = "\n".join(map(absolute, experiment.collection.corpus))
     place = xxhash.xxh3_64_hexdigest(files_read.encode())[:6]
     settings = f"r{'-'.join(map(str, ratios))}-l{experiment.max_length}"
+    settings += f"-{experiment.compute_dtype}" if experiment.compute_dtype else ""
     # Another collection, model or setting has tables of its own.
     stem = f"{name}-{place}-{fingerprint[:8]}-{settings}"
     base = experiment.folder / "states" / f"{stem}-{first}.lance"
     job = EncodeJob(
         inputs=experiment.collection.corpus, uri=str(base), model=experiment.model,
         revision=experiment.revision, ratios=ratios, store_dtype=first,
-        max_length=experiment.max_length,
+        compute_dtype=experiment.compute_dtype, max_length=experiment.max_length,
     )  # fmt: skip
     try:
         PassageTable.open(job.uri)

@@ -49,7 +49,7 @@ class KaLMSearch:
         instructions: Instructions by mteb's task name; one found here replaces `instruction`. The
             instruction of a query itself replaces both.
         execute: `encode_inline`, or `on_ray(options)` of `pipeline.workers.on_ray.actor`.
-        encoding: Settings of every `EncodeJob`: revision, ratios, store_dtype, max_length, …
+        encoding: Settings of every `EncodeJob`: revision, ratios, store_dtype, compute_dtype, …
     """
 
     def __init__(
@@ -183,4 +183,5 @@ class KaLMSearch:
 
     @cached_property
     def _decoder(self) -> QueryDecoder:
-        return QueryDecoder(self._job.model, revision=self._job.revision)
+        dtype = self._job.compute_dtype
+        return QueryDecoder(self._job.model, revision=self._job.revision, dtype=dtype)

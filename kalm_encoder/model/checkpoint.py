@@ -10,6 +10,7 @@ changes torch's default dtype for all threads of a service.
 """
 
 import hashlib
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,11 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from kalm_encoder.errors import CheckpointError, InputError, first_line
+from kalm_encoder.model import onednn
 from kalm_encoder.process import check_process
 from kalm_encoder.version import __version__
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -50,7 +54,8 @@ DEMO_NOTE = (
 WEIGHTS_INDEX = "model.safetensors.index.json"
 STORED_NAME = re.compile(r"(?:model\.)?(encoder|decoder)\.(?:text_model\.)?(.+)")
 """Half and name of a weight, in all spellings that transformers has written."""
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What a model may compute in. T5Gemma2 overflows float16."""
 
 
 Device = str | torch.device | None
@@ -224,10 +229,14 @@ def choose_device(device: Device) -> torch.device:
 def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """Return the wanted compute dtype.
 
-    None chooses bfloat16 on a GPU that computes in it, and float32 elsewhere: older GPUs emulate
-    it, which is slower than float32.
+    None and "auto" choose bfloat16 on a GPU that has it in hardware, and float32 elsewhere: older
+    GPUs emulate it, which is slower than float32. So do they on CPUs that have it in hardware:
+    whether a CPU does must not decide what a shard of a table holds, and a cluster may have both.
+    The log names the faster choice there.
     """
-    if dtype is None:
+    if dtype in (None, "auto"):
+        if device.type == "cpu" and onednn.BFLOAT16:
+            logger.info("this CPU multiplies bfloat16 faster than float32: see --dtype bfloat16")
         return torch.bfloat16 if _has_bfloat16(device) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():

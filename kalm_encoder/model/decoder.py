@@ -19,6 +19,7 @@ from kalm_encoder.model.batching import make_batches, send
 from kalm_encoder.model.checkpoint import Checkpoint, Device, Dtype, answer_token_id, resolve
 from kalm_encoder.model.cuda_graphs import DecoderGraphs
 from kalm_encoder.model.decoder_forward import PassageMemory, last_hidden
+from kalm_encoder.model.onednn import pack_linears
 from kalm_encoder.model.pairs import HotPassages, Pair, Prompt, memory_of
 from kalm_encoder.process import check_process
 from kalm_encoder.prompts import (
@@ -53,7 +54,8 @@ class QueryDecoder:
             passages to keep are launched kernel by kernel on a GPU, without CUDA graphs.
 
     Attributes:
-        model: The decoder in eval mode; its embedding is also the LM head.
+        model: The decoder in eval mode; its embedding is also the LM head. On a CPU the weights of
+            its layers are packed for oneDNN where that is faster.
         fingerprint: Fingerprint of the checkpoint. A table must record the same.
         dim: Width d of the states that this decoder attends to.
         hot: Memory of repeated passages, or None.
@@ -81,6 +83,7 @@ class QueryDecoder:
         self.device: torch.device = self.model.device
         self.dim = int(self.model.config.hidden_size)
         self._on_gpu = self.device.type == "cuda"
+        pack_linears(self.model.layers)
         default = GPU_TOKEN_BUDGET if self._on_gpu else CPU_TOKEN_BUDGET
         self.token_budget = default if token_budget is None else token_budget
         self.hot = HotPassages(hot_bytes) if hot_bytes else None

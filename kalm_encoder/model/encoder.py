@@ -88,6 +88,11 @@ class PassageEncoder:
             CPU_TOKEN_BUDGET if self.device.type == "cpu" else self._fitting_budget()
         )
 
+    @property
+    def compute_dtype(self) -> str:
+        """Name of the dtype in which this encoder computes."""
+        return str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+
     def __reduce__(self) -> str:
         raise InputError("a PassageEncoder cannot be pickled: make one in the other process")
 

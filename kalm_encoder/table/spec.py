@@ -1,4 +1,4 @@
-"""The row format, version 1, and what a table records about the model that made it.
+"""The row format, version 2, and what a table records about the model that made it.
 
     id            string, unenforced primary key
     text          string, the raw passage (the column is absent with keep_text=False)
@@ -11,10 +11,11 @@
     shard_id      string, the shard of the input that wrote the row
     checksum      uint64, xxh3_64 over id, text_hash and shard_id, which no other checksum covers
 
-No field is nullable. What a reader must know about the whole table is a `TableSpec`; it is kept as
-JSON in the metadata of the schema. Each ratio has its own checksum, so that a coarse read verifies
-what it reads without touching the fine column. This module knows nothing of torch, files or
-commits; rows.py makes rows of this format and reads them back.
+No field is nullable. Tables of version 1 are read, resumed and changed as well; they do not record
+in which dtype their states were computed. What a reader must know about the whole table is a
+`TableSpec`; it is kept as JSON in the metadata of the schema. Each ratio has its own checksum, so
+that a coarse read verifies what it reads without touching the fine column. This module knows
+nothing of torch, files or commits; rows.py makes rows of this format and reads them back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from kalm_encoder.prompts import TEMPLATE
 from kalm_encoder.table.codecs import CODECS, FloatCodec, IntCodec
 from kalm_encoder.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version of the tables that are begun now."""
+VERSIONS = (1, FORMAT_VERSION)
+"""Versions that can be read and changed."""
 SPEC_KEY = "kalm.spec"
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
@@ -51,6 +55,8 @@ class TableSpec:
         store_dtype: "float16", "float32", "int8" or "int4".
         keep_text: Whether the raw text is stored.
         template: Passage template of the prompt.
+        compute_dtype: "bfloat16" or "float32", in which the encoder computed. None before the first
+            shard is committed, and in tables of version 1.
         format_version: Version of the row format.
         library_version: Version of kalm-preencode that created the table.
 
@@ -67,6 +73,7 @@ class TableSpec:
     store_dtype: str = "float16"
     keep_text: bool = True
     template: str = TEMPLATE
+    compute_dtype: str | None = None
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
 
@@ -136,7 +143,11 @@ class TableSpec:
             pa.field(name, type, nullable=False, metadata=PRIMARY_KEY if name == "id" else None)
             for name, type in types.items()
         ]
-        return pa.schema(fields, metadata={SPEC_KEY: json.dumps(asdict(self), sort_keys=True)})
+        return pa.schema(fields, metadata={SPEC_KEY: self.to_json()})
+
+    def to_json(self) -> str:
+        """Return this spec as the metadata of a schema holds it under SPEC_KEY."""
+        return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_metadata(cls, metadata: dict[bytes, bytes] | None, uri: str) -> TableSpec:
@@ -150,10 +161,10 @@ class TableSpec:
             raise TableError(f"{uri} is a Lance table, but not one that `kalm encode` made")
         fields = json.loads(raw)
         version = fields.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in VERSIONS:
             raise TableError(
                 f"{uri} has format version {version}, and this kalm-preencode {__version__} reads "
-                f"version {FORMAT_VERSION}. Install the version that wrote the table "
-                f"({fields.get('library_version')}), or encode the corpus again."
+                f"versions {' and '.join(map(str, VERSIONS))}. Install the version that wrote the "
+                f"table ({fields.get('library_version')}), or encode the corpus again."
             )
         return cls(**{**fields, "ratios": tuple(fields["ratios"])})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, TooManyRejectsError
 from kalm_encoder.model import checkpoint
@@ -66,8 +66,13 @@ class Summary:
 
 
 @logs.in_run()
-def run(job: EncodeJob, execute: Executor) -> Summary:
+def run(job: EncodeJob, execute: Executor, *, like: TableSpec | None = None) -> Summary:
     """Encode what is missing of a job and finish its table.
+
+    Args:
+        job: What the user asks for.
+        execute: The function that encodes shards.
+        like: Spec of the table to which the rows will be moved. None makes one from the job.
 
     Raises:
         InputError: Bad input, model, settings or table; nothing was written.
@@ -95,8 +100,9 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         if not ledger.done:
             first_look(job, plan)
 
-    spec = TableSpec(
-        model=files.name if files.revision else str(files.path),
+    model = files.name if files.revision else str(files.path)
+    spec = like or TableSpec(
+        model=model,
         revision=files.revision,
         fingerprint=files.fingerprint,
         dim=files.config.decoder.hidden_size,
@@ -104,7 +110,9 @@ def run(job: EncodeJob, execute: Executor) -> Summary:
         ratios=job.ratios,
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
+        compute_dtype=job.compute_dtype,
     )
+    spec = replace(spec, model=model, revision=files.revision)
     return load(job, plan, spec, execute, begun)
 
 
@@ -142,9 +150,10 @@ def load(
         "%s: %d rows in %d shards, %d done, %d to do",
         job.uri, plan.num_rows, len(plan.shards), len(ledger.done), len(pending),
     )  # fmt: skip
+    settings = replace(ledger.spec, model=spec.model, revision=spec.revision)
     config = WorkerConfig(
         job.table,
-        spec,
+        replace(settings, compute_dtype=settings.compute_dtype or spec.compute_dtype),
         token_budget=job.token_budget,
         logs=logs.current(),
     )
@@ -186,6 +195,7 @@ def _commit_all(
                 with logs.in_shard(outcome.shard.id):
                     logger.error("gave up shard %s: %s", outcome.shard.id, outcome.reason)
             elif outcome is not None:
+                ledger.admit(outcome)
                 rejects.write(outcome.shard.id, outcome.rejects)
                 committer.add(outcome)
                 rejected += len(outcome.rejects)

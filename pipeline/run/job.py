@@ -53,6 +53,8 @@ class EncodeJob(TableJob):
         revision: Revision of the hub id.
         ratios: Ratios to store, finest first.
         store_dtype: "float16", "float32", "int8" or "int4".
+        compute_dtype: "bfloat16" or "float32", in which the encoder computes. None takes what the
+            table records, or, for a new table, what suits the device.
         max_length: Number of tokens a passage is cut to.
         keep_text: Whether to store the raw text.
         fields: What the user said of how files are read: fields, columns, quotes.
@@ -65,6 +67,7 @@ class EncodeJob(TableJob):
     revision: str | None = None
     ratios: tuple[int, ...] = (4,)
     store_dtype: str = "float16"
+    compute_dtype: str | None = None
     max_length: int = 1024
     keep_text: bool = True
     fields: FieldOptions = field(default_factory=FieldOptions)

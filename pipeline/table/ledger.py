@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import lance
 import pyarrow as pa
@@ -19,7 +20,7 @@ from lance.dataset import LanceOperation
 from kalm_encoder.errors import InputError, KalmError, MismatchError, first_line
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
-from kalm_encoder.table.spec import TableSpec
+from kalm_encoder.table.spec import SPEC_KEY, TableSpec
 from pipeline.corpus.shards import Plan
 from pipeline.messages import ShardResult
 from pipeline.table.claim import EPOCH, LOADING, OWNER, SEALED, STATE, TableClaim
@@ -30,7 +31,9 @@ logger = logging.getLogger(__name__)
 PLAN, NUM_SHARDS, NUM_ROWS = "kalm.plan", "kalm.num_shards", "kalm.num_rows"
 EMPTY_SHARDS, GENERATION = "kalm.empty_shards", "kalm.generation"
 ON_DUPLICATE, REJECTED = "kalm.on_duplicate", "kalm.rejected"
-FIXED_SETTINGS = ("fingerprint", "ratios", "store_dtype", "max_length", "keep_text", "template")
+FIXED_SETTINGS = (
+    "fingerprint", "ratios", "store_dtype", "max_length", "keep_text", "template", "compute_dtype"
+)  # fmt: skip
 """Fields of the spec in which all shards of a table agree. The model's name may differ."""
 
 
@@ -45,6 +48,7 @@ class Ledger(TableClaim):
     def __init__(self, location: Location, plan: Plan) -> None:
         self._plan = plan
         super().__init__(location)
+        self._compute_dtype = self.spec.compute_dtype
 
     @classmethod
     def begin(
@@ -92,6 +96,11 @@ class Ledger(TableClaim):
         return self.state != LOADING
 
     @property
+    def spec(self) -> TableSpec:
+        """What the table records about its model and settings."""
+        return TableSpec.from_metadata(self.dataset.schema.metadata, self.location.uri)
+
+    @property
     def generation(self) -> int:
         """How often the table was begun, counted from 1."""
         return int(self.metadata[GENERATION])
@@ -103,8 +112,25 @@ class Ledger(TableClaim):
         live = self.dataset.checkout_version(LIVE_TAG).schema.metadata
         return bool(live[GENERATION.encode()].decode() == self.metadata[GENERATION])
 
+    def admit(self, result: ShardResult) -> None:
+        """Refuse a shard whose states were computed in another dtype than those before it.
+
+        Raises:
+            MismatchError: If they were; it names the worker.
+        """
+        computed = result.compute_dtype
+        if computed is None or self._compute_dtype in (None, computed):
+            self._compute_dtype = self._compute_dtype or computed
+            return
+        raise MismatchError(
+            "compute_dtype",
+            f"the worker {result.worker} computes in {computed}, the states of {self.location} are "
+            f"computed in {self._compute_dtype}: give --dtype float32 or bfloat16, so that all "
+            "workers compute in the same",
+        )
+
     def commit(self, results: Sequence[ShardResult]) -> None:
-        """Add written shards to the table in one atomic step.
+        """Add written shards, each admitted before, to the table in one atomic step.
 
         Raises:
             FencedError: If another driver claimed the table; this one added none of the results.
@@ -113,6 +139,10 @@ class Ledger(TableClaim):
         """
         written = {r.shard.number: r.fragment for r in results if r.fragment is not None}
         check_written(list(written.values()), self.location)
+        spec = self.spec
+        if written and spec.format_version > 1 and spec.compute_dtype != self._compute_dtype:
+            spec = replace(spec, compute_dtype=self._compute_dtype)
+            self.change({SPEC_KEY: spec.to_json()})
         self.retry(lambda: self._append(written))
         empty = {r.shard.number for r in results if r.fragment is None} - self.done
         if empty:
@@ -178,15 +208,16 @@ class Ledger(TableClaim):
                 self.refresh(self.commit_operation(LanceOperation.Overwrite(schema, [])))
 
         self.retry(step)
+        self._compute_dtype = spec.compute_dtype
         logger.info("%s: generation %d begins", self.location, number)
 
     def _check_same(self, spec: TableSpec) -> None:
         """Refuse to continue a table that was made with other settings or from other input."""
-        stored = TableSpec.from_metadata(self.dataset.schema.metadata, self.location.uri)
+        stored = self.spec
         remedy = "give the same one, another table, or --new-generation to begin this one anew"
         for name in FIXED_SETTINGS:
             old, new = getattr(stored, name), getattr(spec, name)
-            if old != new:
+            if old != new and None not in (old, new):
                 begun = f"{self.location} was begun with {name} {old!r}, this job has {new!r}"
                 raise MismatchError(name, f"{begun}: {remedy}")
         if self.metadata[PLAN] != self._plan.hash:

@@ -106,7 +106,7 @@ def _claim(job: EncodeJob) -> SealedTable:
     """Open the table of a job to change it.
 
     Raises:
-        MismatchError: If the job's model is not the table's.
+        MismatchError: If the job's model or dtype is not the table's.
     """
     claim = SealedTable(job.table)
     fingerprint = checkpoint.resolve(job.model, job.revision).fingerprint
@@ -116,6 +116,13 @@ def _claim(job: EncodeJob) -> SealedTable:
             f"{job.uri} was made by a model with fingerprint {claim.spec.fingerprint}, "
             f"{job.model} has {fingerprint}: states of two models cannot be mixed. "
             "Use the same model, or encode with --new-generation",
+        )
+    computed = claim.spec.compute_dtype
+    if computed and job.compute_dtype not in (None, computed):
+        raise MismatchError(
+            "compute_dtype",
+            f"the states of {job.uri} were computed in {computed}, not in {job.compute_dtype}: "
+            "leave --dtype out, or encode with --new-generation",
         )
     return claim
 
@@ -151,7 +158,8 @@ def _apply(
             job, inputs=(source.uri,), uri=encoded.uri, fields=FieldOptions(), limit=None,
             new_generation=False, on_duplicate="error",
         )  # fmt: skip
-        summary = run(staging, execute)
+        computed = claim.spec.compute_dtype or job.compute_dtype
+        summary = run(staging, execute, like=replace(claim.spec, compute_dtype=computed))
         RejectStore(job.table).write(_rejects_name(changes), RejectStore(encoded).read())
     claim.begin_change()
     if differ:

@@ -74,6 +74,7 @@ class ShardEncoder:
             lambda: PassageEncoder(
                 files,
                 device=place,
+                dtype=spec.compute_dtype,
                 max_length=spec.max_length,
                 token_budget=config.token_budget,
             )
@@ -117,6 +118,7 @@ class ShardEncoder:
             num_truncated=sum(t.truncated for t in tokens),
             seconds=_stages(times, batches, self._threads.count),
             worker=f"{socket.gethostname()}:{os.getpid()}",
+            compute_dtype=self.encoder.compute_dtype,
         )
 
     def stop(self) -> None:

@@ -26,6 +26,7 @@ SPEC = TableSpec(
     max_length=64,
     ratios=(2, 4),
     store_dtype="float16",
+    format_version=1,
     library_version="0.1.0",
 )
 IDS = ["a", "b'\"\n", "ü漢", "d\x00e"]

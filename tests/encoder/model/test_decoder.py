@@ -6,6 +6,7 @@ import torch
 
 from kalm_encoder import QueryDecoder
 from kalm_encoder.errors import InputError, NonFiniteError
+from kalm_encoder.model import onednn
 from kalm_encoder.model.batching import make_batches
 from kalm_encoder.model.decoder import MAX_PADDING, QUERY_MAX_TOKENS
 from kalm_encoder.model.decoder_forward import last_hidden
@@ -74,6 +75,18 @@ def test_bfloat16_is_close(decoder, model_dir, states):
         half.score("query", states), decoder.score("query", states), strict=True
     ):
         assert abs(a - b) < 0.05
+
+
+@pytest.mark.skipif(not onednn.AVAILABLE, reason="no oneDNN here")
+def test_packed_weights_change_no_score(model_dir, states, monkeypatch):
+    found = []
+    for packed in (False, True):
+        monkeypatch.setattr(onednn, "FASTER", packed)
+        decoder = QueryDecoder(str(model_dir))
+        first = decoder.model.layers[0].self_attn.k_proj
+        assert isinstance(first, onednn.PackedLinear) == packed
+        found.append([score for score, _ in decoder.score("index table", states)])
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 4, 9, 30]])

@@ -20,7 +20,7 @@ from kalm_encoder.model.encoder_attention import (
 )
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.layers import parts
-from kalm_encoder.model.onednn import PackedLinear, product, usable
+from kalm_encoder.model.onednn import PackedLinear, packable, product
 
 TOLERANCE = 2e-5
 
@@ -139,7 +139,7 @@ def test_the_end_of_image_token_has_an_embedding_of_its_own(model_dir):
 
 def test_weights_are_packed_and_not_kept_twice(model_dir, packed):
     model = packed.model
-    if not usable(model.embed_tokens.weight):
+    if not packable(model.embed_tokens.weight):
         assert any(name.endswith("proj.weight") for name in model.state_dict())
         return
     projections = [m for m in model.layers.modules() if hasattr(m, "out_features")]

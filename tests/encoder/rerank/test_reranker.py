@@ -56,7 +56,7 @@ def test_a_moved_but_equal_model_is_accepted(small_table, model_dir, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("template", "{passage}"), ("format_version", 0), ("dim", 64), ("fingerprint", "x")],
+    [("template", "{passage}"), ("dim", 64), ("fingerprint", "x")],
 )
 def test_every_recorded_property_is_compared(small_table, decoder, field, value):
     table = PassageTable.open(str(small_table))

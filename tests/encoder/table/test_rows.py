@@ -133,8 +133,8 @@ def test_other_tables_and_versions_are_refused(tmp_path):
     lance.write_dataset(pa.table({"id": ["a"]}), tmp_path / "other.lance")
     with pytest.raises(TableError, match="not one that `kalm encode` made"):
         PassageTable.open(str(tmp_path / "other.lance"), version=1)
-    newer = json.dumps({"format_version": 2, "library_version": "9.0"})
+    newer = json.dumps({"format_version": 3, "library_version": "9.0"})
     schema = pa.schema([pa.field("id", pa.string())], metadata={"kalm.spec": newer})
     lance.write_dataset(schema.empty_table(), tmp_path / "newer.lance", schema=schema)
-    with pytest.raises(TableError, match=r"format version 2.*Install the version.*9\.0"):
+    with pytest.raises(TableError, match=r"format version 3.*Install the version.*9\.0"):
         PassageTable.open(str(tmp_path / "newer.lance"), version=1)

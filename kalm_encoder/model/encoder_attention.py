@@ -9,7 +9,7 @@ All take the same arguments, which `attend_blocks` describes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from kalm_encoder.model.batching import Packed
-from kalm_encoder.model.onednn import product
+from kalm_encoder.model.onednn import products, usable
 
 logger = logging.getLogger(__name__)
 
@@ -156,48 +156,67 @@ def attend_blocks(
     Returns:
         (T, heads, head_dim).
     """
-    query = query * scale
-    seen = torch.empty_like(query)
-    groups = query.shape[1] // key.shape[1]
+    kv_heads = key.shape[1]
     # Each head's rows lie together: oneDNN multiplies rows with gaps 1,000 times more slowly.
     key, value = (part.transpose(0, 1).contiguous() for part in (key, value))
+    query = query.view(len(query), kv_heads, -1, query.shape[2]) * scale
+    query = query.transpose(0, 1).contiguous()
+    seen = torch.empty_like(query)  # (kv heads, T, query heads of each, head_dim)
+    at_once = 1 if usable(key) else kv_heads
     start = 0
     for length in packed.lengths:
-        for first, last, begin, end, hidden in _blocks(length, window, query.device):
+        for first, last, begin, end in _blocks(length, window):
             rows = slice(start + first, start + last)
             columns = slice(start + begin, start + end)
-            for head in range(len(key)):
-                heads = slice(head * groups, (head + 1) * groups)
-                asked = query[rows, heads].reshape(-1, query.shape[2])
-                scores = product(asked, key[head, columns])
-                if hidden is not None:
-                    masked = scores.view(last - first, groups, -1)
-                    masked.masked_fill_(hidden.unsqueeze(1), -torch.inf)
-                weights = torch.softmax(scores, dim=1, dtype=torch.float32).type_as(value)
-                found = product(weights, value[head, columns].T)
-                seen[rows, heads] = found.view(last - first, groups, -1)
+            for head in range(0, kv_heads, at_once):
+                heads = slice(head, head + at_once)
+                asked = query[heads, rows].flatten(1, 2)
+                scores = products(asked, key[heads, columns])
+                bias = _bias(last - first, end - begin, first - begin, window, scores.dtype)
+                if bias is not None:
+                    by_query = scores.view(len(scores), last - first, -1, end - begin)
+                    by_query.add_(bias.to(scores.device))
+                weights = torch.softmax(scores, dim=2, dtype=torch.float32).type_as(value)
+                found = products(weights, value[heads, columns].transpose(1, 2))
+                seen[heads, rows] = found.view_as(seen[heads, rows])
         start += length
-    return seen
+    return seen.transpose(0, 1).flatten(1, 2)
 
 
-@lru_cache(maxsize=64)
-def _blocks(
-    length: int, window: int | None, device: torch.device
-) -> list[tuple[int, int, int, int, torch.Tensor | None]]:
+def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int, int]]:
     """Cut the attention of one passage into blocks of queries and the keys in their reach.
 
-    Returns:
-        For each block the first and last query, the first and last key (each last is exclusive),
-        and a (queries, keys) bool tensor of what is hidden, or None if nothing is.
+    Yields:
+        The first and last query and the first and last key; each last is exclusive.
     """
-    left, right = (length, length) if window is None else reach(window)
-    if length <= min(left, right) + 1:
-        return [(0, length, 0, length, None)]
-    blocks: list[tuple[int, int, int, int, torch.Tensor | None]] = []
+    if window is None or length <= min(reach(window)) + 1:
+        yield 0, length, 0, length
+        return
+    left, right = reach(window)
     for first in range(0, length, BLOCK_QUERIES):
         last = min(first + BLOCK_QUERIES, length)
-        begin, end = max(0, first - left), min(length, last + right)
-        distance = torch.arange(first, last, device=device)[:, None]
-        distance = distance - torch.arange(begin, end, device=device)
-        blocks.append((first, last, begin, end, (distance > left) | (-distance > right)))
-    return blocks
+        yield first, last, max(0, first - left), min(length, last + right)
+
+
+@lru_cache(maxsize=128)
+def _bias(
+    queries: int, keys: int, ahead: int, window: int | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Return what is added to the scores of a block, (queries, 1, keys): 0, or -inf if hidden.
+
+    Args:
+        queries: Number of queries.
+        keys: Number of keys.
+        ahead: Number of keys before the first query.
+        window: Window of a sliding layer.
+        dtype: Dtype of the scores.
+
+    Returns:
+        None if nothing is hidden.
+    """
+    left, right = (ahead + queries, keys) if window is None else reach(window)
+    distance = torch.arange(ahead, ahead + queries)[:, None] - torch.arange(keys)
+    hidden = (distance > left) | (-distance > right)
+    if not hidden.any():
+        return None
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1)

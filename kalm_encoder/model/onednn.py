@@ -13,7 +13,6 @@ import platform
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 LIKELY_ROWS = 1024
 """Number of rows that packed weights are laid out for; other numbers work as well."""
@@ -35,9 +34,14 @@ def usable(weight: torch.Tensor) -> bool:
     return FASTER and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x @ weight.T, (n, k) and (m, k) to (n, m), by the faster of the two libraries."""
-    return _product(x, weight) if usable(weight) else linear(x, weight)
+def products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return each x @ weight.T, (h, n, k) and (h, m, k) to (h, n, m), by the faster library.
+
+    oneDNN takes one product at a time: give it one.
+    """
+    if usable(weight):
+        return torch.stack([_product(*pair) for pair in zip(x, weight, strict=True)])
+    return torch.bmm(x, weight.transpose(1, 2))
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -112,15 +112,15 @@ def _products(reranker: Reranker, ids: list[str]) -> Callable[[], None]:
             linears = [(attention.q_proj, asking), (attention.o_proj, ends)]
             linears += [(x, n) for x in (attention.k_proj, attention.v_proj) for n in (rows, b * m)]
             linears += [(x, ends) for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-            products += [(random(n, x.in_features), x.weight.T) for x, n in linears]
+            products += [(x, random(n, x.in_features)) for x, n in linears]
             queries = groups * (1 if last else p)
             keys = random(b * kv, width, p + m)
-            products.append((random(b * kv, queries, width), keys))
-            products.append((random(b * kv, queries, p + m), keys.transpose(1, 2)))
+            products.append((keys.__rmatmul__, random(b * kv, queries, width)))
+            products.append((keys.transpose(1, 2).__rmatmul__, random(b * kv, queries, p + m)))
 
     @torch.inference_mode()
     def multiply() -> None:
-        for left, right in products:
-            torch.matmul(left, right)
+        for multiply_by, left in products:
+            multiply_by(left)
 
     return multiply

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from tests.bench import elastic, encode, memory, rerank, scale, serve, table, take
+from tests.bench import elastic, encode, memory, rerank, scale, serve, shapes, table, take
 from tests.bench.data import FOLDER, warn_if_busy
 from tests.bench.gpu_check import check
 
@@ -19,6 +19,7 @@ BENCHES = {
     "encode": encode.main,
     "gpu": check.bars,
     "rerank": rerank.main,
+    "shapes": shapes.main,
     "table": table.main,
     "take": take.main,
     "scale": scale.main,

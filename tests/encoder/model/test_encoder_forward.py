@@ -20,7 +20,7 @@ from kalm_encoder.model.encoder_attention import (
 )
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.layers import parts
-from kalm_encoder.model.onednn import PackedLinear, packable, product
+from kalm_encoder.model.onednn import PackedLinear, packable, products
 
 TOLERANCE = 2e-5
 
@@ -148,11 +148,13 @@ def test_weights_are_packed_and_not_kept_twice(model_dir, packed):
     assert not any(name.endswith("proj.weight") for name in model.state_dict())
 
 
-@given(n=st.integers(1, 70), m=st.integers(1, 70), k=st.integers(1, 300))
-def test_a_product_is_that_of_torch(n, m, k):
+@given(h=st.integers(1, 2), n=st.integers(1, 70), m=st.integers(1, 70), k=st.integers(1, 300))
+def test_products_are_those_of_torch(h, n, m, k):
     draw = torch.Generator().manual_seed(n * m + k)
-    x, weight = torch.randn(n, k, generator=draw), torch.randn(k, m, generator=draw).T
-    torch.testing.assert_close(product(x, weight), x @ weight.T, atol=1e-4, rtol=1e-5)
+    x = torch.randn(h, n, k, generator=draw)
+    weight = torch.randn(h, k, m, generator=draw).transpose(1, 2)
+    want = x @ weight.transpose(1, 2)
+    torch.testing.assert_close(products(x, weight), want, atol=1e-4, rtol=1e-5)
 
 
 def test_two_small_graphs_do_for_all_layers_and_lengths(model_dir, plain):
@@ -191,16 +193,16 @@ def test_products_get_no_rows_with_gaps(monkeypatch):
 
     def noted(x, weight):
         strides.append((x.stride(), weight.stride(), weight.shape))
-        return product(x, weight)
+        return products(x, weight)
 
-    monkeypatch.setattr(encoder_attention, "product", noted)
+    monkeypatch.setattr(encoder_attention, "products", noted)
     packed = Packed([70, 200], torch.device("cpu"))
     parts_of = [torch.randn(270, heads, 48) for heads in (8, 4, 4)]
     attend_blocks(*parts_of, packed, 0.125, 64)
     assert strides
     for x, weight, shape in strides:
-        assert x[1] == 1
-        assert weight in ((shape[1], 1), (1, shape[0])), "rows lie together, or columns do"
+        assert x[2] == 1
+        assert weight[1:] in ((shape[2], 1), (1, shape[1])), "rows lie together, or columns do"
 
 
 @pytest.mark.gpu

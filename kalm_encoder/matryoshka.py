@@ -61,6 +61,31 @@ class PackedStates:
             np.array([p.truncated for p in passages]),
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[PackedStates]) -> PackedStates:
+        """Pack the passages of several parts, at least one, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.states for part in parts]),
+            np.concatenate([part.num_tokens for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+        )
+
+    def select(self, chosen: NDArray[np.bool_], ratio: int) -> PackedStates:
+        """Return the chosen passages; `ratio` is that of the states, `chosen` is (b,)."""
+        if chosen.all():
+            return self
+        groups = np.repeat(chosen, num_groups(self.num_tokens, ratio))
+        return PackedStates(self.states[groups], self.num_tokens[chosen], self.truncated[chosen])
+
+    def unpack(self, ratio: int) -> list[PassageStates]:
+        """Return a copy of each passage by itself; `ratio` is that of the states."""
+        ends = num_groups(self.num_tokens, ratio).cumsum()
+        facts = zip(self.num_tokens.tolist(), self.truncated.tolist(), strict=True)
+        parts = zip(np.split(self.states, ends[:-1]), facts, strict=True)
+        return [PassageStates(states.copy(), n, truncated) for states, (n, truncated) in parts]
+
 
 def num_groups(num_tokens: Count, ratio: int) -> Count:
     """Return ceil(num_tokens / ratio), the number of stored vectors of a passage or of each."""

@@ -82,6 +82,14 @@ def send(values: Any, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def fetch(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the CPU, which a GPU fills when it is done with the work before it."""
+    if tensor.device.type == "cuda":
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return there.copy_(tensor, non_blocking=True)
+    return tensor
+
+
 class Packed:
     """The places of b passages with T tokens in all in a packed batch.
 

@@ -8,8 +8,10 @@ The encoder knows nothing of files, shards or tables.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -19,11 +21,11 @@ from numpy.typing import NDArray
 
 from kalm_encoder.errors import CheckpointError, InputError
 from kalm_encoder.matryoshka import PassageStates
-from kalm_encoder.model.batching import Packed, make_packed_batches, send
+from kalm_encoder.model.batching import Packed, fetch, make_packed_batches, send
 from kalm_encoder.model.checkpoint import Device, Dtype, ModelName, resolve
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens, mark
-from kalm_encoder.model.pooling import pool_packed
+from kalm_encoder.model.pooling import pool_packed, within
 from kalm_encoder.process import check_process
 from kalm_encoder.prompts import render_passage
 
@@ -136,7 +138,7 @@ class PassageEncoder:
             raise InputError(f"ratio {ratio} must be at least 1")
         batches = self.batches(self.tokenise(texts))
         started = [part for batch in batches for part in self.start(batch, ratio=ratio)]
-        return [states for part in started for states in part.result()]
+        return [states for part in started for states in part.result()[0].unpack(ratio)]
 
     def batches(self, tokens: Sequence[PassageTokens]) -> list[list[PassageTokens]]:
         """Return the batches in which `encode` sends passages to the device, in input order."""
@@ -145,13 +147,28 @@ class PassageEncoder:
 
     def encode_batch(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[PassageStates]:
         """Encode one batch; see `start`."""
-        return [states for batch in self.start(tokens, ratio=ratio) for states in batch.result()]
+        started = self.start(tokens, ratio=ratio)
+        return [states for part in started for states in part.result()[0].unpack(ratio)]
 
-    def start(self, tokens: Sequence[PassageTokens], *, ratio: int) -> list[BatchInFlight]:
+    def start(
+        self,
+        tokens: Sequence[PassageTokens],
+        *,
+        ratio: int,
+        dtype: torch.dtype = torch.float32,
+        limit: float = math.inf,
+    ) -> list[BatchInFlight]:
         """Send a batch to the device; on a GPU, return without waiting for the result.
 
         If memory runs out, the token budget is halved for this batch and all later ones, and the
         batch is sent in parts.
+
+        Args:
+            tokens: Passages, at least one.
+            ratio: Number of tokens that are averaged into one state.
+            dtype: Dtype in which states leave the device. The sums are float32.
+            limit: Largest magnitude of a state that can be stored; the device checks it before it
+                casts.
 
         Returns:
             The parts of the batch, in order; usually there is one.
@@ -162,7 +179,7 @@ class PassageEncoder:
         total = sum(len(t.ids) for t in tokens)
         if len(tokens) == 1 or total <= self.token_budget:
             try:
-                return [self._start(tokens, ratio)]
+                return [self._start(tokens, ratio, dtype, limit)]
             except (torch.OutOfMemoryError, MemoryError):
                 if len(tokens) == 1:
                     raise
@@ -175,8 +192,8 @@ class PassageEncoder:
             )
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        half = len(tokens) // 2
-        return self.start(tokens[:half], ratio=ratio) + self.start(tokens[half:], ratio=ratio)
+        half, again = len(tokens) // 2, partial(self.start, ratio=ratio, dtype=dtype, limit=limit)
+        return again(tokens[:half]) + again(tokens[half:])
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[NDArray[np.int64]]) -> tuple[torch.Tensor, Packed]:
@@ -193,14 +210,14 @@ class PassageEncoder:
         return self._forward(ids, packed), packed
 
     @torch.inference_mode()
-    def _start(self, tokens: Sequence[PassageTokens], ratio: int) -> BatchInFlight:
+    def _start(
+        self, tokens: Sequence[PassageTokens], ratio: int, dtype: torch.dtype, limit: float
+    ) -> BatchInFlight:
         began = mark(self.device)
         hidden, packed = self.forward([t.ids for t in tokens])
         forwarded = mark(self.device)
-        pooled = pool_packed(hidden, packed, ratio)
-        if self.device.type == "cuda":
-            there = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
-            pooled = there.copy_(pooled, non_blocking=True)
+        states = pool_packed(hidden, packed, ratio)
+        pooled = fetch(states.to(dtype)), fetch(within(states, limit))
         before = getattr(self._last, "ended", self._loaded)
         marks = (before, began, forwarded, mark(self.device))
         self._last.ended = marks[-1]

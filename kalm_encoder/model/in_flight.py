@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kalm_encoder.matryoshka import PassageStates, num_groups
+from kalm_encoder.matryoshka import PackedStates, num_groups
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +36,8 @@ class BatchInFlight:
         tokens: Tokens of its passages.
         computed: Number of tokens that the encoder computed, with padding.
         ratio: Ratio at which it is pooled.
-        pooled: (G, d) float32 on the CPU, valid once the device is done; None after `result`.
+        pooled: (G, d) states on the CPU and (G,) whether each is within the limit, both valid once
+            the device is done; None after `result`.
         marks: The device's clock at four moments: the end of the thread's previous batch, the begin
             of this one, the end of its forward, and the end of its pooling.
     """
@@ -44,30 +45,33 @@ class BatchInFlight:
     tokens: Sequence[PassageTokens]
     computed: int
     ratio: int
-    pooled: torch.Tensor | None
+    pooled: tuple[torch.Tensor, torch.Tensor] | None
     marks: tuple[Any, Any, Any, Any]
-    _states: list[PassageStates] = field(default_factory=list)
+    _result: tuple[PackedStates, NDArray[np.bool_]] | None = None
     _taking: threading.Lock = field(default_factory=threading.Lock)
 
-    def result(self) -> list[PassageStates]:
-        """Wait for the device and return one PassageStates per passage.
+    def result(self) -> tuple[PackedStates, NDArray[np.bool_]]:
+        """Wait for the device; return the passages and (b,) whether each is within the limit.
 
-        Any thread may call it, and every call returns the same objects.
+        Any thread may call it, and every call returns the same objects. Behind a GPU the states lie
+        in pinned memory, which the next batches need as soon as they are copied or written.
         """
         with self._taking:
-            if self.pooled is not None:
-                rows = self.pooled.numpy()
-                if not isinstance(self.marks[-1], float):
-                    self.marks[-1].synchronize()
-                    rows = rows.copy()  # the next batches need the pinned memory, which is scarce
-                start = 0
-                for passage in self.tokens:
-                    length = len(passage.ids)
-                    end = start + num_groups(length, self.ratio)
-                    self._states.append(PassageStates(rows[start:end], length, passage.truncated))
-                    start = end
-                self.pooled = None
-            return self._states
+            if self._result is None:
+                self._result = self._take()
+            return self._result
+
+    def _take(self) -> tuple[PackedStates, NDArray[np.bool_]]:
+        assert self.pooled is not None
+        states, within = (tensor.numpy() for tensor in self.pooled)
+        if not isinstance(self.marks[-1], float):
+            self.marks[-1].synchronize()
+        self.pooled = None
+        lengths = np.array([len(passage.ids) for passage in self.tokens])
+        groups = num_groups(lengths, self.ratio)
+        storable = np.logical_and.reduceat(within, groups.cumsum() - groups)
+        truncated = np.array([passage.truncated for passage in self.tokens])
+        return PackedStates(states, lengths, truncated), storable
 
     @property
     def seconds(self) -> dict[str, float]:

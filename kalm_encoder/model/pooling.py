@@ -60,3 +60,8 @@ def pool_packed(hidden: torch.Tensor, packed: Packed, ratio: int) -> torch.Tenso
     counts.index_fill_(0, slots, 1.0)
     sums = grouped.view(total, ratio, -1).sum(dim=1)
     return sums / counts.view(total, ratio).sum(dim=1, keepdim=True)
+
+
+def within(pooled: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return which rows of (G, d) have no NaN and no magnitude above the limit: (G,) bool."""
+    return pooled.abs().amax(dim=1) <= limit  # amax keeps a NaN, which is not below any limit

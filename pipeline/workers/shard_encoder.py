@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from kalm_encoder.errors import MismatchError, first_line
-from kalm_encoder.matryoshka import PackedStates, PassageStates
+from kalm_encoder.matryoshka import PackedStates
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
+from kalm_encoder.table.codecs import FloatCodec
 from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Shard, ShardReader
@@ -79,6 +79,14 @@ class ShardEncoder:
                 token_budget=config.token_budget,
             )
         ).result()
+        # Coarser ratios are made from float32, and so are the integers of a codec.
+        as_stored = len(spec.ratios) == 1 and isinstance(spec.codec, FloatCodec)
+        self._start_batch = partial(
+            self.encoder.start,
+            ratio=spec.ratios[0],
+            dtype=getattr(torch, spec.store_dtype) if as_stored else torch.float32,
+            limit=spec.codec.limit,
+        )
         self._on_gpu: deque[BatchInFlight] = deque()
         self._dataset = open_to_write(config.table)
         self._own = _PerThread(config.table.options)
@@ -100,10 +108,9 @@ class ShardEncoder:
         tokens = self.encoder.tokenise([p.text for p in passages])
         times.append(time.monotonic())
         started = self._start(tokens)
-        encoded = [e for s in started for e in ([s] if isinstance(s, str) else s.result())]
+        kept, states, unstorable = self._results(shard, passages, started)
         times.append(time.monotonic())
-        kept, unstorable = self._split_storable(shard, passages, encoded)
-        fragment = self._write(shard, kept) if kept else None
+        fragment = self._write(shard, kept, states) if kept else None
         times.append(time.monotonic())
         num_tokens = sum(len(t.ids) for t in tokens)
         logger.debug("%d rows, %d tokens in %.2f s", len(kept), num_tokens, times[-1] - times[0])
@@ -147,39 +154,41 @@ class ShardEncoder:
         if any(isinstance(s, str) for s in started) and len(tokens) > 1:
             good = next((s.tokens[0] for s in started if isinstance(s, BatchInFlight)), tokens[0])
             # This raises again if the device itself is broken, by now or from the start.
-            encode = partial(self.encoder.encode_batch, ratio=self.spec.ratios[0])
-            self._threads.map(encode, [[good]])
+            for part in self._threads.map(self._start_batch, [[good]])[0]:
+                part.result()
         return started
 
     def _run(self, batch: Sequence[PassageTokens]) -> list[BatchInFlight | str]:
         """Start a batch, in a device thread; on a GPU leave at most BATCHES_AHEAD unfinished."""
-        started = start_isolated(partial(self.encoder.start, ratio=self.spec.ratios[0]), batch)
+        started = start_isolated(self._start_batch, batch)
         if self.encoder.device.type == "cuda":
             self._on_gpu.extend(s for s in started if isinstance(s, BatchInFlight))
             while len(self._on_gpu) > BATCHES_AHEAD:
                 self._on_gpu.popleft().result()
         return started
 
-    def _split_storable(
-        self, shard: Shard, passages: Sequence[Passage], encoded: Sequence[PassageStates | str]
-    ) -> tuple[list[tuple[Passage, PassageStates]], list[Reject]]:
-        """Separate passages that the encoder or the store's dtype cannot take."""
-        kept, rejects = [], []
-        for passage, states in zip(passages, encoded, strict=True):
-            if isinstance(states, str):
-                reason = states
-            elif np.abs(states.states).max() <= self.spec.codec.limit:  # False for NaN as well
-                kept.append((passage, states))
+    def _results(
+        self, shard: Shard, passages: Sequence[Passage], started: Sequence[BatchInFlight | str]
+    ) -> tuple[list[Passage], list[PackedStates], list[Reject]]:
+        """Wait for the device; set aside passages that it or the store's dtype cannot take."""
+        unstorable = f"states are not finite in {self.spec.store_dtype}; try float32"
+        reasons: list[str | None] = []
+        states: list[PackedStates] = []
+        for part in started:
+            if isinstance(part, str):
+                reasons.append(part)
                 continue
-            else:
-                reason = f"states are not finite in {self.spec.store_dtype}; try float32"
-            rejects.append(Reject(shard.path, passage.line, reason, passage.id))
-        return kept, rejects
+            packed, within = part.result()
+            reasons += [None if fits else unstorable for fits in within]
+            states.append(packed.select(within, part.ratio))
+        judged = list(zip(passages, reasons, strict=True))
+        kept = [passage for passage, reason in judged if reason is None]
+        rejects = [Reject(shard.path, p.line, reason, p.id) for p, reason in judged if reason]
+        return kept, states, rejects
 
-    def _write(self, shard: Shard, kept: Sequence[tuple[Passage, PassageStates]]) -> str:
-        passages, states = zip(*kept, strict=True)
-        ids, texts = [p.id for p in passages], [p.text for p in passages]
-        rows = build_rows(self.spec, ids, texts, PackedStates.of(states), shard.id)
+    def _write(self, shard: Shard, kept: Sequence[Passage], states: Sequence[PackedStates]) -> str:
+        ids, texts = [p.id for p in kept], [p.text for p in kept]
+        rows = build_rows(self.spec, ids, texts, PackedStates.join(states), shard.id)
         return write_fragment(rows, self._dataset)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kalm_encoder.errors import InputError
 from kalm_encoder.matryoshka import coarsen, num_groups
 from kalm_encoder.model.batching import Packed
-from kalm_encoder.model.pooling import mean_pool, pool_packed
+from kalm_encoder.model.pooling import mean_pool, pool_packed, within
 
 
 def pool_one(x: np.ndarray, ratio: int) -> np.ndarray:
@@ -79,3 +79,18 @@ def test_bfloat16_is_accumulated_in_float32():
     pooled = mean_pool(states, torch.ones(1, 128, dtype=torch.bool), 128)
     assert pooled.dtype == torch.float32
     assert pooled.item() == (256 + 127) / 128
+
+
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1),
+    limit=st.sampled_from([65504.0, float("inf"), 1.5]),
+)
+def test_what_a_store_cannot_hold_is_found_on_the_device(values, limit):
+    rows = np.zeros((len(values), 3), np.float32)
+    rows[:, 1] = values
+    found = within(torch.from_numpy(rows), limit).tolist()
+    assert found == [bool(abs(np.float32(value)) <= limit) for value in values]
+    with np.errstate(over="ignore"):
+        assert np.array_equal(
+            torch.from_numpy(rows).half().numpy(), rows.astype(np.float16), equal_nan=True
+        )

@@ -2,9 +2,10 @@
 
 The device is replaced by a queue that takes tokens / SPEED seconds per batch and returns random
 states, as a GPU would: behind the host's back, one batch after the other. Reading, tokenising,
-packing, pooling's result, building rows and writing are the real code.
+packing, taking results, building rows and writing are the real code. Its CPU time is compared with
+that of tokenising alone, in turns in one process.
 
-    python -m tests.bench.gpu_check.host_ceiling SPEED SHARDS_IN_FLIGHT
+    python -m tests.bench.gpu_check.host_ceiling SPEED SHARDS_IN_FLIGHT [--model DIR]
 
 A SPEED of 1e9 tokens/s means no device at all. Give it two cores, as a worker has beside its GPU.
 """
@@ -13,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
+import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,20 +29,24 @@ import torch
 
 from jobs.demo import standard_library_docs
 from kalm_encoder.matryoshka import num_groups
+from kalm_encoder.model import checkpoint
 from kalm_encoder.model import encoder as encoder_module
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
+from pipeline.corpus.shards import Shard, ShardReader
+from pipeline.messages import Outcome, ShardResult, WorkerConfig
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.workers import device_threads, local, shard_encoder
+from pipeline.workers import device_threads, shard_encoder
 from pipeline.workers.shard_encoder import ShardEncoder
-from tests.bench.data import write_corpus
+from tests.bench.data import bar, spread, write_corpus
 from tests.bench.forwards import RATIO, ms_marco_lengths
 from tests.support.random_model import TINY, make_checkpoint
 
 SHARD_SIZE = 1_000
+ROUNDS = 5
 GPU_TOKEN_BUDGET = 65_536
-WIDE = replace(TINY, hidden=640, intermediate=64, layers=1, heads=1)
+WIDE = replace(TINY, hidden=640, intermediate=64, layers=1, heads=1, vocabulary=12_288)
 """States as wide as Nano's from a model that is loaded at once: it never runs."""
 
 
@@ -61,18 +69,79 @@ class Queue:
     """A device that does one batch after the other at a given speed."""
 
     tokens_per_s: float
+    states: torch.Tensor
     free_at_s: float = 0.0
-    tokens: int = 0
-    states: torch.Tensor = field(default_factory=lambda: torch.randn(40_000, WIDE.hidden))
 
     def start(self, tokens: Sequence[PassageTokens], ratio: int) -> BatchInFlight:
         ids = torch.tensor(np.concatenate([passage.ids for passage in tokens]))
         groups = sum(num_groups(len(passage.ids), ratio) for passage in tokens)
         begin = max(time.perf_counter(), self.free_at_s)
         self.free_at_s = end = begin + len(ids) / self.tokens_per_s
-        self.tokens += len(ids)
         marks = (Mark(begin), Mark(begin), Mark(end), Mark(end))
-        return BatchInFlight(tokens, len(ids), ratio, self.states[:groups], marks)
+        pooled = self.states[:groups], torch.ones(groups, dtype=torch.bool)
+        return BatchInFlight(tokens, len(ids), ratio, pooled, marks)
+
+
+@dataclass
+class Ceiling:
+    """An executor that encodes rounds of shards on a queue, and what it measured."""
+
+    speed: float
+    shards_in_flight: int
+    tokens: list[int] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    tokenise_s: list[float] = field(default_factory=list)
+    stages: Counter[str] = field(default_factory=Counter)
+
+    def execute(self, config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
+        encoder, reader = ShardEncoder(config), ShardReader()
+        for chosen in [shards[:2], *(shards[i::ROUNDS] for i in range(ROUNDS))]:
+            texts = [[p.text for p in reader.read(shard)[0]] for shard in chosen]
+            _, _, alone = self._measure(encoder.encoder.tokenise, texts)
+            results, wall, cpu = self._measure(encoder.encode, chosen)
+            if chosen == shards[:2]:  # nobody counts what is loaded and cached at first
+                continue
+            self.tokens.append(sum(result.num_tokens for result in results))
+            self.tokenise_s.append(alone)
+            self.wall_s.append(wall)
+            self.cpu_s.append(cpu)
+            for result in results:
+                self.stages.update(result.seconds)
+            yield from results
+
+    def _measure(self, work: Callable, items: Sequence) -> tuple[list[ShardResult], float, float]:
+        """Return what came back, the seconds on the clock and those of all CPUs."""
+        began = time.perf_counter(), time.process_time()
+        with ThreadPoolExecutor(self.shards_in_flight) as pool:
+            results = list(pool.map(work, items))
+        return results, time.perf_counter() - began[0], time.process_time() - began[1]
+
+    def print(self, num_shards: int) -> None:
+        tokens, wall = sum(self.tokens), sum(self.wall_s)
+        busy = tokens / self.speed / wall
+        print(
+            f"device {self.speed / 1e6:.1f}M tokens/s, {self.shards_in_flight} shards in flight: "
+            f"{tokens} tokens, {tokens / wall / 1e3:.0f}k tokens/s, device busy {busy:.0%}"
+        )
+        stages = (f"{name} {1000 * s / num_shards:.0f}" for name, s in self.stages.items())
+        print(f"ms per shard: {', '.join(stages)}")
+        for name, spent in {"host": self.cpu_s, "tokenising alone": self.tokenise_s}.items():
+            rates = [n / s / 1e3 for n, s in zip(self.tokens, spent, strict=True)]
+            print(f"{name}: {spread(rates)} thousand tokens per core-second")
+        ratios = [a / b for a, b in zip(self.cpu_s, self.tokenise_s, strict=True)]
+        print(f"host over tokenise: {spread(ratios)}")
+
+
+def bars() -> list[str]:
+    """Return the bar of `make bench`: each store dtype in a process of its own."""
+    from tests.bench.encode import run_process
+
+    for dtype in ("int8", "float16"):
+        printed, _ = run_process(__spec__.name, 1e9, 2, "--store-dtype", dtype)
+        print(f"{dtype}\n{printed}", end="", flush=True)
+    found = re.search(r"host over tokenise: median ([\d.]+)", printed)
+    return [bar("host_over_tokenise", float(found[1]), "<=", 1.4)]
 
 
 def main() -> None:
@@ -80,32 +149,20 @@ def main() -> None:
     parser.add_argument("speed", type=float, help="tokens per second of the device")
     parser.add_argument("shards_in_flight", type=int)
     parser.add_argument("--passages", type=int, default=20_000)
+    parser.add_argument("--store-dtype", default="float16")
+    parser.add_argument("--model", help="a checkpoint; default: one with the demo's tokenizer")
     chosen = parser.parse_args()
-    queue, seconds, started = Queue(chosen.speed), Counter[str](), []
-    _replace_device(queue, chosen.shards_in_flight)
-    encode = ShardEncoder.encode
-
-    def noted(self, shard):
-        started.append((time.perf_counter(), time.process_time()))
-        result = encode(self, shard)
-        seconds.update(result.seconds)
-        return result
-
-    ShardEncoder.encode = noted
+    ceiling = Ceiling(chosen.speed, chosen.shards_in_flight)
+    dtype = torch.float16 if chosen.store_dtype == "float16" else torch.float32
     with tempfile.TemporaryDirectory() as folder:
-        run(_job(Path(folder), chosen.passages), local.encode_inline)
-    wall, cpu = time.perf_counter() - started[0][0], time.process_time() - started[0][1]
-    print(
-        f"device {chosen.speed / 1e6:.1f}M tokens/s, {chosen.shards_in_flight} shards in flight: "
-        f"{queue.tokens} tokens, {queue.tokens / wall / 1e3:.0f}k tokens/s, device busy "
-        f"{queue.tokens / chosen.speed / wall:.0%}"
-    )
-    stages = ", ".join(f"{name} {1000 * s / len(started):.0f}" for name, s in seconds.items())
-    print(f"ms per shard: {stages}")
-    print(f"CPU {cpu:.1f} s: {queue.tokens / cpu / 1e3:.0f}k tokens per core-second")
+        job = _job(Path(folder), chosen.passages, chosen.model, chosen.store_dtype)
+        width = checkpoint.resolve(job.model).config.decoder.hidden_size
+        _replace_device(Queue(chosen.speed, torch.randn(20_000, width).to(dtype)))
+        run(job, ceiling.execute)
+    ceiling.print(-(-chosen.passages // SHARD_SIZE))
 
 
-def _job(folder: Path, passages: int) -> EncodeJob:
+def _job(folder: Path, passages: int, model: str | None, store_dtype: str) -> EncodeJob:
     words = " ".join(d["text"] for d in standard_library_docs()).split()
     rng = random.Random(0)
     # A word of the documentation has about 1.8 tokens.
@@ -114,13 +171,21 @@ def _job(folder: Path, passages: int) -> EncodeJob:
     return EncodeJob(
         inputs=(str(write_corpus(folder / "corpus.jsonl", texts)),),
         uri=str(folder / "passages.lance"),
-        model=str(make_checkpoint(folder / "model", texts[:2000], dimensions=WIDE)),
+        model=model or _with_tokenizer_of_the_demo(folder / "model"),
         ratios=(RATIO,),
+        store_dtype=store_dtype,
         shard_size=SHARD_SIZE,
     )
 
 
-def _replace_device(queue: Queue, shards_in_flight: int) -> None:
+def _with_tokenizer_of_the_demo(folder: Path) -> str:
+    make_checkpoint(folder, (d["text"] for d in standard_library_docs()), dimensions=WIDE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint.resolve(checkpoint.DEMO_NAME).path / name, folder)
+    return str(folder)
+
+
+def _replace_device(queue: Queue) -> None:
     """Let the pipeline take the queue for a GPU: one thread, large batches, waiting behind it."""
     run_batch = ShardEncoder._run
 
@@ -131,9 +196,8 @@ def _replace_device(queue: Queue, shards_in_flight: int) -> None:
             self._on_gpu.popleft().result()
         return started
 
-    PassageEncoder._start = lambda self, tokens, ratio: queue.start(tokens, ratio)
+    PassageEncoder._start = lambda self, tokens, ratio, dtype, limit: queue.start(tokens, ratio)
     ShardEncoder._run = run_ahead
-    local.IN_FLIGHT = shards_in_flight
     encoder_module.CPU_TOKEN_BUDGET = GPU_TOKEN_BUDGET
     device_threads.MOST_DEVICE_THREADS = 1
     torch.set_num_threads(1)

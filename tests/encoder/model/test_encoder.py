@@ -84,6 +84,21 @@ def test_one_passage_that_does_not_fit_is_an_error(encoder, monkeypatch):
         encoder.encode(["a", "b"])
 
 
+def test_states_leave_the_device_as_the_store_keeps_them(encoder):
+    tokens = encoder.tokenise(make_texts(8, seed=6))
+    exact, fits = encoder.start(tokens, ratio=4)[0].result()
+    assert fits.all()
+    highest = [np.abs(passage.states).max() for passage in exact.unpack(4)]
+    limit = float(np.median(highest))
+    halved, fits = encoder.start(tokens, ratio=4, dtype=torch.float16, limit=limit)[0].result()
+    assert np.array_equal(halved.states, exact.states.astype(np.float16), equal_nan=True)
+    assert fits.tolist() == [high <= limit for high in highest]
+    some = halved.select(fits, 4).unpack(4)
+    assert [p.num_tokens for p in some] == halved.num_tokens[fits].tolist()
+    for passage, i in zip(some, np.flatnonzero(fits), strict=True):
+        assert np.array_equal(passage.states, halved.unpack(4)[i].states)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_states_are_close_to_those_of_the_cpu(encoder, model_dir):

@@ -14,7 +14,7 @@ from kalm_encoder.model.decoder import GPU_TOKEN_BUDGET
 from kalm_encoder.model.decoder_forward import KeptMemory, PassageMemory, last_hidden
 from kalm_encoder.model.encoder_forward import PackedForward
 from kalm_encoder.model.layers import parts
-from kalm_encoder.model.pooling import pool_packed
+from kalm_encoder.model.pooling import pool_packed, within
 from pipeline.estimate.flops import MODELS
 from tests.bench.forwards import ms_marco_lengths, random_decoder, random_encoder
 
@@ -54,6 +54,7 @@ def test_the_encoder_reads_no_value_on_the_host_and_mixes_no_devices(size, token
     with torch.inference_mode(), Watch() as watch:
         hidden = forward(torch.zeros(831, dtype=torch.long, device=META), packed)
         pooled = pool_packed(hidden, packed, 4)
+        assert within(pooled, 65504.0).shape == pooled.half().shape[:1]
     assert pooled.shape == (32 + 1 + 175, MODELS[size].hidden)
     assert not watch.mixed
     assert watch.products == {torch.bfloat16}

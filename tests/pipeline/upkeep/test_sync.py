@@ -58,9 +58,9 @@ def count_encoded(monkeypatch):
     counts = []
     real = PassageEncoder.start
 
-    def counting(self, tokens, *, ratio):
+    def counting(self, tokens, **how):
         counts.append(len(tokens))
-        return real(self, tokens, ratio=ratio)
+        return real(self, tokens, **how)
 
     monkeypatch.setattr(PassageEncoder, "start", counting)
     return counts
@@ -184,10 +184,10 @@ def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_pat
     real = PassageEncoder._start
     poison = PassageEncoder(str(model_dir)).tokenise(["poison passage"])[0].ids
 
-    def breaks(self, tokens, ratio):
+    def breaks(self, tokens, *how):
         if any(np.array_equal(t.ids, poison) for t in tokens):
             raise RuntimeError("a kernel failed")
-        return real(self, tokens, ratio)
+        return real(self, tokens, *how)
 
     with monkeypatch.context() as broken:
         broken.setattr(PassageEncoder, "_start", breaks)
@@ -219,7 +219,7 @@ def test_a_broken_device_rejects_nothing(model_dir, tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "c.jsonl", make_texts(5))
     job = EncodeJob(inputs=(str(corpus),), uri=str(tmp_path / "t.lance"), model=str(model_dir))
 
-    def breaks(self, tokens, ratio):
+    def breaks(self, tokens, *how):
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as broken:

@@ -11,7 +11,7 @@ PASSAGES = [PassageTokens([i], False) for i in range(8)]
 
 
 def batch_of(passages):
-    return BatchInFlight(passages, 1, torch.zeros(len(passages), 2), len(passages), (0.0,) * 4)
+    return BatchInFlight(passages, 1, 4, None, (0.0,) * 4)
 
 
 def test_a_passage_that_fails_is_found_and_the_others_are_encoded():

@@ -48,6 +48,7 @@ for command in (
     evaluate.evaluate,
     manage.rejects,
     manage.delete,
+    manage.erase,
     manage.publish,
     manage.rollback,
     manage.compact,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, StorageOptions, Table, location, read_ids
+from jobs.options import AsJson, StorageOptions, Table, check_folder, location, read_ids
 from kalm_encoder.errors import InputError
 
 
@@ -47,6 +47,43 @@ def delete(
     if not ids:
         raise InputError(f"{ids_file} holds no id")
     print(f"deleted {delete_rows(location(uri, storage_option), ids):,} passages")
+
+
+def erase(
+    uri: Table,
+    ids_file: Annotated[Path | None, typer.Option(help="Text file with one id per line.")] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="SQL predicate over the columns, such as \"tenant = 'acme'\"."),
+    ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(
+            help="Seconds between the switch of the readers and the removal of what they read "
+            "before. Raise it if services look for new versions less often."
+        ),
+    ] = 30.0,
+    certificate: Annotated[
+        Path | None, typer.Option(help="File for a copy of the certificate, as JSON.")
+    ] = None,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Erase passages for good: no data file, index or older version holds them afterwards."""
+    from pipeline.upkeep.erase import erase as erase_rows
+
+    ids = [] if ids_file is None else read_ids(ids_file)
+    if not ids and where is None:
+        raise InputError(f"{ids_file} holds no id" if ids_file else "give --ids-file or --where")
+    check_folder(certificate)
+    done = erase_rows(location(uri, storage_option), ids, where=where, wait_s=wait)
+    if certificate is not None:
+        certificate.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"erased {done['rows_deleted']:,} passages and removed {len(done['objects_removed']):,} "
+        f"objects; version {done['version']} is the only one left"
+    )
+    for check in done["checks"]:
+        print(f"checked: {check}")
 
 
 def publish(

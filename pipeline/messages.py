@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
+from pipeline.corpus.erased import ErasedIds
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard
 from pipeline.logs import LogOptions
@@ -25,6 +26,7 @@ class WorkerConfig:
         spec: Spec of the table. Its fingerprint must be that of the model this worker finds.
         token_budget: Number of tokens per forward pass. None chooses it from the device and its
             free memory.
+        erased: Ids that may not come back to the table.
         threads: Number of CPU threads of the model. None leaves torch's own choice.
         gpu_share: Share of a GPU's memory that this worker may use.
         logs: How a worker logs, and the id of the run.
@@ -34,6 +36,7 @@ class WorkerConfig:
     spec: TableSpec
     token_budget: int | None = None
     threads: int | None = None
+    erased: ErasedIds = field(default_factory=ErasedIds)
     gpu_share: float = 1.0
     logs: LogOptions = field(default_factory=LogOptions)
 

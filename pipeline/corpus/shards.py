@@ -16,6 +16,7 @@ import xxhash
 from kalm_encoder.errors import InputError
 from pipeline.corpus.cells import Cells
 from pipeline.corpus.columnar import LanceTable, ParquetFile
+from pipeline.corpus.erased import ERASED_REASON, NONE_ERASED, ErasedIds
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import FieldOptions, Fields, Passage, Reject, to_rows
 from pipeline.corpus.reading import readings
@@ -149,10 +150,18 @@ def plan_shards(
 
 
 class ShardReader:
-    """Reads shards; it keeps the last file open, since the next shard often continues it."""
+    """Reads shards; it keeps the last file open, since the next shard often continues it.
 
-    def __init__(self, storage_options: dict[str, str] | None = None) -> None:
+    Args:
+        storage_options: Options of the store of the files.
+        erased: Ids whose rows are rejected.
+    """
+
+    def __init__(
+        self, storage_options: dict[str, str] | None = None, erased: ErasedIds = NONE_ERASED
+    ) -> None:
         self._storage_options = storage_options
+        self._erased = erased
         self._open: CorpusFile | None = None
         self._file: InputFile | None = None
 
@@ -164,4 +173,13 @@ class ShardReader:
         """
         if self._open is None or self._file != shard.file:
             self._open, self._file = open_file(shard.file, self._storage_options), shard.file
-        return to_rows(self._open.read(shard.rows, shard.fields), shard.fields, shard.path)
+        rows = to_rows(self._open.read(shard.rows, shard.fields), shard.fields, shard.path)
+        return self._without_erased(shard, *rows) if self._erased.hashes else rows
+
+    def _without_erased(
+        self, shard: Shard, passages: list[Passage], rejects: list[Reject]
+    ) -> tuple[list[Passage], list[Reject]]:
+        found = [passage for passage in passages if passage.id in self._erased]
+        lines = {passage.line for passage in found}
+        more = [Reject(shard.path, passage.line, ERASED_REASON) for passage in found]
+        return [p for p in passages if p.line not in lines], rejects + more

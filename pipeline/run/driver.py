@@ -25,6 +25,7 @@ from pipeline.run.progress import Progress
 from pipeline.run.records import RunTotals
 from pipeline.table.committer import Committer
 from pipeline.table.duplicates import DUPLICATE_POLICIES, repeated_rows
+from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import SealedTable
 from pipeline.table.ledger import REJECTED, Ledger
 from pipeline.table.preflight import check_writable
@@ -155,12 +156,14 @@ def load(
         job.table,
         replace(settings, compute_dtype=settings.compute_dtype or spec.compute_dtype),
         token_budget=job.token_budget,
+        erased=erased_ids(job.table),
         logs=logs.current(),
     )
     with Progress(job.table, plan, pending) as progress:
         if pending:
             with contextlib.closing(execute(config, pending)) as outcomes:
-                _commit_all(job, plan, ledger, progress, outcomes)
+                allowed = int(job.max_rejected * plan.num_rows) + len(config.erased.hashes)
+                _commit_all(job, plan, ledger, progress, outcomes, allowed)
         progress.encoded()
         live = _finish(job, plan, ledger)
     rejected = int(ledger.metadata[REJECTED])
@@ -177,10 +180,14 @@ def load(
 
 
 def _commit_all(
-    job: TableJob, plan: Plan, ledger: Ledger, progress: Progress, outcomes: Iterator[Outcome]
+    job: TableJob,
+    plan: Plan,
+    ledger: Ledger,
+    progress: Progress,
+    outcomes: Iterator[Outcome],
+    allowed: int,
 ) -> None:
     """Commit shards as they arrive; whatever ends the run, what has arrived is committed first."""
-    allowed = int(job.max_rejected * plan.num_rows)
     rejected = progress.before - ledger.num_rows
     rejects = RejectStore(job.table)
     if not ledger.done:

@@ -95,6 +95,23 @@ class SealedTable(TableClaim):
             self.dataset.delete(f"_rowid IN ({some})", conflict_retries=0)
             self.refresh(self.dataset)
 
+    def purge(self) -> None:
+        """Rewrite the fragments with deleted rows, and drop the indexes, which hold their values.
+
+        `finish` makes the indexes anew.
+        """
+        fragments = self.dataset.get_fragments()
+        self.dataset.optimize.compact_files(
+            target_rows_per_fragment=self._rows_per_fragment(),
+            batch_size=1024,
+            materialize_deletions_threshold=0.0,
+            excluded_fragment_ids=[f.fragment_id for f in fragments if not f.num_deletions],
+        )
+        self.refresh(self.dataset)
+        for index in self.dataset.describe_indices():
+            self.dataset.drop_index(index.name)
+        self.refresh(open_to_write(self.location))
+
     def _drop_repeated(self, keep: str) -> None:
         for rows in list(repeated_rows(self.dataset, keep)):
             self.delete(rows.tolist())
@@ -105,17 +122,16 @@ class SealedTable(TableClaim):
         Large fragments that were just encoded stay as they are. Rewriting them would double the
         table on disk for a while, and rows at random lie in as many files either way.
         """
-        fragments = [f.metadata for f in self.dataset.get_fragments()]
-        size = sum(file.file_size_bytes or 0 for f in fragments for file in f.files)
+        fragments = self.dataset.get_fragments()
+        size = self._bytes()
         if self.state == SEALED and size >= LARGE_FRAGMENT_BYTES * max(1, len(fragments)):
             logger.info("%s: the fragments are large, none is merged", self.location)
             return
-        rows = max(1, self.dataset.count_rows())
-        target = min(FRAGMENT_ROWS, max(1, FRAGMENT_BYTES * rows // max(1, size)))
+        target = self._rows_per_fragment()
         # Groups of equal size: a last group of a few fragments, with nothing to merge, would stay
         # in front of the fragments that the others became, and rows would leave their order.
         rounds = -(-len(fragments) // COMPACT_AT_ONCE)
-        for group in np.array_split([f.id for f in fragments], rounds) if rounds else []:
+        for group in np.array_split([f.fragment_id for f in fragments], rounds) if rounds else []:
             others = {f.fragment_id for f in self.dataset.get_fragments()} - set(group.tolist())
             self.dataset.optimize.compact_files(
                 target_rows_per_fragment=target,
@@ -123,6 +139,16 @@ class SealedTable(TableClaim):
                 excluded_fragment_ids=sorted(others),
             )
             self.refresh(self.dataset)
+
+    def _rows_per_fragment(self) -> int:
+        """Return how many rows of this table make a fragment of about FRAGMENT_BYTES."""
+        rows = max(1, int(self.dataset.count_rows()))
+        return min(FRAGMENT_ROWS, max(1, FRAGMENT_BYTES * rows // max(1, self._bytes())))
+
+    def _bytes(self) -> int:
+        """Return the bytes of all data files."""
+        files = (file for f in self.dataset.get_fragments() for file in f.metadata.files)
+        return sum(int(file.file_size_bytes or 0) for file in files)
 
     def _index(self) -> None:
         """Index ids and text if there are rows; add to the indexes what they do not cover."""

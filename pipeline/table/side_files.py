@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lance.file import LanceFileSession
 
+KALM = "_kalm"
+"""Folder of all of them."""
 REJECTS = "_kalm/rejects"
 """Folder of the rejected rows, one file per shard."""
 RUNS = "_kalm/runs"
@@ -20,6 +22,8 @@ KEPT_PLANS = "_kalm/plan"
 """Folder of the plans kept for a resume."""
 SYNCS = "_kalm/sync"
 """Folder in which a sync encodes what changed, before it is merged into the table."""
+ERASED = "_kalm/erased"
+"""Folder of the erased ids, one file per erasure."""
 PROBES = "_kalm/probes"
 """Folder in which the store is tried."""
 STORE_ERRORS = OSError, RuntimeError, ValueError

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.ids import ids_in
+from pipeline.corpus.erased import NONE_ERASED, ErasedIds
 from pipeline.corpus.passages import Passage, Reject
 from pipeline.corpus.shards import Plan, ShardReader
 from pipeline.run.first_look import id_field_remedy
@@ -57,13 +58,19 @@ class Changes:
         }
 
 
-def corpus_of(plan: Plan, options: dict[str, str] | None, on_duplicate: str = "error") -> Corpus:
+def corpus_of(
+    plan: Plan,
+    options: dict[str, str] | None,
+    on_duplicate: str = "error",
+    erased: ErasedIds = NONE_ERASED,
+) -> Corpus:
     """Return what reads the shards of a plan, with one passage per id.
 
     Args:
         plan: Shards of the corpus.
         options: Storage options of its files.
         on_duplicate: Which passage of a repeated id counts: "first", "last", or "error".
+        erased: Ids whose passages count as rejected.
 
     Raises:
         InputError: If an id is repeated and `on_duplicate` is "error".
@@ -71,7 +78,7 @@ def corpus_of(plan: Plan, options: dict[str, str] | None, on_duplicate: str = "e
 
     def read() -> Iterator[tuple[list[tuple[int, Passage]], list[Reject]]]:
         """Yield the passages of each shard with a number that says where in the corpus they are."""
-        reader = ShardReader(options)
+        reader = ShardReader(options, erased)
         for shard in plan.shards:
             passages, rejects = reader.read(shard)
             yield [(shard.number << 40 | p.line, p) for p in passages], rejects

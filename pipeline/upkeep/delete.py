@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import lance
+
 from kalm_encoder.errors import MissingIdsError
 from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.location import Location
@@ -23,11 +25,7 @@ def delete(table: Location, ids: Sequence[str]) -> int:
     """
     claim = SealedTable(table)
     unique = list(dict.fromkeys(ids))
-    found: dict[str, int] = {}
-    for start in range(0, len(unique), IDS_AT_ONCE):
-        wanted = ids_in(unique[start : start + IDS_AT_ONCE])
-        rows = claim.dataset.scanner(columns=["id"], filter=wanted, with_row_id=True).to_table()
-        found |= zip(rows["id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True)
+    found = row_ids_of(claim.dataset, unique)
     missing = [i for i in unique if i not in found]
     if missing and claim.state == COMPLETE:  # A delete that was interrupted has done some already.
         raise MissingIdsError(missing, table.uri)
@@ -36,6 +34,16 @@ def delete(table: Location, ids: Sequence[str]) -> int:
     claim.finish(compact=False)
     publish(table)
     return len(found)
+
+
+def row_ids_of(dataset: lance.LanceDataset, ids: Sequence[str]) -> dict[str, int]:
+    """Return the stable row id of each of these ids that the table holds."""
+    found: dict[str, int] = {}
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        wanted = ids_in(ids[start : start + IDS_AT_ONCE])
+        rows = dataset.scanner(columns=["id"], filter=wanted, with_row_id=True).to_table()
+        found |= zip(rows["id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True)
+    return found
 
 
 def compact(table: Location) -> None:

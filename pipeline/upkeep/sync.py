@@ -22,6 +22,7 @@ from pipeline.messages import Executor
 from pipeline.run.driver import Summary, log_readings, run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table.claim import COMPLETE
+from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import SealedTable
 from pipeline.table.fragments import write_once
 from pipeline.table.publish import publish
@@ -61,7 +62,7 @@ def sync(
     claim = None if dry_run else _claim(job)
     plan = plan_job(job)
     log_readings(plan)
-    corpus = corpus_of(plan, job.storage_options, on_duplicate)
+    corpus = corpus_of(plan, job.storage_options, on_duplicate, erased_ids(job.table))
     dataset = job.table.dataset()
     changes = compare(dataset, corpus)
     if claim is None:
@@ -87,7 +88,7 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     shards = [s for s in plan_job(job).shards if any(path == s.path for path, _ in wanted)]
 
     def corpus() -> Iterator[tuple[list[Passage], list[Reject]]]:
-        reader = ShardReader(job.storage_options)
+        reader = ShardReader(job.storage_options, erased_ids(job.table))
         for shard in shards:
             passages, _ = reader.read(shard)
             yield [p for p in passages if (shard.path, p.line) in wanted], []

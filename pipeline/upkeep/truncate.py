@@ -13,7 +13,7 @@ import lance
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.matryoshka import PackedStates
-from kalm_encoder.table.location import address
+from kalm_encoder.table.location import Location, address
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import build_rows, read_rows
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
@@ -22,6 +22,7 @@ from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import Outcome, ShardResult, WorkerConfig
 from pipeline.run.driver import Summary, load
 from pipeline.run.job import TableJob
+from pipeline.table.erasures import erasures, write_erasure
 from pipeline.table.fragments import write_fragment
 
 
@@ -69,7 +70,10 @@ def truncate(
         for shard in pending:
             yield _convert(table, shard, config, target)
 
-    return load(job, plan, spec, execute)
+    summary = load(job, plan, spec, execute)
+    for erasure in erasures(Location(source, storage_options)):
+        write_erasure(job.table, erasure)
+    return summary
 
 
 def _plan(table: PassageTable, source: str, shard_size: int) -> Plan:

@@ -14,7 +14,7 @@ from kalm_encoder.errors import InputError, KalmError, first_line
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.table.checksums import row_checksum, text_hash
-from kalm_encoder.table.location import address
+from kalm_encoder.table.location import Location, address
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import verified_rows
 from kalm_encoder.table.spec import TableSpec
@@ -23,6 +23,7 @@ from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import plan_shards
 from pipeline.table.claim import COMPLETE, STATE
 from pipeline.table.duplicates import repeated_rows
+from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import ROWS
 from pipeline.table.ledger import NUM_ROWS
 from pipeline.upkeep.compare import compare, corpus_of
@@ -202,7 +203,8 @@ def _check_corpus(
     """Compare ids and text hashes with a corpus. The first passage of a repeated id counts."""
     files = expand_inputs(inputs, storage_options, fields.format, table=address(report.uri))
     plan = plan_shards(files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options)
-    changes = compare(table.dataset, corpus_of(plan, storage_options, "first"))
+    erased = erased_ids(Location(report.uri, storage_options))
+    changes = compare(table.dataset, corpus_of(plan, storage_options, "first", erased))
     if changes.new:
         report.add("corpus", f"{changes.new} passages of the corpus are not in the table")
     if changes.changed:

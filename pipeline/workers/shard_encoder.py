@@ -37,8 +37,8 @@ more would only hold memory."""
 class _PerThread(threading.local):
     """A reader for each thread that uses it: threads cannot share a position in a file."""
 
-    def __init__(self, storage_options: dict[str, str] | None) -> None:
-        self.reader = ShardReader(storage_options)
+    def __init__(self, config: WorkerConfig) -> None:
+        self.reader = ShardReader(config.table.options, config.erased)
 
 
 class ShardEncoder:
@@ -89,7 +89,7 @@ class ShardEncoder:
         )
         self._on_gpu: deque[BatchInFlight] = deque()
         self._dataset = open_to_write(config.table)
-        self._own = _PerThread(config.table.options)
+        self._own = _PerThread(config)
         budget = self.encoder.token_budget
         logger.info("loaded %s on %s, %d tokens per forward pass", spec.model, place, budget)
 

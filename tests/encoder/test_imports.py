@@ -8,26 +8,72 @@ import sys
 import pytest
 
 import kalm_encoder
+from jobs.cli import main
 
 FRAMEWORKS = {"langchain_core", "llama_index", "mteb", "sentence_transformers"}
 FORBIDDEN = {"ray", "typer", "pipeline", "jobs", "fastapi", *FRAMEWORKS}
-
-
-def modules_after(code: str) -> set[str]:
-    script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
-    return set(subprocess.check_output([sys.executable, "-c", script], text=True).split())
-
-
-def test_reranking_loads_no_ray_no_command_line_and_no_encoder(small_table):
-    loaded = modules_after(
-        # pyarrow imports pandas where it finds it; nothing here may need it.
+STEPS = {
+    "package": "import kalm_encoder",
+    "table": "kalm_encoder.PassageTable.open(uri).take(['p1'])",
+    "reranker": (
+        "sys.meta_path.pop(0)\n"  # torch looks for all modules there
         "sys.modules['pandas'] = None\n"
-        "from kalm_encoder import Reranker\n"
-        f"r = Reranker.open({str(small_table)!r})\n"
+        "r = kalm_encoder.Reranker.open(uri)\n"
         "r.rerank('query', [i for i, _ in r.table.search('token', 5)])"
-    )
-    assert not FORBIDDEN & loaded
-    assert "kalm_encoder.model.encoder" not in loaded
+    ),
+    "rest": (
+        "del sys.modules['pandas']\n"
+        "import kalm_encoder.adapters.cross_encoder, kalm_encoder.service.app, jobs.cli\n"
+        "import jobs.evaluation.mteb_search, pipeline.run.driver, pipeline.workers.shard_encoder"
+    ),
+}
+"""What one interpreter does, a step after the other: each start of torch takes seconds."""
+
+# pyarrow imports pandas where it finds it; up to reranking, nothing may need it.
+WITHOUT_PANDAS = """
+import sys
+
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(small_table):
+    """The modules that are loaded after each step."""
+    lines = [WITHOUT_PANDAS, f"uri = {str(small_table)!r}"]
+    for step in STEPS.values():
+        lines += [step, "print(*sys.modules)"]
+    printed = subprocess.check_output([sys.executable, "-c", "\n".join(lines)], text=True)
+    return {name: set(line.split()) for name, line in zip(STEPS, printed.splitlines(), strict=True)}
+
+
+def test_importing_the_package_loads_nothing_heavy(loaded):
+    assert not {"torch", "lance", "transformers", *FORBIDDEN} & loaded["package"]
+
+
+def test_reading_a_table_needs_no_torch(loaded):
+    assert not {"torch", "transformers", *FORBIDDEN} & loaded["table"]
+
+
+def test_reranking_loads_no_ray_no_command_line_and_no_encoder(loaded):
+    assert not FORBIDDEN & loaded["reranker"]
+    assert "kalm_encoder.model.encoder" not in loaded["reranker"]
+
+
+def test_the_cross_encoder_and_the_mteb_model_load_no_framework(loaded):
+    assert not FRAMEWORKS & loaded["rest"]
+
+
+def test_only_the_ray_adapter_imports_ray(loaded):
+    assert {"jobs.cli", "pipeline.workers.shard_encoder"} <= loaded["rest"]
+    assert "ray" not in loaded["rest"]
 
 
 def test_every_public_name_is_found_and_known_to_type_checkers():
@@ -39,43 +85,11 @@ def test_every_public_name_is_found_and_known_to_type_checkers():
         kalm_encoder.Nothing  # noqa: B018 - the access is what is tested
 
 
-def test_importing_the_package_loads_nothing_heavy():
-    assert not {"torch", "lance", "transformers"} & modules_after("import kalm_encoder")
-
-
-def test_reading_a_table_needs_no_torch(small_table):
-    loaded = modules_after(
-        "from kalm_encoder import PassageTable\n"
-        f"PassageTable.open({str(small_table)!r}).take(['p1'])"
-    )
-    assert not {"torch", "transformers", *FORBIDDEN} & loaded
-
-
-def test_the_cross_encoder_and_the_mteb_model_load_no_framework():
-    loaded = modules_after(
-        "import kalm_encoder.adapters.cross_encoder, jobs.evaluation.mteb_search"
-    )
-    assert not FRAMEWORKS & loaded
-
-
-def test_encoding_without_the_batch_extra_says_what_to_install():
-    script = (
-        "import sys; sys.modules['ray'] = None; sys.argv = 'kalm encode c.jsonl --to t.lance"
-        " --model m'.split(); from jobs.cli import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "pip install 'kalm-preencode[batch]'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "pipeline.run.driver",
-        "pipeline.workers.shard_encoder",
-        "jobs.cli",
-        "kalm_encoder.service.app",
-    ],
-)
-def test_only_the_ray_adapter_imports_ray(module):
-    assert "ray" not in modules_after(f"import {module}")
+def test_encoding_without_the_batch_extra_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "kalm encode c.jsonl --to t.lance --model m".split())
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for module in [name for name in sys.modules if name.startswith("pipeline.workers.on_ray")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "pip install 'kalm-preencode[batch]'" in capsys.readouterr().err

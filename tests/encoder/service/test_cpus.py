@@ -1,23 +1,11 @@
 """The threads of a forward: as many as the process may use CPUs, or as its environment says."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+import torch
 
-from kalm_encoder.service.cpus import usable_cpus
-
-LIMITED = (
-    "import torch; from kalm_encoder.service import cpus; cpus.limit_threads(); "
-    "print(torch.get_num_threads())"
-)
-
-
-def threads(**environment):
-    others = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-c", LIMITED]
-    return int(subprocess.check_output(command, env={**others, **environment}))
+from kalm_encoder.service.cpus import limit_threads, usable_cpus
 
 
 @pytest.mark.parametrize(
@@ -34,6 +22,16 @@ def test_without_a_quota_the_cpus_of_the_process_count(tmp_path):
     assert usable_cpus(tmp_path / "none") == len(os.sched_getaffinity(0))
 
 
-def test_the_environment_has_the_last_word():
-    assert threads(OMP_NUM_THREADS="1") == 1
-    assert 1 <= threads() <= len(os.sched_getaffinity(0))
+def test_the_environment_has_the_last_word(monkeypatch):
+    cpus = len(os.sched_getaffinity(0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(cpus + 1)
+        monkeypatch.setenv("OMP_NUM_THREADS", str(cpus + 1))
+        limit_threads()
+        assert torch.get_num_threads() == cpus + 1
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        limit_threads()
+        assert 1 <= torch.get_num_threads() <= cpus
+    finally:
+        torch.set_num_threads(before)

@@ -13,7 +13,6 @@ from transformers import T5Gemma2ForConditionalGeneration
 from jobs.demo_training import objective
 from jobs.demo_training.architecture import DEMO, configuration
 from jobs.demo_training.documentation import Document, held_out, standard_library, without_copies
-from jobs.demo_training.held_out import write_collection
 from jobs.demo_training.questions import KINDS, cut, name_words
 from jobs.demo_training.start import start_as_matcher
 from jobs.demo_training.tokenizer import train_tokenizer
@@ -132,8 +131,8 @@ def test_the_start_already_prefers_passages_that_belong_to_the_query(library, tm
 
 
 def test_a_few_steps_lower_the_loss_and_are_seeded(library, tmp_path):
-    documents = [d for d in library if 40 < len(d.text) < 400][:600]
-    recipe = Recipe(steps=25, queries=4, hard=2, easy=2, max_tokens=48)
+    documents = [d for d in library if 40 < len(d.text) < 400][:200]
+    recipe = Recipe(steps=6, queries=2, hard=1, easy=1, max_tokens=32)
     trainer = Trainer(recipe, documents, tmp_path / "one")
     group = trainer._group(0, list(range(40)))
     before = float(trainer._loss(group, random.Random(0)).detach())
@@ -151,11 +150,3 @@ def test_the_checkpoint_that_ships_is_small_and_in_16_bit():
     assert "README.md" in {f.name for f in files}
     with safe_open(DEMO_CHECKPOINT / "model.safetensors", framework="pt") as weights:
         assert {weights.get_tensor(k).dtype for k in weights.keys()} == {torch.float16}  # noqa: SIM118
-
-
-def test_the_held_out_collection_has_each_kind_and_only_held_out_modules(tmp_path):
-    write_collection(tmp_path)
-    judged = (tmp_path / "qrels/test.tsv").read_text().splitlines()[1:]
-    kinds = {line.split("-")[0] for line in judged}
-    assert kinds == set(KINDS) and len(judged) > 200
-    assert all(held_out(line.split("\t")[1].partition(".")[0]) for line in judged)

@@ -1,9 +1,12 @@
 """Scores from the stored states against mteb's KaLMRerankerWrapper, which encodes at query time."""
 
+from dataclasses import replace
+
 import pytest
 
 from kalm_encoder import Reranker
 from tests.conftest import SCRIPTS, encode_table, make_texts, write_corpus
+from tests.support.random_model import TINY, make_checkpoint
 
 QUERIES = ("how are states stored", "检索增强生成", "the " * 700, "")
 RATIOS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -114,6 +117,25 @@ def test_scores_with_another_system_instruction_equal_the_references(
     theirs = wrapper._predict_batch(pairs, [wrapper.instruction] * len(pairs))
     assert ours == pytest.approx(theirs, abs=1e-5)
     assert ours != pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 48), (4, 4, 32)])
+def test_models_with_several_key_heads_equal_the_reference(heads, kv_heads, head_dim, tmp_path):
+    from mteb.models.model_implementations.kalm_reranker import KaLMRerankerWrapper
+
+    dimensions = replace(TINY, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    texts = [*SCRIPTS, *make_texts(8, seed=6, longest=200)]
+    model = make_checkpoint(tmp_path / "model", texts * 9, dimensions=dimensions)
+    corpus = write_corpus(tmp_path / "c.jsonl", texts)
+    encode_table(model, corpus, tmp_path / "t.lance", store_dtype="float32")
+    reference = KaLMRerankerWrapper(str(model), device="cpu")
+    reference.chunk_size = 4
+    pairs = [("token state", text) for text in texts]
+    theirs = reference._predict_batch(pairs, [reference.instruction] * len(pairs))
+    found = Reranker.open(tmp_path / "t.lance").rerank("token state", [f"p{i}" for i in range(16)])
+    scores = {result.id: result.score for result in found}
+    assert [scores[f"p{i}"] for i in range(16)] == pytest.approx(theirs, abs=1e-5)
+    assert max(theirs) - min(theirs) > 0.01
 
 
 def largest_differences(table, corpus, reference) -> dict[int, float]:

@@ -49,6 +49,8 @@ def encode(
     format: options.Format = None,
     columns: options.Columns = None,
     quoting: options.Quoting = None,
+    keep: options.Keep = None,
+    index_column: options.IndexColumns = None,
     max_rejected: Annotated[
         float,
         typer.Option(
@@ -99,7 +101,7 @@ def encode(
         compute_dtype=options.compute_dtype(dtype),
         max_length=max_length,
         keep_text=not no_text,
-        fields=options.reading(id_field, text_field, title_field, columns, quoting, format),
+        fields=options.reading(id_field, text_field, title_field, columns, quoting, format, keep),
         shard_size=shard_size,
         limit=limit,
         token_budget=token_budget,
@@ -107,6 +109,7 @@ def encode(
         commit_every_s=commit_every,
         on_duplicate=on_duplicate,
         new_generation=new_generation,
+        index_columns=tuple(index_column or ()),
         storage_options=options.parse_storage_options(storage_option),
     )
     if retry_rejects:

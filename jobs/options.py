@@ -99,6 +99,22 @@ Columns = Annotated[
         "id,title,text. Give it when their first line is a row."
     ),
 ]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        help="Fields to keep as metadata columns, with commas, for filters and results. A type "
+        "may follow, as in lang,year:int64 or 'tags:list<string>'. Default: none; the type that a "
+        "column of Parquet or Lance has, and string in text files."
+    ),
+]
+IndexColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--index-column",
+        help="Metadata column to index, so that filters by it need not read all rows. May be "
+        "repeated. Later syncs keep the index up to date.",
+    ),
+]
 Quoting = Annotated[
     bool | None,
     typer.Option(
@@ -227,12 +243,14 @@ def reading(
     columns: str | None,
     quoting: bool | None,
     format: str | None,
+    keep: str | None = None,
 ) -> FieldOptions:
     """Return what the user said of how files are read.
 
     Raises:
-        InputError: If a name of a column is empty or there twice.
+        InputError: If a name of a column is empty or there twice, or a column cannot be kept.
     """
+    from kalm_encoder.table.metadata import check_columns
     from pipeline.corpus.passages import FieldOptions
 
     names = tuple(columns.split(",")) if columns is not None else None
@@ -240,7 +258,12 @@ def reading(
         raise InputError(
             f"--columns {columns!r} must be different names with commas, such as id,title,text"
         )
-    return FieldOptions(id_field, text_field, title_field, format, names, quoting)
+    pairs = (part.partition(":") for part in split_list(keep or ""))
+    kept = tuple((name, type if colon else None) for name, colon, type in pairs)
+    if keep is not None and not kept:
+        raise InputError("--keep is empty: name the fields to keep, or leave it out")
+    check_columns(kept)
+    return FieldOptions(id_field, text_field, title_field, format, names, quoting, kept)
 
 
 def parse_ratios(ratios: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from jobs.options import (
     Columns,
     Format,
     IdField,
+    Keep,
     MaxLength,
     NoText,
     Quoting,
@@ -65,6 +66,7 @@ def plan(
     format: Format = None,
     columns: Columns = None,
     quoting: Quoting = None,
+    keep: Keep = None,
     out: Annotated[
         Path | None, typer.Option(help="Save all numbers here, for `kalm status --plan`.")
     ] = None,
@@ -111,7 +113,7 @@ def plan(
         store_dtype=store_dtype,
         keep_text=not no_text,
     )
-    fields = reading(id_field, text_field, title_field, columns, quoting, format)
+    fields = reading(id_field, text_field, title_field, columns, quoting, format, keep)
     corpus = expand_inputs(inputs, options, format)
     sample = sample_corpus(
         corpus,

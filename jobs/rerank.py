@@ -34,6 +34,13 @@ def rerank(
         int | None, typer.Option(help="Take this many candidates from a full-text search (BM25).")
     ] = None,
     dtype: options.Dtype = "auto",
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="SQL predicate over the columns of the table, such as \"lang = 'en'\". Only "
+            "passages that satisfy it are searched or ranked."
+        ),
+    ] = None,
     ratio: Annotated[
         int | None, typer.Option(help="A multiple of a stored ratio. Raise it for speed.")
     ] = None,
@@ -77,7 +84,7 @@ def rerank(
     elif ids_file is not None:
         candidates = options.read_ids(ids_file)
     else:
-        candidates = [i for i, _ in reranker.table.search(query, search)]
+        candidates = [i for i, _ in reranker.table.search(query, search, where=where)]
         if not candidates:
             print(f"kalm: full-text search finds nothing for {query!r}", file=sys.stderr)
     results = reranker.rerank(
@@ -89,6 +96,7 @@ def rerank(
         top_k=top_k or None,
         cascade=None if cascade is None else parse_cascade(cascade),
         max_ms=max_ms,
+        where=where if search is None else None,
         on_missing=cast("OnMissing", on_missing),  # `rerank` refuses any other word
     )
     if as_json:

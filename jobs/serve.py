@@ -33,6 +33,15 @@ def serve(
     filter_columns: Annotated[
         str | None, typer.Option(help="Columns that filters may name, with commas. Default: none.")
     ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON file that maps each API key to a predicate, such as \"tenant = 'a'\". Give "
+            "it where clients may see only some of the rows.",
+        ),
+    ] = None,
     tei: Annotated[
         bool, typer.Option("--tei", help="Give /rerank the shape that clients of TEI expect.")
     ] = False,
@@ -73,7 +82,7 @@ def serve(
     """Rerank over HTTP: Cohere, Jina, vLLM and TEI shapes, candidates by id or text.
 
     The service follows the tag `live` of the table. If KALM_API_KEY is set in the environment,
-    requests need it as their bearer key.
+    requests need it, or a key of --keys, as their bearer key.
     """
     with options.needs_extra("serve"):
         from kalm_encoder.service.access import read_origins, who_may_ask
@@ -98,7 +107,7 @@ def serve(
         max_pending=max_pending,
         timeout_s=timeout_s,
         max_body=max_body_mb << 20,
-        **who_may_ask(host),
+        **who_may_ask(host, keys),
         cors_origins=read_origins(cors_origins),
         tei=tei,
     )

@@ -42,10 +42,14 @@ def sync(
     format: options.Format = None,
     columns: options.Columns = None,
     quoting: options.Quoting = None,
+    index_column: options.IndexColumns = None,
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,
 ) -> None:
-    """Encode new and changed passages, by id and text; readers switch when all is done."""
+    """Encode new and changed passages, by id and text; readers switch when all is done.
+
+    Metadata columns are those that the table has; where they changed alone, nothing is encoded.
+    """
     execute = options.executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
     from kalm_encoder.table.spec import TableSpec
     from pipeline.run.job import EncodeJob
@@ -65,6 +69,7 @@ def sync(
         keep_text=spec.keep_text,
         fields=options.reading(id_field, text_field, title_field, columns, quoting, format),
         shard_size=shard_size,
+        index_columns=tuple(index_column or ()),
         storage_options=table.options,
     )
     changes, summary = bring_up_to_date(
@@ -73,7 +78,8 @@ def sync(
     if as_json:
         print(json.dumps(changes.counts()))
         return
-    print(", ".join(f"{count:,} {name}" for name, count in changes.counts().items()))
+    counts = changes.counts().items()
+    print(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts))
     if dry_run:
         print("dry run: nothing was written")
         return

@@ -35,6 +35,10 @@ class RerankFields(BaseModel):
         cascade: Stages instead of one ratio.
         max_ms: Time budget in milliseconds.
         on_missing: What becomes of items whose id the table does not hold: error, drop or last.
+        where: SQL predicate over the columns of the table. Items whose rows do not satisfy it, and
+            those without a row, are left out.
+        with_metadata: Whether items get the metadata columns of the table as metadata, in place of
+            what they have under the same names.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -48,17 +52,23 @@ class RerankFields(BaseModel):
     cascade: Sequence[tuple[int, int | None]] | None = None
     max_ms: float | None = None
     on_missing: OnMissing = "error"
+    where: str | None = None
+    with_metadata: bool = False
     _reranker: Reranker = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
         """Open the table if an address was given, and refuse options that it cannot satisfy."""
         self._reranker = Reranker.of(self.reranker)
         self._reranker.stages(ratio=self.ratio, cascade=self.cascade, max_ms=self.max_ms)
+        if self.where is not None:
+            self._reranker.table.check_filter(self.where)
 
     def _rank(
         self, query: str, ids: Sequence[str], items: Sequence[Item]
-    ) -> list[tuple[Item, float, int | None]]:
-        """Return the best items with score and ratio, best first; equal ids have one score.
+    ) -> list[tuple[Item, float, int | None, dict[str, Any]]]:
+        """Return the best items with score, ratio and metadata, best first.
+
+        Equal ids have one score. The metadata are empty unless `with_metadata` asks for them.
 
         The score is P(yes), and never above that of the item before; see `falling_scores`.
         """
@@ -72,10 +82,15 @@ class RerankFields(BaseModel):
                 cascade=self.cascade,
                 max_ms=self.max_ms,
                 on_missing=self.on_missing,
+                where=self.where,
             )
         except MissingIdsError as error:
             remedy = f"name the metadata key that holds them as id_key (now {self.id_key!r}), or "
             raise MissingIdsError(error.ids, error.uri, remedy + error.remedy) from None
         ranked = at_places(results, ids)[: self.top_n]
-        scores = falling_scores([result for _, result in ranked])
-        return [(items[p], s, r.ratio) for (p, r), s in zip(ranked, scores, strict=True)]
+        found = [result for _, result in ranked]
+        metadata = {}
+        if self.with_metadata:
+            metadata = self._reranker.table.metadata([result.id for result in found])
+        scores = zip(ranked, falling_scores(found), strict=True)
+        return [(items[p], s, r.ratio, metadata.get(r.id, {})) for (p, r), s in scores]

@@ -39,6 +39,8 @@ class KaLMReranker(LanceDBReranker):
         max_ms: Time budget in milliseconds.
         on_missing: What becomes of results whose id the passage table does not hold: "error",
             "drop" or "last".
+        where: SQL predicate over the columns of the passage table. Results whose rows there do not
+            satisfy it, and those without a row, are left out.
 
     Raises:
         InputError: If an option is impossible.
@@ -56,6 +58,7 @@ class KaLMReranker(LanceDBReranker):
         cascade: Sequence[Stage] | None = None,
         max_ms: float | None = None,
         on_missing: OnMissing = "error",
+        where: str | None = None,
     ) -> None:
         super().__init__(return_score)
         self._reranker = Reranker.of(reranker)
@@ -67,7 +70,10 @@ class KaLMReranker(LanceDBReranker):
             "on_missing": on_missing,
         }
         self._is_staged = len(self._reranker.stages(**staging)) > 1
+        if where is not None:
+            self._reranker.table.check_filter(where)
         self._options = staging | {
+            "where": where,
             "instruction": instruction,
             "system_instruction": system_instruction,
         }

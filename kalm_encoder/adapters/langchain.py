@@ -43,8 +43,9 @@ class KaLMCompressor(RerankFields, BaseDocumentCompressor):
         ids = [self._passage_id(*numbered) for numbered in enumerate(documents)]
         staged = self.cascade is not None or self.max_ms is not None
         best = []
-        for document, score, ratio in self._rank(query, ids, documents):
-            found = {"relevance_score": score} | ({"relevance_ratio": ratio} if staged else {})
+        for document, score, ratio, metadata in self._rank(query, ids, documents):
+            found = metadata | {"relevance_score": score}
+            found |= {"relevance_ratio": ratio} if staged else {}
             best.append(document.model_copy(update={"metadata": document.metadata | found}))
         return best
 

@@ -9,6 +9,8 @@ Retriever and states share only ids, so any retriever of LlamaIndex will do.
 
 from __future__ import annotations
 
+from typing import Any
+
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
@@ -47,15 +49,15 @@ class KaLMNodePostprocessor(RerankFields, BaseNodePostprocessor):
         if query_bundle is None:
             raise InputError("no query to rank by: give query_bundle or query_str")
         ranked = self._rank(query_bundle.query_str, [self._passage_id(n) for n in nodes], nodes)
-        return [self._scored(node, score) for node, score, _ in ranked]
+        return [self._scored(node, score, metadata) for node, score, _, metadata in ranked]
 
     def _passage_id(self, node: NodeWithScore) -> str:
         given = node.node.metadata.get(self.id_key)
         return as_id(node.node.node_id if given is None else given)
 
-    def _scored(self, node: NodeWithScore, score: float) -> NodeWithScore:
+    def _scored(self, node: NodeWithScore, score: float, metadata: dict[str, Any]) -> NodeWithScore:
         inner = node.node
-        if self.keep_retrieval_score:
-            metadata = {**inner.metadata, "retrieval_score": node.score}
-            inner = inner.model_copy(update={"metadata": metadata})
+        found = metadata | ({"retrieval_score": node.score} if self.keep_retrieval_score else {})
+        if found:
+            inner = inner.model_copy(update={"metadata": inner.metadata | found})
         return NodeWithScore(node=inner, score=score)

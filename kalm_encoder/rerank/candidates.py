@@ -89,4 +89,6 @@ class CandidateReader:
     def _key(self, id: str, content: int | None, ratio: int) -> Hashable:
         """Return the name under which the decoder keeps a passage of this table."""
         same = id if content is None else content
-        return self._table.uri, self._table.version, ratio, same
+        # Under another predicate it is kept again: otherwise the time would tell that somebody
+        # else asked for a passage with this text.
+        return self._table.uri, self._table.version, self._table.where, ratio, same

@@ -137,6 +137,7 @@ class Reranker:
         cascade: Sequence[Stage] | None = None,
         max_ms: float | None = None,
         on_missing: OnMissing = "error",
+        where: str | None = None,
         passages: Mapping[Any, PassageStates] | None = None,
     ) -> list[RerankResult]:
         """Score stored passages against a query.
@@ -156,6 +157,8 @@ class Reranker:
                 there are two stages: `cascade.coarse_ratio`, then `ratio`.
             on_missing: What becomes of ids that the table does not hold. "error" raises, "drop"
                 leaves them out, and "last" puts them behind all others, with a score of 0.
+            where: SQL predicate over the columns of the table, such as "lang = 'en'". Candidates
+                whose rows do not satisfy it are left out, and so are those without a row.
             passages: Freshly encoded states at the finest stored ratio, by id; they are used
                 instead of those of the table.
 
@@ -166,8 +169,8 @@ class Reranker:
 
         Raises:
             MissingIdsError: If the table does not hold some ids; it names all of them.
-            InputError: If an id is no id, or if ratio, top_k, cascade, max_ms or on_missing is
-                impossible.
+            InputError: If an id is no id, or if ratio, top_k, cascade, max_ms, on_missing or
+                where is impossible.
         """
         check_process()
         if top_k is not None and top_k < 1:
@@ -178,7 +181,11 @@ class Reranker:
         if isinstance(prompt, str):
             prompt = self.decoder.prompt(prompt, instruction, system_instruction)
         given = {as_id(i): passage for i, passage in (passages or {}).items()}
-        places = {i: place for place, i in enumerate(dict.fromkeys(as_ids(ids)))}
+        candidates = list(dict.fromkeys(as_ids(ids)))
+        if where is not None:
+            allowed = self.table.known(candidates, where=where)
+            candidates = [i for i in candidates if i in allowed]
+        places = {i: place for place, i in enumerate(candidates)}
         left = list(places)
         ranked: list[RerankResult] = []
         for number, (stage_ratio, keep) in enumerate(stages):

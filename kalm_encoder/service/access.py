@@ -1,11 +1,16 @@
-"""Who may ask: those with the key, or on loopback without a key those who mean this machine."""
+"""Who may ask: those with a key, or on loopback without a key those who mean this machine.
+
+A key may see all rows of the table, or only those that satisfy its predicate.
+"""
 
 from __future__ import annotations
 
 import hmac
+import json
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -22,14 +27,58 @@ NUM_SHOWN_CHARACTERS = 100
 BearerKey = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def who_may_ask(host: str) -> dict[str, Any]:
-    """Return the settings of a service that listens at a host: its key, or whom it answers without.
+def who_may_ask(host: str, file: Path | None = None) -> dict[str, Any]:
+    """Return the settings of a service that listens at a host: its keys, or whom it answers.
+
+    Args:
+        host: The name or address.
+        file: File of the keys that see only some rows; see `read_keys`. The key in KALM_API_KEY
+            sees all rows.
 
     Raises:
-        InputError: KALM_API_KEY is set but holds no key; see `read_key`.
+        InputError: KALM_API_KEY is set but holds no key, or the file is not as it should be.
     """
-    key = read_key(os.environ.get("KALM_API_KEY"))
-    return {"api_key": key, "only_loopback": key is None and is_loopback(host)}
+    keys = {} if file is None else read_keys(file)
+    if (key := read_key(os.environ.get("KALM_API_KEY"))) is not None:
+        if key in keys:
+            raise InputError(f"the key in KALM_API_KEY is in {file} as well: give it one meaning")
+        keys[key] = None
+    return {"keys": keys, "only_loopback": not keys and is_loopback(host)}
+
+
+def read_keys(file: Path) -> dict[str, str | None]:
+    """Read a JSON object that maps keys to predicates; a key with null sees all rows.
+
+    Raises:
+        InputError: The file cannot be read or has another form. No message shows a key.
+    """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise InputError(f"{file} has a key twice: give it one predicate")
+        return dict(pairs)
+
+    form = f"{file} must be a JSON object that maps each key to a predicate, or null for all rows"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=distinct)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{form}: {error}") from error
+    if not isinstance(found, dict) or not found:
+        raise InputError(form)
+    for number, (key, predicate) in enumerate(found.items(), start=1):
+        if not key or key != key.strip() or not key.isprintable():
+            raise InputError(
+                f"key {number} of {file} is empty, or holds a space at an end or a control "
+                "character: no client can send it"
+            )
+        if predicate is not None and not (isinstance(predicate, str) and predicate.strip()):
+            raise InputError(
+                f"the predicate of key {number} of {file} is {json.dumps(predicate)}: give one "
+                "such as \"tenant = 'a'\", or null if the key sees all rows"
+            )
+    return found
 
 
 def read_key(value: str | None) -> str | None:
@@ -64,19 +113,28 @@ def read_origins(value: str | None) -> frozenset[str]:
     return origins
 
 
-def key_check(key: str) -> Callable[[BearerKey], Awaitable[None]]:
-    """Return a dependency that refuses requests without the bearer key (RFC 6750)."""
+def key_check(keys: Mapping[str, str | None]) -> Callable[..., Awaitable[str | None]]:
+    """Return a dependency that refuses requests without one of the bearer keys (RFC 6750).
 
-    async def check(sent: BearerKey) -> None:
+    It gives the predicate of the key, or None if the key sees all rows, as all may without keys.
+    """
+
+    async def anybody() -> None:
+        return None
+
+    async def check(sent: BearerKey) -> str | None:
         challenge = 'Bearer realm="kalm"'
         if sent is not None:
-            # A header is bytes, which Starlette reads as Latin-1.
-            if hmac.compare_digest(sent.credentials.strip().encode("latin-1"), key.encode()):
-                return
+            # A header is bytes, which Starlette reads as Latin-1. All keys are compared, so that
+            # the time does not tell which one it is.
+            given = sent.credentials.strip().encode("latin-1")
+            equal = [k for k in keys if hmac.compare_digest(given, k.encode())]
+            if equal:
+                return keys[equal[0]]
             challenge += ', error="invalid_token"'
         raise HTTPException(401, "a valid bearer key is needed", {"WWW-Authenticate": challenge})
 
-    return check
+    return check if keys else anybody
 
 
 def is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from typing import Any
@@ -17,9 +18,12 @@ def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
     candidates = request.candidates()
     scored, tokens = score_candidates(version, request.query, candidates, request)
     scored = scored[: request.top_n or None]
-    stored = {}
+    stored, metadata = {}, {}
+    ids = [one.id for _, one in scored if one.ratio is not None and not one.id.startswith(TEXT)]
     if request.return_documents:
-        stored = version.table.texts([one.id for _, one in scored])
+        stored = version.table.texts(ids)
+    if request.return_metadata:
+        metadata = version.table.metadata(ids)
     results = []
     for index, one in scored:
         candidate = candidates[index]
@@ -32,6 +36,8 @@ def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
             result["margin"] = None if one.ratio is None else one.margin
         if request.return_documents and text is not None:
             result["document"] = {"text": text}
+        if one.id in metadata:
+            result["metadata"] = {n: _as_json(value) for n, value in metadata[one.id].items()}
         results.append(result | {"ratio": one.ratio})
     meta: dict[str, Any] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     if request.max_tokens_per_doc is not None or request.truncate_prompt_tokens is not None:
@@ -86,11 +92,17 @@ def info(version: Version) -> dict[str, Any]:
         "store_dtype": spec.store_dtype,
         "max_length": spec.max_length,
         "with_encoder": settings.with_encoder,
+        "metadata_columns": dict(spec.metadata_columns),
         "filter_columns": sorted(settings.filter_columns),
         "max_candidates": settings.max_candidates,
         "max_body": settings.max_body,
         "version": __version__,
     }
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a metadata column; JSON has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _head(kind: str, model: str, tokens: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kalm_encoder.errors import KalmError
+from kalm_encoder.errors import InputError, KalmError
 from kalm_encoder.service import answers, metrics
 from kalm_encoder.service.access import key_check, only_loopback
 from kalm_encoder.service.explore.comparing import Explorer
@@ -47,7 +47,12 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
     Args:
         settings: What the operator decided.
         explorer: What answers the explore page at /. None leaves the page out.
+
+    Raises:
+        InputError: There is a page, which shows all rows, and keys that see only some.
     """
+    if explorer is not None and settings.predicates:
+        raise InputError("the explore page shows all rows: serve keys with predicates without it")
     live = LiveTable(settings, metrics.BATCH_PAIRS.observe, metrics.BATCH_TEXTS.observe)
     threads = RequestThreads(live)
 
@@ -78,8 +83,8 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
     app.add_middleware(_head_as_get)
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_problem)
-    guards = [] if settings.api_key is None else [Depends(key_check(settings.api_key))]
-    guarded = APIRouter(dependencies=guards, responses=ERRORS)
+    asked_by = Depends(key_check(settings.keys))  # gives the predicate of the key
+    guarded = APIRouter(dependencies=[asked_by], responses=ERRORS)
 
     @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> dict[str, str]:
@@ -89,26 +94,28 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
         return {"status": "ok"}
 
     @guarded.get("/metrics", response_class=Response)
-    async def prometheus() -> Response:
+    async def prometheus(where: str | None = asked_by) -> Response:
         """Return the metrics in the text format of Prometheus."""
+        if where is not None:
+            raise HTTPException(403, "the metrics tell of all rows, and this key sees only some")
         return metrics.page(live, len(threads.pending))
 
     @guarded.get("/info")
-    async def info() -> dict[str, Any]:
+    async def info(where: str | None = asked_by) -> dict[str, Any]:
         """Say what is served."""
-        return await threads.run(answers.info)
+        return await threads.run(where, answers.info)
 
-    async def rerank(request: RerankRequest) -> dict[str, Any]:
+    async def rerank(request: RerankRequest, where: str | None = asked_by) -> dict[str, Any]:
         """Rank stored passages or texts for a query, best first."""
-        return await threads.run(answers.rerank, request)
+        return await threads.run(where, answers.rerank, request)
 
-    async def tei(request: TeiRequest) -> list[dict[str, Any]]:
+    async def tei(request: TeiRequest, where: str | None = asked_by) -> list[dict[str, Any]]:
         """Rank texts for a query, best first, in the shape of Text Embeddings Inference."""
-        return await threads.run(answers.tei, request)
+        return await threads.run(where, answers.tei, request)
 
-    async def score(request: ScoreRequest) -> dict[str, Any]:
+    async def score(request: ScoreRequest, where: str | None = asked_by) -> dict[str, Any]:
         """Score pairs, in the order of the request."""
-        return await threads.run(answers.score, request)
+        return await threads.run(where, answers.score, request)
 
     guarded.post("/rerank")(tei if settings.tei else rerank)
     for path in ("/v1/rerank", "/v2/rerank"):

@@ -14,6 +14,7 @@ MAX_LENGTH = 1000
 """Largest number of characters in a filter; it bounds the work of parsing."""
 ALLOWED = {
     *(exp.EQ, exp.NEQ, exp.LT, exp.LTE, exp.GT, exp.GTE, exp.In, exp.Between, exp.Like),
+    exp.ArrayContains,
     *(exp.And, exp.Or, exp.Not, exp.Paren, exp.Is, exp.Null, exp.Boolean, exp.Literal),
 }
 """Nodes that may stand anywhere; columns and minus signs are looked at more closely."""
@@ -44,8 +45,9 @@ def check_filter(predicate: str, columns: Collection[str]) -> str:
         pass  # the message below says what can be read
     raise InputError(
         "the filter is not one SQL predicate made of the columns "
-        f"{', '.join(sorted(columns))}, literals, comparisons, AND, OR, NOT, IN, BETWEEN, LIKE and "
-        "IS NULL; functions, casts, subqueries, comments and other columns are not allowed"
+        f"{', '.join(sorted(columns))}, literals, comparisons, AND, OR, NOT, IN, BETWEEN, LIKE, "
+        "IS NULL and array_contains; other functions, casts, subqueries, comments and other "
+        "columns are not allowed"
     )
 
 

@@ -152,9 +152,15 @@ class RequestThreads:
         self._threads = ThreadPoolExecutor(live.settings.threads, "kalm-request")
 
     async def run(
-        self, answer: Callable[Concatenate[Version, P], T], *args: P.args, **kwargs: P.kwargs
+        self,
+        where: str | None,
+        answer: Callable[Concatenate[Version, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> T:
         """Call `answer` with the live version and the arguments, and wait for what it returns.
+
+        The version has only the rows that satisfy `where`, the predicate of the caller's key.
 
         The call holds its version, so a request ends on the version it began with. If this
         coroutine is cancelled, a call that waits for a thread is not begun any more, and one that
@@ -168,7 +174,8 @@ class RequestThreads:
         if len(self.pending) >= self.live.settings.max_pending:
             raise HTTPException(429, "too many requests are waiting", {"Retry-After": "1"})
         caller = Caller()
-        future = self._threads.submit(caller.run, partial(answer, version, *args, **kwargs))
+        seen = version.under(where)
+        future = self._threads.submit(caller.run, partial(answer, seen, *args, **kwargs))
         self.pending.add(future)
         future.add_done_callback(self.pending.discard)
         try:

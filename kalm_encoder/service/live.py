@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
 from kalm_encoder.errors import InputError
 from kalm_encoder.service.batcher import BatchingDecoder, BatchingEncoder, DeviceThread
 from kalm_encoder.service.cpus import limit_threads
+from kalm_encoder.service.filters import check_filter
 from kalm_encoder.service.settings import Settings
+from kalm_encoder.table.restricted import RestrictedTable
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +29,25 @@ NUM_WARM_UP_PASSAGES = 8
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of the table, ready to be asked."""
+    """One version of the table, ready to be asked.
+
+    Attributes:
+        settings: What the operator decided.
+        reranker: The rows that can be asked for, and the decoder.
+        decoder: The queue in front of the decoder.
+        encoder: The queue in front of the encoder; None if it is not loaded.
+        restricted: The same for the predicate of each key that sees only some rows.
+    """
 
     settings: Settings
     reranker: Reranker
     decoder: BatchingDecoder
     encoder: BatchingEncoder | None
+    restricted: Mapping[str, Reranker] = field(default_factory=dict)
+
+    def under(self, where: str | None) -> Version:
+        """Return this version as a key with this predicate sees it; None sees all rows."""
+        return self if where is None else replace(self, reranker=self.restricted[where])
 
     @property
     def table(self) -> PassageTable:
@@ -50,12 +65,29 @@ def open_live(settings: Settings) -> PassageTable:
 
     Raises:
         TableError: There is no table, or it is not complete.
-        InputError: The table lacks a filter column.
+        InputError: The table lacks a filter column, or cannot apply the predicate of a key.
     """
     table = PassageTable.open(settings.uri, storage_options=settings.storage_options)
     if lacking := sorted(settings.filter_columns - set(table.dataset.schema.names)):
         raise InputError(f"{settings.uri} has no column {lacking[0]!r} to filter by")
+    for predicate in settings.predicates:
+        _checked(predicate, table)
     return table
+
+
+def _checked(predicate: str, table: PassageTable) -> str:
+    """Return the predicate of a key as Lance gets it.
+
+    Raises:
+        InputError: It has another form than the filters that requests may send, or the table cannot
+            apply it.
+    """
+    try:
+        where = check_filter(predicate, table.dataset.schema.names)
+        table.check_filter(where)
+    except InputError as error:
+        raise InputError(f"the predicate {predicate!r} of a key is refused: {error}") from error
+    return where
 
 
 class LiveTable:
@@ -141,7 +173,15 @@ class LiveTable:
             table.load_index(settings.index_bytes)
         first = table.dataset.to_table(columns=["id"], limit=NUM_WARM_UP_PASSAGES)
         reranker.rerank("warm up", first["id"].to_pylist())
-        self.current = Version(settings, reranker, decoder, encoder)
+        restricted = {
+            predicate: Reranker(
+                RestrictedTable(table, _checked(predicate, table)),
+                decoder.decoder,
+                score_pairs=decoder.score_pairs,
+            )
+            for predicate in settings.predicates
+        }
+        self.current = Version(settings, reranker, decoder, encoder, restricted)
         logger.info("version %d ready in %.1f s", table.version, time.monotonic() - began)
 
     def _encoder_for(

@@ -16,7 +16,7 @@ from kalm_encoder.errors import InputError, MissingIdsError
 logger = logging.getLogger(__name__)
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {} for status in (400, 401, 408, 413, 415, 421, 422, 429, 503, 504)
+    status: {} for status in (400, 401, 403, 408, 413, 415, 421, 422, 429, 503, 504)
 }
 """The errors that the OpenAPI schema lists; the message of an answer says what went wrong."""
 HANDLED = (RequestValidationError, InputError, HTTPException, Exception)

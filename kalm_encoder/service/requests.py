@@ -111,6 +111,7 @@ class RerankRequest(CandidatesRequest):
     query: Query
     top_n: Annotated[int | None, Field(ge=0)] = None
     return_documents: bool = False
+    return_metadata: bool = False
     raw_scores: bool = False
     max_tokens_per_doc: int | None = None
     truncate_prompt_tokens: int | None = None

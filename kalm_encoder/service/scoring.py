@@ -50,21 +50,20 @@ def score_candidates(
             "error".
     """
     check_count(version, len(candidates))
-    asked = keys = _keys(version, candidates)
+    keys, where = _keys(version, candidates), None
     if options.filter is not None:
         where = check_filter(options.filter, version.settings.filter_columns)
         if any(candidate.text is not None for candidate in candidates):
             raise InputError("a filter applies to stored passages: give ids, not texts")
-        allowed = version.table.known(keys, where=where)
-        asked = [key for key in keys if key in allowed]
     prompt = version.decoder.prompt(query, options.instruction, options.system_instruction)
     results = version.reranker.rerank(
         prompt,
-        asked,
+        keys,
         ratio=options.ratio,
         cascade=options.cascade,
         max_ms=options.max_ms,
         on_missing=options.on_missing,
+        where=where,
         passages=_encode(version, keys),
     )
     num_scored = sum(result.ratio is not None for result in results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -27,7 +28,8 @@ class Settings:
         max_pending: Number of requests that may be worked on or wait. One more is answered 429.
         timeout_s: Seconds after which a request is answered 504.
         max_body: Size of a request body in bytes. A longer one is answered 413.
-        api_key: Bearer key that everything but /health asks for. None asks for none.
+        keys: Bearer keys, of which everything but /health asks for one, each with the predicate
+            that its rows satisfy; None for all rows. Without keys nobody is asked for one.
         only_loopback: Whether a request is answered only if its Host is this machine.
         cors_origins: Origins whose pages may read answers in a browser; * is every origin.
         tei: Whether /rerank has the shape of Text Embeddings Inference.
@@ -49,7 +51,12 @@ class Settings:
     max_pending: int = 128
     timeout_s: float = 60.0
     max_body: int = 8 << 20
-    api_key: str | None = field(default=None, repr=False)
+    keys: Mapping[str, str | None] = field(default_factory=dict, repr=False)
     only_loopback: bool = False
     cors_origins: frozenset[str] = frozenset()
     tei: bool = False
+
+    @property
+    def predicates(self) -> set[str]:
+        """The predicates of the keys that see only some rows."""
+        return {predicate for predicate in self.keys.values() if predicate is not None}

@@ -19,17 +19,17 @@ def text_hash(text: str) -> bytes:
 
 def states_checksum(id: str, num_tokens: int, truncated: bool, states: NDArray[Any]) -> int:
     """Return xxh3_64 over (length of id, id, num_tokens, truncated, states), little endian."""
-    digest = xxhash.xxh3_64(_framed(id) + struct.pack("<i?", num_tokens, truncated))
+    digest = xxhash.xxh3_64(framed(id) + struct.pack("<i?", num_tokens, truncated))
     digest.update(np.ascontiguousarray(states).data)
     return digest.intdigest()
 
 
 def row_checksum(id: str, text_hash: bytes, shard_id: str) -> int:
     """Return xxh3_64 over (length of id, id, text_hash, shard_id)."""
-    return xxhash.xxh3_64_intdigest(_framed(id) + text_hash + shard_id.encode())
+    return xxhash.xxh3_64_intdigest(framed(id) + text_hash + shard_id.encode())
 
 
-def _framed(id: str) -> bytes:
-    """Return the id with its length in front, so that what follows cannot be taken for a part."""
-    raw = id.encode()
+def framed(text: str) -> bytes:
+    """Return a text with its length in front, so that what follows cannot be taken for a part."""
+    raw = text.encode()
     return struct.pack("<I", len(raw)) + raw

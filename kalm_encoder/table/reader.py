@@ -1,8 +1,4 @@
-"""Reads passages from one version of a table; it never writes.
-
-What a handle returns does not change while a job writes to the table. This module knows nothing of
-torch.
-"""
+"""Reads the states of passages from one version of a table. This module knows nothing of torch."""
 
 from __future__ import annotations
 
@@ -11,39 +7,27 @@ import os
 import time
 from collections.abc import Sequence
 
-import lance
-import pyarrow as pa
-import pyarrow.compute as pc
-from lance.query import MatchQuery
-
-from kalm_encoder.errors import CorruptRowError, InputError, MissingIdsError, TableError, first_line
+from kalm_encoder.errors import MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
-from kalm_encoder.process import check_process
 from kalm_encoder.table.ids import Id, as_ids, ids_in
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.row_index import ADDRESS, RowIndex
 from kalm_encoder.table.rows import read_rows, verified_rows
-from kalm_encoder.table.spec import TableSpec
+from kalm_encoder.table.table_version import TableVersion
 
 logger = logging.getLogger(__name__)
 LIVE_TAG = "live"
 """Tag that names the newest complete version. A job moves it as its last step."""
 
 
-class PassageTable:
+class PassageTable(TableVersion):
     """One version of a passage table, open for reading.
 
     Attributes:
-        uri: Address of the table.
-        spec: What the table records about the model and the settings that made it.
         index: Index of the rows in memory, or None if it was not wanted or is too large.
     """
 
-    def __init__(self, uri: str, dataset: lance.LanceDataset) -> None:
-        self.uri = uri
-        self._dataset = dataset
-        self.index: RowIndex | None = None
-        self.spec = TableSpec.from_metadata(dataset.schema.metadata, uri)
+    index: RowIndex | None = None
 
     @classmethod
     def open(
@@ -83,12 +67,6 @@ class PassageTable:
             table.load_index(index_bytes)
         return table
 
-    @property
-    def dataset(self) -> lance.LanceDataset:
-        """The Lance dataset of this version."""
-        check_process()
-        return self._dataset
-
     def load_index(self, max_bytes: int) -> None:
         """Index the rows in memory, so that `take` reads nothing but states; see row_index.py.
 
@@ -112,14 +90,6 @@ class PassageTable:
             raise self._unreadable(error) from error
         seconds = time.monotonic() - began
         logger.info("%d rows indexed in memory: %.1f MB, %.1f s", rows, size / 2**20, seconds)
-
-    @property
-    def version(self) -> int:
-        """Number of the version that this handle reads."""
-        return int(self.dataset.version)
-
-    def __len__(self) -> int:
-        return int(self.dataset.count_rows())
 
     def take(self, ids: Sequence[Id], *, ratio: int | None = None) -> list[PassageStates]:
         """Read passages by id and verify their checksums.
@@ -147,7 +117,7 @@ class PassageTable:
         """Read those of the passages that the table holds, as `take` does; return them by id."""
         ratio = self.spec.ratios[0] if ratio is None else ratio
         stored = self.spec.source_ratio(ratio)
-        found, left = self._take_indexed(list(dict.fromkeys(as_ids(ids))), ratio)
+        found, left = self._take_indexed(list(dict.fromkeys(self._visible(ids))), ratio)
         if left:
             columns = ["id", "num_tokens", "truncated", "text_hash"]
             columns += [f"states_r{stored}", f"checksum_r{stored}"]
@@ -173,73 +143,3 @@ class PassageTable:
         read = verified_rows(self.spec, self.index.rows(states, single), ratio)
         found = {key: passage for key, passage in read if passage is not None}
         return found, left + [i for i in single if i not in found]
-
-    def known(self, ids: Sequence[Id], *, where: str | None = None) -> set[str]:
-        """Return those ids that the table holds and whose rows satisfy `where`.
-
-        Args:
-            ids: Any ids.
-            where: SQL predicate over the columns of the table. It is not checked here.
-
-        Raises:
-            InputError: If Lance cannot apply the predicate to the columns of this table.
-        """
-        if where is None:
-            return set(self._scan(["id"], ids_in(ids))["id"].to_pylist())
-        found = self.dataset.scanner(columns=[], with_row_id=True, filter=ids_in(ids)).to_table()
-        if not len(found):
-            return set()
-        rows = f"_rowid IN ({', '.join(map(str, found['_rowid'].to_pylist()))}) AND ({where})"
-        try:
-            # Lance accepts a filter on _rowid only if the scan also returns the row id.
-            kept = self.dataset.scanner(columns=["id"], with_row_id=True, filter=rows).to_table()
-        except (OSError, ValueError) as error:
-            raise InputError(f"the filter {where!r} is refused: {first_line(error)}") from error
-        return set(kept["id"].to_pylist())
-
-    def texts(self, ids: Sequence[Id]) -> dict[str, str]:
-        """Return the stored texts by id, or nothing if the table keeps no texts."""
-        if not self.spec.keep_text:
-            return {}
-        rows = self._scan(["id", "text"], ids_in(ids))
-        return dict(zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True))
-
-    def lengths(self, ids: Sequence[Id]) -> dict[str, tuple[int, bool]]:
-        """Return (num_tokens, truncated) by id for those ids that the table holds."""
-        rows = self._scan(["id", "num_tokens", "truncated"], ids_in(ids))
-        facts = zip(rows["num_tokens"].to_pylist(), rows["truncated"].to_pylist(), strict=True)
-        return dict(zip(rows["id"].to_pylist(), facts, strict=True))
-
-    def _scan(self, columns: list[str], wanted: pc.Expression | str) -> pa.Table:
-        try:
-            return self.dataset.scanner(columns=columns, filter=wanted).to_table()
-        except (OSError, ValueError) as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> CorruptRowError:
-        return CorruptRowError(
-            f"{self.uri} cannot be read: {first_line(error)}. `kalm verify {self.uri}` says which "
-            "rows are damaged"
-        )
-
-    def search(self, query: str, limit: int) -> list[tuple[str, float]]:
-        """Find passages by full-text search (BM25) over the stored text: a first stage.
-
-        Returns:
-            At most `limit` (id, BM25 score), best first, ties by id.
-
-        Raises:
-            InputError: the table keeps no text, or `limit` is below 1.
-        """
-        if not self.spec.keep_text:
-            raise InputError(
-                f"{self.uri} stores no text, so it cannot be searched: encode without --no-text, "
-                "or give the ids of another first stage"
-            )
-        if limit < 1:
-            raise InputError(f"cannot search for the best {limit}: give 1 or more")
-        hits = self.dataset.scanner(
-            columns=["id", "_score"], full_text_query=MatchQuery(query, "text"), limit=limit
-        ).to_table()
-        pairs = zip(hits["id"].to_pylist(), hits["_score"].to_pylist(), strict=True)
-        return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kalm_encoder.errors import CorruptRowError
 from kalm_encoder.matryoshka import PackedStates, PassageStates, coarsen, num_groups
 from kalm_encoder.table.checksums import row_checksum, states_checksum, text_hash
+from kalm_encoder.table.metadata import damaged_metadata, with_checksum
 from kalm_encoder.table.spec import TableSpec
 
 ENCODED_AT_ONCE = 1024
@@ -30,6 +31,7 @@ def build_rows(
     shard_id: str,
     *,
     hashes: Sequence[bytes] | None = None,
+    metadata: pa.Table | None = None,
 ) -> pa.Table:
     """Turn encoded passages into rows.
 
@@ -41,6 +43,7 @@ def build_rows(
             store's dtype if that is the only ratio.
         shard_id: Shard that is recorded with every row.
         hashes: Hashes of the rendered texts, for callers that do not have the texts.
+        metadata: The metadata columns of the passages, if the spec has any.
 
     Returns:
         A table with the schema `spec.schema()`.
@@ -56,6 +59,8 @@ def build_rows(
         "shard_id": pa.repeat(shard_id, len(ids)),
         "checksum": [row_checksum(i, h, shard_id) for i, h in zip(ids, hashes, strict=True)],
     }
+    if metadata is not None:
+        columns |= with_checksum(ids, metadata)
     facts = [ids, passages.num_tokens.tolist(), passages.truncated.tolist()]
     for ratio in spec.ratios:
         states = coarsen(passages.states, passages.num_tokens, spec.ratios[0], ratio)
@@ -139,6 +144,27 @@ def verified_rows(
             continue
         values = spec.codec.decode(array, spec.dim)
         yield key, PassageStates(coarsen(values, n, stored, ratio), n, truncated, content)
+
+
+def read_metadata(spec: TableSpec, rows: pa.Table, *, uri: str) -> pa.Table | None:
+    """Return the metadata columns of rows and verify their checksums; None if there are none.
+
+    Args:
+        spec: Spec of the table.
+        rows: Rows with the columns id and `spec.metadata_names`.
+        uri: Address of the table, for error messages.
+
+    Raises:
+        CorruptRowError: If the metadata of a row are not what was written.
+    """
+    if not spec.metadata_columns:
+        return None
+    if damaged := damaged_metadata(rows.select(["id", *spec.metadata_names])):
+        raise CorruptRowError(
+            f"the metadata of row {damaged[0]!r} of {uri} do not match their checksum: the stored "
+            "bytes changed after they were written. Restore the data files, or encode it again."
+        )
+    return rows.select(spec.metadata_names[:-1])
 
 
 def _contents(rows: pa.Table) -> list[int] | list[None]:

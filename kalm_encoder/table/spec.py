@@ -11,11 +11,16 @@
     shard_id      string, the shard of the input that wrote the row
     checksum      uint64, xxh3_64 over id, text_hash and shard_id, which no other checksum covers
 
-No field is nullable. Tables of version 1 are read, resumed and changed as well; they do not record
-in which dtype their states were computed. What a reader must know about the whole table is a
-`TableSpec`; it is kept as JSON in the metadata of the schema. Each ratio has its own checksum, so
-that a coarse read verifies what it reads without touching the fine column. This module knows
-nothing of torch, files or commits; rows.py makes rows of this format and reads them back.
+Metadata columns follow under their own names, and with them
+
+    checksum_metadata  uint64, xxh3_64 over id and the values of the metadata columns
+
+No field is nullable but the metadata columns. Tables of version 1 are read, resumed and changed as
+well; they do not record in which dtype their states were computed, and keep no metadata. What a
+reader must know about the whole table is a `TableSpec`; it is kept as JSON in the metadata of the
+schema. Each ratio has its own checksum, so that a coarse read verifies what it reads without
+touching the fine column. This module knows nothing of torch, files or commits; rows.py makes rows
+of this format and reads them back.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from kalm_encoder.errors import InputError, TableError
 from kalm_encoder.matryoshka import num_groups
 from kalm_encoder.prompts import TEMPLATE
 from kalm_encoder.table.codecs import CODECS, FloatCodec, IntCodec
+from kalm_encoder.table.metadata import CHECKSUM, TYPES, Columns, check_columns
 from kalm_encoder.version import __version__
 
 FORMAT_VERSION = 2
@@ -57,11 +63,12 @@ class TableSpec:
         template: Passage template of the prompt.
         compute_dtype: "bfloat16" or "float32", in which the encoder computed. None before the first
             shard is committed, and in tables of version 1.
+        metadata_columns: Name and type of each metadata column; see metadata.py.
         format_version: Version of the row format.
         library_version: Version of kalm-preencode that created the table.
 
     Raises:
-        InputError: If the ratios or the store dtype are impossible.
+        InputError: If the ratios, the store dtype or the metadata columns are impossible.
     """
 
     model: str
@@ -74,6 +81,7 @@ class TableSpec:
     keep_text: bool = True
     template: str = TEMPLATE
     compute_dtype: str | None = None
+    metadata_columns: Columns = ()
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
 
@@ -85,6 +93,13 @@ class TableSpec:
             raise InputError(f"ratio {odd[0]} is not a multiple of the finest ratio {ratios[0]}")
         if self.store_dtype not in CODECS:
             raise InputError(f"store dtype {self.store_dtype!r} is not one of {', '.join(CODECS)}")
+        check_columns(self.metadata_columns)
+
+    @property
+    def metadata_names(self) -> list[str]:
+        """Names of the metadata columns and, last, of their checksum; none if there are none."""
+        names = [name for name, _ in self.metadata_columns]
+        return [*names, CHECKSUM] if names else []
 
     @property
     def codec(self) -> FloatCodec | IntCodec:
@@ -143,6 +158,9 @@ class TableSpec:
             pa.field(name, type, nullable=False, metadata=PRIMARY_KEY if name == "id" else None)
             for name, type in types.items()
         ]
+        if self.metadata_columns:
+            fields += [pa.field(name, TYPES[type]) for name, type in self.metadata_columns]
+            fields.append(pa.field(CHECKSUM, pa.uint64(), nullable=False))
         return pa.schema(fields, metadata={SPEC_KEY: self.to_json()})
 
     def to_json(self) -> str:
@@ -167,4 +185,6 @@ class TableSpec:
                 f"versions {' and '.join(map(str, VERSIONS))}. Install the version that wrote the "
                 f"table ({fields.get('library_version')}), or encode the corpus again."
             )
-        return cls(**{**fields, "ratios": tuple(fields["ratios"])})
+        columns = tuple((name, type) for name, type in fields.get("metadata_columns", ()))
+        known = {"ratios": tuple(fields["ratios"]), "metadata_columns": columns}
+        return cls(**{**fields, **known})

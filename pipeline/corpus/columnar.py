@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,9 +20,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.metadata import kept_type
 from pipeline.corpus.access import open_binary, readable
 from pipeline.corpus.foreign import refuse_signature
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
+from pipeline.corpus.metadata import column_type
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 
 NOT_UTF8 = re.compile(r"utf-?8 (byte )?sequence", re.IGNORECASE)
@@ -78,12 +81,14 @@ class ColumnarFile:
             kind, is_id = _value_type(self.schema.field(name).type), name == fields.id
             is_number = is_id and pa.types.is_integer(kind)
             is_no_title = name == fields.title and pa.types.is_null(kind)
-            if not (_is_string(kind) or is_number or is_no_title):
+            if not (kept_type(kind) == "string" or is_number or is_no_title):
                 raise InputError(
                     f"column {name!r} of {self.path} is {kind}; it must hold strings"
                     f"{' or integers' if is_id else ''}: {_remedy(kind, is_id)}"
                 )
-        return fields
+        columns = ((self.schema.field(name), given) for name, given in options.keep)
+        keep = tuple((field.name, column_type(field, given, self.path)) for field, given in columns)
+        return replace(fields, keep=keep)
 
 
 class ParquetFile(ColumnarFile):
@@ -116,6 +121,19 @@ class ParquetFile(ColumnarFile):
         Raises:
             InputError: If the file changed since it was planned, or cannot be read.
         """
+        table = self._table(rows, fields).select(fields.names)
+        yield from enumerate(_rows(table), start=rows.first_line)
+
+    def columns(self, rows: RowRange, fields: Fields) -> dict[str, pa.ChunkedArray]:
+        """Return the columns to keep of a range that was read.
+
+        Raises:
+            InputError: If the file changed since it was planned, or cannot be read.
+        """
+        table = self._table(rows, fields)
+        return {name: table[name] for name in fields.kept_names}
+
+    def _table(self, rows: RowRange, fields: Fields) -> pa.Table:
         if range_hash(self.content, rows.start, rows.length) != rows.content:
             raise InputError(
                 f"{self.path} changed after it was planned: encode it into a new table"
@@ -123,10 +141,10 @@ class ParquetFile(ColumnarFile):
         i = bisect_right(self.bounds, rows.start) - 1
         if self._group is None or self._group[0] != i:
             # The next shard is often in the same group, and decoding one takes long.
+            names = list(dict.fromkeys(fields.names + fields.kept_names))
             with readable(self.path):
-                self._group = (i, self._parquet.read_row_group(i, columns=fields.names))
-        table = self._group[1].slice(rows.start - self.bounds[i], rows.length)
-        yield from enumerate(_rows(table), start=rows.first_line)
+                self._group = (i, self._parquet.read_row_group(i, columns=names))
+        return self._group[1].slice(rows.start - self.bounds[i], rows.length)
 
 
 class LanceTable(ColumnarFile):
@@ -147,31 +165,50 @@ class LanceTable(ColumnarFile):
         Raises:
             InputError: If the version is gone, or cannot be read.
         """
+        line = rows.first_line
+        for part in self._parts(rows, fields.names + fields.kept_names):
+            bad: list[RawRow] = ["a string of the row is not UTF-8"]
+            some = bad if part is None else _rows(part.select(fields.names))
+            yield from enumerate(some, start=line)
+            line += len(some)
+
+    def columns(self, rows: RowRange, fields: Fields) -> dict[str, pa.ChunkedArray]:
+        """Return the columns to keep of a range; a row that cannot be read has nulls.
+
+        Raises:
+            InputError: If the version is gone, or cannot be read.
+        """
+        names = fields.kept_names
+        nulls = pa.table({name: pa.nulls(1, self.schema.field(name).type) for name in names})
+        parts = self._parts(rows, names)
+        table = pa.concat_tables([nulls if part is None else part.select(names) for part in parts])
+        return {name: table[name] for name in names}
+
+    def _parts(self, rows: RowRange, names: list[str]) -> list[pa.Table | None]:
         with readable(self.path):
             planned = self._dataset.checkout_version(rows.version)
-            found = list(_lance_rows(planned, fields.names, rows.start, rows.length))
-        yield from enumerate(found, start=rows.first_line)
+            columns = list(dict.fromkeys(names))
+            return list(_lance_parts(planned, columns, rows.start, rows.length))
 
 
-def _lance_rows(
+def _lance_parts(
     dataset: lance.LanceDataset, columns: list[str], start: int, length: int
-) -> Iterator[RawRow]:
-    """Yield the rows of a range.
+) -> Iterator[pa.Table | None]:
+    """Yield the rows of a range; None stands for one with a string that is not UTF-8.
 
-    Lance refuses to read a range with a string that is not UTF-8. Then each half is read alone,
-    down to the row that holds the string.
+    Lance refuses to read a range with such a string. Then each half is read alone.
     """
     try:
-        yield from _rows(dataset.to_table(columns=columns, offset=start, limit=length))
+        yield dataset.to_table(columns=columns, offset=start, limit=length)
     except (OSError, ValueError) as error:
         if not NOT_UTF8.search(str(error)):
             raise
         if length == 1:
-            yield "a string of the row is not UTF-8"
+            yield None
             return
         half = length // 2
-        yield from _lance_rows(dataset, columns, start, half)
-        yield from _lance_rows(dataset, columns, start + half, length - half)
+        yield from _lance_parts(dataset, columns, start, half)
+        yield from _lance_parts(dataset, columns, start + half, length - half)
 
 
 def _rows(table: pa.Table) -> list[RawRow]:
@@ -190,7 +227,7 @@ def _rows(table: pa.Table) -> list[RawRow]:
 
 
 def _decoded(column: pa.ChunkedArray) -> list[Any]:
-    if not _is_string(_value_type(column.type)):
+    if kept_type(column.type) != "string":
         return list(column.to_pylist())
     values = column.cast(pa.large_binary()).to_pylist()
     return [
@@ -201,11 +238,6 @@ def _decoded(column: pa.ChunkedArray) -> list[Any]:
 def _value_type(kind: pa.DataType) -> pa.DataType:
     """Return the type of the values of a column, which may be stored as numbers of a dictionary."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _remedy(kind: pa.DataType, is_id: bool) -> str:

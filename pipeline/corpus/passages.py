@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.metadata import Columns
 
 ID_FIELDS = ("_id", "id", "doc_id", "docid", "docno", "pid")
 TEXT_FIELDS = ("text", "contents", "content", "body", "passage")
@@ -57,16 +58,23 @@ class Fields:
         id: Field of the id.
         text: Field of the text.
         title: Field of the title. None takes `title` from each row that has one.
+        keep: Fields that become metadata columns, and their types.
     """
 
     id: str
     text: str
     title: str | None = None
+    keep: Columns = ()
 
     @property
     def names(self) -> list[str]:
-        """Names of the fields to read."""
+        """Names of the fields that make a passage."""
         return [self.id, self.text, *([self.title] if self.title else [])]
+
+    @property
+    def kept_names(self) -> list[str]:
+        """Names of the fields that become metadata columns."""
+        return [name for name, _ in self.keep]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,8 @@ class FieldOptions:
         format: Format of the files whose names tell none.
         columns: Names of the columns of CSV and TSV files that have no header.
         quoting: Whether cells may be quoted, as RFC 4180 says.
+        keep: Fields that become metadata columns, and their types. None takes the type that a
+            column of the file has, and a string in text files.
     """
 
     id: str | None = None
@@ -88,6 +98,12 @@ class FieldOptions:
     format: str | None = None
     columns: tuple[str, ...] | None = None
     quoting: bool | None = None
+    keep: tuple[tuple[str, str | None], ...] = ()
+
+    @property
+    def keep_as_text(self) -> Columns:
+        """The fields that become metadata columns; their types where the file tells none."""
+        return tuple((name, type or "string") for name, type in self.keep)
 
     def detect(self, names: Iterable[str], path: str) -> Fields:
         """Choose the fields of one file among the names that it has.
@@ -95,8 +111,8 @@ class FieldOptions:
         The guesses are tried as they are spelled, then in any case.
 
         Raises:
-            InputError: If there is no id or text field, if a named field is missing, or if a chosen
-                one is there twice.
+            InputError: If there is no id or text field, if a named field or one to keep is missing,
+                or if a chosen one is there twice.
         """
         present = list(names)
         chosen = self.choose(present)
@@ -113,7 +129,13 @@ class FieldOptions:
                     f"{path} has more than one column {name!r}: rename all but one of them, or "
                     f"name another with --{role}-field"
                 )
-        return Fields(str(chosen["id"]), str(chosen["text"]), chosen["title"])
+        for name, _ in self.keep:
+            if (times := _times(name, present, True)) != 1:
+                raise InputError(
+                    f"{path} has {'no' if times == 0 else 'more than one'} field {name!r} to keep; "
+                    f"it has {shown_names(present)}. Name another with --keep, or mend the file"
+                )
+        return Fields(str(chosen["id"]), str(chosen["text"]), chosen["title"], self.keep_as_text)
 
     def choose(self, present: Collection[str]) -> dict[str, str | None]:
         """Return the field of each role among the names that a file or a row has, or None."""

@@ -36,6 +36,8 @@ def readings(files: Iterable[tuple[str, Fields, Cells | None]]) -> list[str]:
 def _reading(fields: Fields, cells: Cells | None) -> str:
     title = fields.title or ("title where a row has one" if cells is None else "nowhere")
     names = f"id from {fields.id}, text from {fields.text}, title from {title}"
+    if fields.keep:
+        names += ", metadata from " + ", ".join(f"{name} ({type})" for name, type in fields.keep)
     names += " (others: --id-field, --text-field, --title-field)"
     if cells is None:
         return names

@@ -6,19 +6,23 @@ the bytes it was planned from, and reading it later checks them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
+import pyarrow as pa
 import xxhash
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.metadata import Columns
 from pipeline.corpus.cells import Cells
 from pipeline.corpus.columnar import LanceTable, ParquetFile
 from pipeline.corpus.erased import ERASED_REASON, NONE_ERASED, ErasedIds
 from pipeline.corpus.inputs import InputFile, RowRange
-from pipeline.corpus.passages import FieldOptions, Fields, Passage, Reject, to_rows
+from pipeline.corpus.metadata import text_fields, with_metadata
+from pipeline.corpus.passages import FieldOptions, Fields, Passage, RawRow, Reject, to_passage
 from pipeline.corpus.reading import readings
 from pipeline.corpus.text_scan import TextFile
 
@@ -78,6 +82,11 @@ class Plan:
         """Number of planned rows, rejects included."""
         return sum(shard.rows.num_rows for shard in self.shards)
 
+    @property
+    def metadata_columns(self) -> Columns:
+        """The metadata columns that its shards have, and their types."""
+        return self.shards[0].fields.keep
+
     @cached_property
     def hash(self) -> str:
         """Hash of each shard's content, place and reading, but of no path: a corpus may move."""
@@ -115,7 +124,8 @@ def plan_shards(
         storage_options: Options of the object store.
 
     Raises:
-        InputError: If there is no row, a file cannot be read, or there are too many shards.
+        InputError: If there is no row, a file cannot be read, the types of a metadata column differ
+            between files, or there are too many shards.
     """
     if shard_size < 1:
         raise InputError(f"shard size {shard_size} must be at least 1")
@@ -136,6 +146,7 @@ def plan_shards(
             if left > 0:
                 scans.append(scan(file, left))
                 left -= sum(rows.num_rows for rows in scans[-1][1])
+    _check_same_types(list(zip(files, (chosen for chosen, _ in scans), strict=False)))
     shards: list[Shard] = []
     for file, (chosen, ranges) in zip(files, scans, strict=False):  # a limit ends the scans early
         shards += [Shard(len(shards) + i, file, chosen, rows) for i, rows in enumerate(ranges)]
@@ -147,6 +158,39 @@ def plan_shards(
             f"raise --shard-size above {shard_size}"
         )
     return Plan(tuple(shards))
+
+
+def _check_same_types(files: Sequence[tuple[InputFile, Fields]]) -> None:
+    """Refuse files that would give one metadata column several types."""
+    first, expected = files[0]
+    for file, fields in files:
+        for (name, type), (_, other) in zip(expected.keep, fields.keep, strict=True):
+            if type != other:
+                raise InputError(
+                    f"column {name!r} would be kept as {type} from {first.path} and as {other} "
+                    f"from {file.path}: give one type for all, such as --keep {name}:{type}"
+                )
+
+
+class ShardRows(NamedTuple):
+    """What became of the rows of a shard, in input order; ids may repeat.
+
+    Attributes:
+        passages: The rows that can be encoded.
+        rejects: The other rows.
+        metadata: The metadata columns of the passages; None if no field is kept.
+    """
+
+    passages: list[Passage]
+    rejects: list[Reject]
+    metadata: pa.Table | None = None
+
+    def take(self, places: Sequence[int]) -> ShardRows:
+        """Return only the passages at these places, and all rejects."""
+        metadata = self.metadata
+        if metadata is not None:
+            metadata = metadata.take(pa.array(places, pa.int64()))
+        return ShardRows([self.passages[place] for place in places], self.rejects, metadata)
 
 
 class ShardReader:
@@ -165,21 +209,35 @@ class ShardReader:
         self._open: CorpusFile | None = None
         self._file: InputFile | None = None
 
-    def read(self, shard: Shard) -> tuple[list[Passage], list[Reject]]:
-        """Return the usable passages of a shard and its rejects, in input order; ids may repeat.
+    def read(self, shard: Shard) -> ShardRows:
+        """Return the usable passages of a shard, their metadata and its rejects.
 
         Raises:
             InputError: If the file changed since it was planned, or cannot be read.
         """
         if self._open is None or self._file != shard.file:
             self._open, self._file = open_file(shard.file, self._storage_options), shard.file
-        rows = to_rows(self._open.read(shard.rows, shard.fields), shard.fields, shard.path)
-        return self._without_erased(shard, *rows) if self._erased.hashes else rows
+        fields, path, metadata = shard.fields, shard.path, None
+        rows: Iterable[tuple[int, RawRow]] = self._open.read(shard.rows, fields)
+        if fields.keep:
+            rows = list(rows)
+        found = [to_passage(row, fields, path, line) for line, row in rows]
+        if fields.keep:
+            if isinstance(self._open, TextFile):
+                values = text_fields([row for _, row in rows], fields)
+            else:
+                values = self._open.columns(shard.rows, fields)
+            are_cells = shard.rows.cells is not None
+            found, metadata = with_metadata(found, values, fields, path, are_cells=are_cells)
+        passages = [row for row in found if isinstance(row, Passage)]
+        rejects = [row for row in found if isinstance(row, Reject)]
+        return self._without_erased(shard, ShardRows(passages, rejects, metadata))
 
-    def _without_erased(
-        self, shard: Shard, passages: list[Passage], rejects: list[Reject]
-    ) -> tuple[list[Passage], list[Reject]]:
-        found = [passage for passage in passages if passage.id in self._erased]
-        lines = {passage.line for passage in found}
+    def _without_erased(self, shard: Shard, rows: ShardRows) -> ShardRows:
+        if not self._erased.hashes:
+            return rows
+        erased = [passage.id in self._erased for passage in rows.passages]
+        found = [p for p, is_erased in zip(rows.passages, erased, strict=True) if is_erased]
+        kept = rows.take([place for place, is_erased in enumerate(erased) if not is_erased])
         more = [Reject(shard.path, passage.line, ERASED_REASON) for passage in found]
-        return [p for p in passages if p.line not in lines], rejects + more
+        return kept._replace(rejects=rows.rejects + more)

@@ -68,10 +68,13 @@ def _detect_json(path: str, lines: Iterator[bytes], options: FieldOptions) -> Fi
         if chosen["id"] and chosen["text"]:
             usable += 1
             names |= dict.fromkeys(row)
-        if usable >= SAMPLE_RECORDS and (options.title in names or not options.title):
+        seen = options.title in names or not options.title
+        if usable >= SAMPLE_RECORDS and seen and all(name in names for name, _ in options.keep):
             break
     # A file without a single object is no error yet: its rows are rejected, each with its line.
-    return options.detect(names or parsed, path) if parsed else Fields("id", "text")
+    if not parsed:
+        return Fields("id", "text", keep=options.keep_as_text)
+    return options.detect(names or parsed, path)
 
 
 def _detect_cells(
@@ -85,7 +88,7 @@ def _detect_cells(
     without = Cells((), delimiter, _quoting(options, "csv" if delimiter == "," else "none"))
     raw, first = _first_record(path, lines, with_header, without)
     if not first:
-        return Fields("id", "text"), without, b""
+        return Fields("id", "text", keep=options.keep_as_text), without, b""
     named = {options.id, options.text, options.title}
     if options.columns:
         _check_columns(path, first, options)
@@ -100,7 +103,7 @@ def _detect_cells(
         return fields, _with_line_ends(cells, fields, raw), raw
     if options.id or options.text:
         options.detect(first, path)  # raises and says which names there are
-    if delimiter == "\t" and len(first) == 2:
+    if delimiter == "\t" and len(first) == 2 and not options.keep:
         return Fields(*WITHOUT_HEADER), replace(without, columns=WITHOUT_HEADER), b""
     raise InputError(
         f"the first line of {path} is no header with a known name: {shown_names(first)}."
@@ -120,7 +123,8 @@ def _with_line_ends(cells: Cells, fields: Fields, first: bytes) -> Cells:
     quotes. At the end of a text it is nothing; an id or a title would lose it.
     """
     without_cr = first.endswith(b"\n") and not first.endswith(b"\r\n")
-    return replace(cells, no_cr=without_cr and cells.columns[-1] in (fields.id, fields.title))
+    used = (fields.id, fields.title, *fields.kept_names)
+    return replace(cells, no_cr=without_cr and cells.columns[-1] in used)
 
 
 def _first_record(

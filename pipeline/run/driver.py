@@ -26,7 +26,7 @@ from pipeline.run.records import RunTotals
 from pipeline.table.committer import Committer
 from pipeline.table.duplicates import DUPLICATE_POLICIES, repeated_rows
 from pipeline.table.erasures import erased_ids
-from pipeline.table.finish import SealedTable
+from pipeline.table.finish import SealedTable, check_index_columns
 from pipeline.table.ledger import REJECTED, Ledger
 from pipeline.table.preflight import check_writable
 from pipeline.table.publish import publish
@@ -112,6 +112,7 @@ def run(job: EncodeJob, execute: Executor, *, like: TableSpec | None = None) -> 
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
         compute_dtype=job.compute_dtype,
+        metadata_columns=plan.metadata_columns,
     )
     spec = replace(spec, model=model, revision=files.revision)
     return load(job, plan, spec, execute, begun)
@@ -142,7 +143,9 @@ def load(
 
     Raises:
         FencedError, TooManyRejectsError, IncompleteError, MismatchError: As in `run`.
+        InputError: If a column to index is no metadata column.
     """
+    check_index_columns(job.index_columns, spec)
     check_writable(job.table)
     ledger = Ledger.begin(job.table, spec, plan, new_generation=job.new_generation)
     begun(ledger)
@@ -229,7 +232,7 @@ def _finish(job: TableJob, plan: Plan, ledger: Ledger) -> bool:
         if job.on_duplicate == "error":
             _refuse_repeated(plan, ledger)
         ledger.seal(job.on_duplicate)
-    SealedTable(job.table).finish()
+    SealedTable(job.table).finish(index_columns=job.index_columns)
     if ledger.generation == 1 or ledger.is_live():
         publish(job.table)
         return True

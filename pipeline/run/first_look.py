@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from kalm_encoder.errors import InputError, TooManyRejectsError, first_line
-from pipeline.corpus.passages import Fields, Passage, Reject
-from pipeline.corpus.shards import Plan, Shard, ShardReader
+from pipeline.corpus.passages import Fields, Reject
+from pipeline.corpus.shards import Plan, Shard, ShardReader, ShardRows
 from pipeline.run.job import EncodeJob
 from pipeline.table.rejects import RejectStore
 
@@ -36,7 +36,7 @@ def first_look(job: EncodeJob, plan: Plan) -> None:
     found: dict[str, str] = {}  # The place of each id.
     repeated: list[str] = []
     num_rows = 0
-    for shard, passages, rejects in _read(job, some_shards(plan)):
+    for shard, (passages, rejects, _) in _read(job, some_shards(plan)):
         store.write(shard.id, rejects)
         rejected += rejects
         num_rows += shard.rows.num_rows
@@ -108,14 +108,12 @@ def _spread(shards: Sequence[Shard]) -> Sequence[Shard]:
     return shards[:: max(1, -(-len(shards) // SPREAD))]
 
 
-def _read(
-    job: EncodeJob, shards: Sequence[Shard]
-) -> Iterator[tuple[Shard, list[Passage], list[Reject]]]:
+def _read(job: EncodeJob, shards: Sequence[Shard]) -> Iterator[tuple[Shard, ShardRows]]:
     reader = ShardReader(job.storage_options)
     for shard in shards:
         try:
-            passages, rejects = reader.read(shard)
+            rows = reader.read(shard)
         except InputError as error:  # The worker that gets the shard tries again, and reports it.
             logger.warning("cannot look at shard %s yet: %s", shard.id, first_line(error))
         else:
-            yield shard, passages, rejects
+            yield shard, rows

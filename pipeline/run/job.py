@@ -26,6 +26,7 @@ class TableJob:
         on_duplicate: What to do when an id occurs twice: fail ("error"), or keep the "first" or the
             "last" row.
         new_generation: Whether a complete table with other settings or input is begun anew.
+        index_columns: Metadata columns that are indexed.
         storage_options: Options of the store of table and inputs, as Lance names them.
     """
 
@@ -35,6 +36,7 @@ class TableJob:
     commit_every_s: float = 10.0
     on_duplicate: str = "error"
     new_generation: bool = False
+    index_columns: tuple[str, ...] = ()
     storage_options: dict[str, str] | None = field(default=None, repr=False)
 
     @property
@@ -57,7 +59,8 @@ class EncodeJob(TableJob):
             table records, or, for a new table, what suits the device.
         max_length: Number of tokens a passage is cut to.
         keep_text: Whether to store the raw text.
-        fields: What the user said of how files are read: fields, columns, quotes.
+        fields: What the user said of how files are read: fields, columns, quotes, and which fields
+            to keep as metadata columns.
         shard_size: Rows per shard, the unit of work and of commit.
         limit: Number of rows to encode, from the first on. None encodes all.
     """

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 ROWS = "kalm.rows"
 """Number of rows when the table was finished last; `kalm verify` compares it."""
+INDEX_COLUMNS = "kalm.index_columns"
+"""Metadata columns that are indexed, with commas."""
 FRAGMENT_BYTES = 2 << 30
 """Size of a fragment that compaction aims at."""
 FRAGMENT_ROWS = 1 << 20
@@ -33,6 +35,25 @@ DELETE_AT_ONCE = 10_000
 """Most rows that one commit deletes; each is named in its predicate."""
 COMPACT_AT_ONCE = 10_000
 """Most fragments that are compacted together; each takes about 8 kB of memory."""
+
+
+def check_index_columns(columns: Sequence[str], spec: TableSpec) -> None:
+    """Refuse to index what is no metadata column of a table.
+
+    Raises:
+        InputError: If one of the columns is none; the message lists those that are.
+    """
+    names = [name for name, _ in spec.metadata_columns]
+    if lacking := [column for column in columns if column not in names]:
+        raise InputError(
+            f"there is no metadata column {lacking[0]!r} to index; the table keeps "
+            f"{', '.join(names) or 'none (--keep keeps fields of the corpus)'}"
+        )
+
+
+def indexed_columns(metadata: dict[str, str]) -> list[str]:
+    """Return the metadata columns that a table indexes, from the metadata of its schema."""
+    return [name for name in metadata.get(INDEX_COLUMNS, "").split(",") if name]
 
 
 class SealedTable(TableClaim):
@@ -48,15 +69,27 @@ class SealedTable(TableClaim):
         if self.state == LOADING:
             raise self._incomplete()
 
-    def finish(self, *, compact: bool = True) -> None:
+    def finish(self, *, compact: bool = True, index_columns: Sequence[str] = ()) -> None:
         """Bring the table to COMPLETE: drop repeated ids, compact, index.
 
+        Args:
+            compact: Whether small fragments are merged.
+            index_columns: Metadata columns to index, beside those that are indexed already.
+
         Raises:
+            InputError: If the table is complete, and lacks one of these indexes.
             FencedError: If another process claimed the table.
         """
         if self.state == COMPLETE:
+            if lacking := self.without_index(index_columns):
+                raise InputError(
+                    f"{self.location} is complete without an index of {', '.join(lacking)}: "
+                    "`kalm sync` with the same --index-column adds it"
+                )
             return
         self.take_over()
+        if indexed := sorted({*indexed_columns(self.metadata), *index_columns}):
+            self.change({INDEX_COLUMNS: ",".join(indexed)})
         if self.state == SEALED and (keep := self.metadata[ON_DUPLICATE]) != "error":
             self.retry(lambda: self._drop_repeated(keep))
         if compact:
@@ -150,14 +183,26 @@ class SealedTable(TableClaim):
         files = (file for f in self.dataset.get_fragments() for file in f.metadata.files)
         return sum(int(file.file_size_bytes or 0) for file in files)
 
+    def without_index(self, columns: Sequence[str]) -> list[str]:
+        """Return those of the columns that are not indexed, if there are rows to index."""
+        indexed = self._indexed()
+        return [c for c in columns if c not in indexed] if self.dataset.count_rows() else []
+
+    def _indexed(self) -> set[str]:
+        return {name for index in self.dataset.describe_indices() for name in index.field_names}
+
     def _index(self) -> None:
-        """Index ids and text if there are rows; add to the indexes what they do not cover."""
-        columns = {c for index in self.dataset.describe_indices() for c in index.field_names}
+        """Index ids, text and metadata if there are rows; add to the indexes what they lack."""
+        columns = self._indexed()
         if self.dataset.count_rows():
             if "id" not in columns:
                 self.dataset.create_scalar_index("id", "BTREE")
             if self.spec.keep_text and "text" not in columns:
                 self.dataset.create_scalar_index("text", "INVERTED", with_position=False)
+            types = dict(self.spec.metadata_columns)
+            for name in self.without_index(indexed_columns(self.metadata)):
+                is_list = types[name] == "list<string>"
+                self.dataset.create_scalar_index(name, "LABEL_LIST" if is_list else "BTREE")
             if columns:
                 self.dataset.optimize.optimize_indices()
         self.refresh(open_to_write(self.location))

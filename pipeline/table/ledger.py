@@ -32,8 +32,9 @@ PLAN, NUM_SHARDS, NUM_ROWS = "kalm.plan", "kalm.num_shards", "kalm.num_rows"
 EMPTY_SHARDS, GENERATION = "kalm.empty_shards", "kalm.generation"
 ON_DUPLICATE, REJECTED = "kalm.on_duplicate", "kalm.rejected"
 FIXED_SETTINGS = (
-    "fingerprint", "ratios", "store_dtype", "max_length", "keep_text", "template", "compute_dtype"
-)  # fmt: skip
+    *("fingerprint", "ratios", "store_dtype", "max_length", "keep_text", "template"),
+    *("compute_dtype", "metadata_columns"),
+)
 """Fields of the spec in which all shards of a table agree. The model's name may differ."""
 
 

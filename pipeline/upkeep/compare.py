@@ -1,4 +1,4 @@
-"""Compares a corpus with a complete table, by id and text hash. It writes nothing.
+"""Compares a corpus with a complete table, by id, text hash and metadata. It writes nothing.
 
 The corpus is read shard by shard. Row ids are remembered, texts are not.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import lance
 import numpy as np
@@ -17,14 +18,15 @@ from numpy.typing import NDArray
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.ids import ids_in
+from kalm_encoder.table.metadata import CHECKSUM, metadata_checksums
 from pipeline.corpus.erased import NONE_ERASED, ErasedIds
-from pipeline.corpus.passages import Passage, Reject
-from pipeline.corpus.shards import Plan, ShardReader
+from pipeline.corpus.passages import Reject
+from pipeline.corpus.shards import Plan, ShardReader, ShardRows
 from pipeline.run.first_look import id_field_remedy
 from pipeline.table.duplicates import repeated
 
-Corpus = Callable[[], Iterator[tuple[list[Passage], list[Reject]]]]
-"""Reads a corpus from its start and yields the passages and rejects of each shard."""
+Corpus = Callable[[], Iterator[ShardRows]]
+"""Reads a corpus from its start and yields the rows of each shard."""
 
 
 @dataclass
@@ -32,16 +34,18 @@ class Changes:
     """The differences between a corpus and a table.
 
     Attributes:
-        unchanged: Number of passages whose text is the one that the table holds.
+        unchanged: Number of passages whose text and metadata are those that the table holds.
         changed: Number of passages whose text differs from it.
+        metadata_changed: Number of passages with the same text and other metadata.
         new: Number of passages that the table does not hold.
         missing: Stable row ids of the rows whose passage is not in the corpus.
         rejected: Rows of the corpus that cannot be used.
-        digest: Hash over the passages that are changed or new.
+        digest: Hash over the passages that are changed or new, and their metadata.
     """
 
     unchanged: int = 0
     changed: int = 0
+    metadata_changed: int = 0
     new: int = 0
     missing: list[int] = field(default_factory=list)
     rejected: list[Reject] = field(default_factory=list)
@@ -52,6 +56,7 @@ class Changes:
         return {
             "unchanged": self.unchanged,
             "changed": self.changed,
+            "metadata_changed": self.metadata_changed,
             "new": self.new,
             "missing": len(self.missing),
             "rejected": len(self.rejected),
@@ -76,27 +81,28 @@ def corpus_of(
         InputError: If an id is repeated and `on_duplicate` is "error".
     """
 
-    def read() -> Iterator[tuple[list[tuple[int, Passage]], list[Reject]]]:
-        """Yield the passages of each shard with a number that says where in the corpus they are."""
+    def read() -> Iterator[tuple[ShardRows, list[int]]]:
+        """Yield the rows of each shard, with a number per passage for its place in the corpus."""
         reader = ShardReader(options, erased)
         for shard in plan.shards:
-            passages, rejects = reader.read(shard)
-            yield [(shard.number << 40 | p.line, p) for p in passages], rejects
+            rows = reader.read(shard)
+            yield rows, [shard.number << 40 | passage.line for passage in rows.passages]
 
     def scan() -> Iterator[tuple[list[str], NDArray[np.int64]]]:
-        for placed, _ in read():
-            yield [p.id for _, p in placed], np.array([place for place, _ in placed], np.int64)
+        for rows, places in read():
+            yield [p.id for p in rows.passages], np.array(places, np.int64)
 
     keep = "first" if on_duplicate == "error" else on_duplicate
     dropped = {place for some in repeated(scan, plan.num_rows, keep) for place in some.tolist()}
 
-    def corpus() -> Iterator[tuple[list[Passage], list[Reject]]]:
-        for placed, rejects in read():
-            yield [p for place, p in placed if place not in dropped], rejects
+    def corpus() -> Iterator[ShardRows]:
+        for rows, places in read():
+            yield rows.take([i for i, place in enumerate(places) if place not in dropped])
 
     if dropped and on_duplicate == "error":
         remedy = id_field_remedy(s.fields for s in plan.shards)
-        ids = (p.id for placed, _ in read() for place, p in placed if place in dropped)
+        read_again = (zip(rows.passages, places, strict=True) for rows, places in read())
+        ids = (p.id for pairs in read_again for p, place in pairs if place in dropped)
         raise InputError(
             f"{len(dropped)} passages repeat an id of another: "
             f"{', '.join(map(repr, islice(ids, 10)))}. {remedy}; or mend the "
@@ -109,35 +115,72 @@ def compare(dataset: lance.LanceDataset, corpus: Corpus) -> Changes:
     """Count how a corpus differs from a table and find the rows that it lacks."""
     changes, digest = Changes(), xxhash.xxh3_128()
     found = [np.empty(0, np.int64)]
-    for passages, rejects in corpus():
-        differing, num_new, row_ids = _compare_some(dataset, passages)
-        changes.new += num_new
-        changes.changed += len(differing) - num_new
-        changes.unchanged += len(passages) - len(differing)
-        changes.rejected += rejects
-        found.append(row_ids)
-        for passage in differing:
+    for rows in corpus():
+        differ = _differences(dataset, rows)
+        changes.new += differ.num_new
+        changes.changed += len(differ.to_encode) - differ.num_new
+        changes.metadata_changed += len(differ.to_update)
+        changes.unchanged += len(rows.passages) - len(differ.to_encode) - len(differ.to_update)
+        changes.rejected += rows.rejects
+        found.append(differ.row_ids)
+        encoded = rows.take(differ.to_encode)
+        for passage in encoded.passages:
             digest.update(passage.id.encode() + b"\0" + text_hash(passage.text))
+        if encoded.metadata is not None:
+            ids = [passage.id for passage in encoded.passages]
+            digest.update(np.array(metadata_checksums(ids, encoded.metadata), np.uint64).tobytes())
     all_rows = dataset.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
     changes.missing = np.setdiff1d(all_rows, np.concatenate(found)).tolist()
     changes.digest = digest.hexdigest()
     return changes
 
 
-def differing_passages(dataset: lance.LanceDataset, corpus: Corpus) -> Iterator[list[Passage]]:
+def rows_to_encode(dataset: lance.LanceDataset, corpus: Corpus) -> Iterator[ShardRows]:
     """Yield, per shard, the passages that a table does not hold or holds with another text."""
-    for passages, _ in corpus():
-        yield _compare_some(dataset, passages)[0]
+    for rows in corpus():
+        yield rows.take(_differences(dataset, rows).to_encode)
 
 
-def _compare_some(
-    dataset: lance.LanceDataset, passages: list[Passage]
-) -> tuple[list[Passage], int, NDArray[np.int64]]:
-    """Return the passages that differ, how many of them are new, and the row ids of the others."""
-    wanted = ids_in([p.id for p in passages])
-    scanner = dataset.scanner(columns=["id", "text_hash"], filter=wanted, with_row_id=True)
-    rows = scanner.to_table()
-    stored = dict(zip(rows["id"].to_pylist(), rows["text_hash"].to_pylist(), strict=True))
-    differing = [p for p in passages if stored.get(p.id) != text_hash(p.text)]
-    num_new = sum(p.id not in stored for p in passages)
-    return differing, num_new, rows["_rowid"].to_numpy().astype(np.int64)
+def rows_to_update(dataset: lance.LanceDataset, corpus: Corpus) -> Iterator[ShardRows]:
+    """Yield, per shard, the passages of which a table holds the same text and other metadata."""
+    for rows in corpus():
+        yield rows.take(_differences(dataset, rows).to_update)
+
+
+class _Differences(NamedTuple):
+    """How the passages of a shard differ from a table.
+
+    Attributes:
+        to_encode: Places of the passages that are new or have another text.
+        num_new: Number of the new ones.
+        to_update: Places of the passages that have other metadata alone.
+        row_ids: Stable row ids of the passages that the table holds.
+    """
+
+    to_encode: list[int]
+    num_new: int
+    to_update: list[int]
+    row_ids: NDArray[np.int64]
+
+
+def _differences(dataset: lance.LanceDataset, rows: ShardRows) -> _Differences:
+    ids, kept = [passage.id for passage in rows.passages], rows.metadata
+    columns = ["id", "text_hash", *([] if kept is None else [CHECKSUM])]
+    scanner = dataset.scanner(columns=columns, filter=ids_in(ids), with_row_id=True)
+    table = scanner.to_table()
+    places = {id: place for place, id in enumerate(table["id"].to_pylist())}
+    hashes = table["text_hash"].to_pylist()
+    same = [
+        id in places and hashes[places[id]] == text_hash(passage.text)
+        for id, passage in zip(ids, rows.passages, strict=True)
+    ]
+    to_update = []
+    if kept is not None:
+        stored, made = table[CHECKSUM].to_pylist(), metadata_checksums(ids, kept)
+        to_update = [i for i, id in enumerate(ids) if same[i] and stored[places[id]] != made[i]]
+    return _Differences(
+        [i for i, is_same in enumerate(same) if not is_same],
+        sum(id not in places for id in ids),
+        to_update,
+        table["_rowid"].to_numpy().astype(np.int64),
+    )

@@ -43,6 +43,7 @@ def table_facts(table: Location) -> dict[str, Any]:
         "ratios": ",".join(map(str, spec.ratios)),
         "store_dtype": spec.store_dtype,
         "keep_text": spec.keep_text,
+        "metadata_columns": ",".join(map(":".join, spec.metadata_columns)) or "none",
         "dim": spec.dim,
         "max_length": spec.max_length,
         "passages": rows,

@@ -2,7 +2,8 @@
 
 Each passage of the new corpus is compared, by id and text hash, with the row that the table holds.
 Passages that are new or changed are written beside the table, encoded there by an ordinary job that
-can be resumed, and then merged into the table by id. Readers of the live version see the old rows
+can be resumed, and then merged into the table by id. Where the metadata changed alone, the row is
+merged with the states that it has. Readers of the live version see the old rows
 until all of this is done. An interrupted sync is simply run again: the same changes go to the same
 folder, so passages that were encoded are not encoded again.
 """
@@ -11,26 +12,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
+import lance
 import pyarrow as pa
 
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.model import checkpoint
-from pipeline.corpus.passages import FieldOptions, Passage, Reject
-from pipeline.corpus.shards import ShardReader
+from kalm_encoder.table.ids import ids_in
+from kalm_encoder.table.metadata import TYPES, with_checksum
+from kalm_encoder.table.spec import TableSpec
+from pipeline.corpus.passages import FieldOptions
+from pipeline.corpus.shards import Plan, ShardReader, ShardRows
 from pipeline.messages import Executor
 from pipeline.run.driver import Summary, log_readings, run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table.claim import COMPLETE
 from pipeline.table.erasures import erased_ids
-from pipeline.table.finish import SealedTable
+from pipeline.table.finish import SealedTable, check_index_columns
 from pipeline.table.fragments import write_once
 from pipeline.table.publish import publish
 from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import SYNCS
-from pipeline.upkeep.compare import Changes, compare, corpus_of, differing_passages
+from pipeline.upkeep.compare import (
+    Changes,
+    Corpus,
+    compare,
+    corpus_of,
+    rows_to_encode,
+    rows_to_update,
+)
 
-DELTA_SCHEMA = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])
+NO_TITLE = "_no_title"
+"""Column of nulls, of passages whose title is in their text."""
 
 
 def sync(
@@ -60,17 +74,16 @@ def sync(
         FencedError: If another process claimed the table.
     """
     claim = None if dry_run else _claim(job)
-    plan = plan_job(job)
+    dataset = job.table.dataset()
+    plan = _plan(job, dataset)
     log_readings(plan)
     corpus = corpus_of(plan, job.storage_options, on_duplicate, erased_ids(job.table))
-    dataset = job.table.dataset()
     changes = compare(dataset, corpus)
     if claim is None:
         return changes, None
     RejectStore(job.table).write("sync", changes.rejected)
-    delta = differing_passages(dataset, corpus)
     gone = changes.missing if delete_missing else []
-    return changes, _apply(job, execute, claim, changes, delta, gone)
+    return changes, _apply(job, execute, claim, dataset, corpus, changes, gone)
 
 
 def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
@@ -85,20 +98,22 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     """
     claim, store = _claim(job), RejectStore(job.table)
     wanted = {(reject.path, reject.line) for reject in store.read()}
-    shards = [s for s in plan_job(job).shards if any(path == s.path for path, _ in wanted)]
+    dataset = job.table.dataset()
+    plan = _plan(job, dataset)
+    shards = [s for s in plan.shards if any(path == s.path for path, _ in wanted)]
 
-    def corpus() -> Iterator[tuple[list[Passage], list[Reject]]]:
+    def corpus() -> Iterator[ShardRows]:
         reader = ShardReader(job.storage_options, erased_ids(job.table))
         for shard in shards:
-            passages, _ = reader.read(shard)
-            yield [p for p in passages if (shard.path, p.line) in wanted], []
+            rows = reader.read(shard)
+            lines = [(shard.path, passage.line) for passage in rows.passages]
+            yield rows.take([i for i, line in enumerate(lines) if line in wanted])
 
-    retried = {passage.id for passages, _ in corpus() for passage in passages}
+    retried = {passage.id for rows in corpus() for passage in rows.passages}
     if not retried:
         return None
-    dataset = job.table.dataset()
     changes = compare(dataset, corpus)
-    summary = _apply(job, execute, claim, changes, differing_passages(dataset, corpus), [])
+    summary = _apply(job, execute, claim, dataset, corpus, changes, [])
     store.drop(retried - {reject.id for reject in store.read(_rejects_name(changes))})
     return summary
 
@@ -108,8 +123,10 @@ def _claim(job: EncodeJob) -> SealedTable:
 
     Raises:
         MismatchError: If the job's model or dtype is not the table's.
+        InputError: If a column to index is no metadata column.
     """
     claim = SealedTable(job.table)
+    check_index_columns(job.index_columns, claim.spec)
     fingerprint = checkpoint.resolve(job.model, job.revision).fingerprint
     if fingerprint != claim.spec.fingerprint:
         raise MismatchError(
@@ -128,46 +145,77 @@ def _claim(job: EncodeJob) -> SealedTable:
     return claim
 
 
+def _plan(job: EncodeJob, dataset: lance.LanceDataset) -> Plan:
+    """Plan the inputs of a job; they give the metadata columns of its table.
+
+    Raises:
+        MismatchError: If the job keeps other columns.
+    """
+    columns = TableSpec.from_metadata(dataset.schema.metadata, job.uri).metadata_columns
+    plan = plan_job(replace(job, fields=replace(job.fields, keep=job.fields.keep or columns)))
+    if plan.metadata_columns != columns:
+        old, new = (
+            ",".join(map(":".join, kept)) or "nothing" for kept in (columns, plan.metadata_columns)
+        )
+        raise MismatchError(
+            "metadata_columns",
+            f"{job.uri} keeps {old}, this job {new}: give the same --keep, or encode with "
+            "--new-generation",
+        )
+    return plan
+
+
 def _apply(
     job: EncodeJob,
     execute: Executor,
     claim: SealedTable,
+    dataset: lance.LanceDataset,
+    corpus: Corpus,
     changes: Changes,
-    delta: Iterable[list[Passage]],
     gone: list[int],
 ) -> Summary | None:
-    """Encode passages beside the table, merge them in by id, delete rows, and publish.
+    """Encode passages beside the table, merge rows in by id, delete rows, and publish.
 
     Args:
         job: The table and its settings.
         execute: Encodes the passages.
         claim: The table, at the version that the changes were chosen by.
+        dataset: The same version.
+        corpus: What the table is to hold.
         changes: What differs. Its digest names the folder in which the passages are encoded.
-        delta: The passages that are changed or new.
         gone: Stable row ids to delete.
     """
     differ = changes.changed + changes.new > 0
-    if not differ and not gone and claim.state == COMPLETE:
+    is_done = not (differ or changes.metadata_changed or gone)
+    if is_done and claim.state == COMPLETE and not claim.without_index(job.index_columns):
         return None
     folder = job.table / f"{SYNCS}/{changes.digest[:16]}"
     source, encoded = folder / "delta.lance", folder / "encoded.lance"
     summary = None
     if differ:
         # The name holds a hash of the passages, so a delta that exists is complete.
-        write_once(_delta_rows(delta), source, DELTA_SCHEMA)
+        schema = _delta_schema(claim.spec)
+        write_once(_delta_rows(rows_to_encode(dataset, corpus), schema), source, schema)
         staging = replace(
-            job, inputs=(source.uri,), uri=encoded.uri, fields=FieldOptions(), limit=None,
-            new_generation=False, on_duplicate="error",
+            job, inputs=(source.uri,), uri=encoded.uri, fields=_delta_fields(claim.spec),
+            limit=None, new_generation=False, on_duplicate="error", index_columns=(),
         )  # fmt: skip
         computed = claim.spec.compute_dtype or job.compute_dtype
         summary = run(staging, execute, like=replace(claim.spec, compute_dtype=computed))
         RejectStore(job.table).write(_rejects_name(changes), RejectStore(encoded).read())
     claim.begin_change()
-    if differ:
-        staged = encoded.dataset()
-        claim.retry(lambda: claim.upsert(staged.scanner(batch_size=1024).to_reader()))
+
+    def merged() -> Iterator[pa.RecordBatch]:
+        if differ:
+            yield from encoded.dataset().scanner(batch_size=1024).to_batches()
+        if changes.metadata_changed:
+            yield from _updated_rows(dataset, rows_to_update(dataset, corpus))
+
+    if differ or changes.metadata_changed:
+        schema = dataset.schema
+        claim.retry(lambda: claim.upsert(pa.RecordBatchReader.from_batches(schema, merged())))
     claim.retry(lambda: claim.delete(gone))
-    claim.finish(compact=False)
+    claim.finish(compact=False, index_columns=job.index_columns)
     publish(job.table)
     # This also removes what abandoned syncs left. The manifests go first, so that a delta of which
     # only a part is removed is not taken for a table.
@@ -182,7 +230,42 @@ def _rejects_name(changes: Changes) -> str:
     return f"sync-{changes.digest[:12]}"
 
 
-def _delta_rows(delta: Iterable[list[Passage]]) -> Iterator[pa.RecordBatch]:
-    for passages in delta:
-        rows = [{"id": p.id, "text": p.text} for p in passages]
-        yield pa.RecordBatch.from_pylist(rows, schema=DELTA_SCHEMA)
+def _delta_schema(spec: TableSpec) -> pa.Schema:
+    """Return the schema of the passages to encode: id, text and metadata."""
+    fields = [pa.field("id", pa.string()), pa.field("text", pa.string())]
+    if spec.metadata_columns:  # the text has its title already; `title` may be a metadata column
+        fields.append(pa.field(NO_TITLE, pa.string()))
+    return pa.schema(fields + [pa.field(name, TYPES[type]) for name, type in spec.metadata_columns])
+
+
+def _delta_fields(spec: TableSpec) -> FieldOptions:
+    title = NO_TITLE if spec.metadata_columns else None
+    return FieldOptions("id", "text", title, keep=spec.metadata_columns)
+
+
+def _delta_rows(delta: Iterable[ShardRows], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for passages, _, metadata in delta:
+        columns: dict[str, Any] = {
+            "id": [p.id for p in passages],
+            "text": [p.text for p in passages],
+            NO_TITLE: pa.nulls(len(passages), pa.string()),
+        }
+        if metadata is not None:
+            columns |= zip(metadata.column_names, metadata.columns, strict=True)
+        yield from pa.table({name: columns[name] for name in schema.names}, schema).to_batches()
+
+
+def _updated_rows(
+    dataset: lance.LanceDataset, updates: Iterable[ShardRows]
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of passages as the table holds them, with new metadata."""
+    for passages, _, metadata in updates:
+        if not passages or metadata is None:
+            continue
+        places = {passage.id: place for place, passage in enumerate(passages)}
+        rows = dataset.scanner(filter=ids_in(places)).to_table()
+        ids = rows["id"].to_pylist()
+        new = with_checksum(ids, metadata.take(pa.array([places[id] for id in ids], pa.int64())))
+        for name, column in new.items():
+            rows = rows.set_column(rows.schema.get_field_index(name), rows.field(name), column)
+        yield from rows.to_batches()

@@ -15,7 +15,7 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.matryoshka import PackedStates
 from kalm_encoder.table.location import Location, address
 from kalm_encoder.table.reader import PassageTable
-from kalm_encoder.table.rows import build_rows, read_rows
+from kalm_encoder.table.rows import build_rows, read_metadata, read_rows
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
@@ -23,6 +23,7 @@ from pipeline.messages import Outcome, ShardResult, WorkerConfig
 from pipeline.run.driver import Summary, load
 from pipeline.run.job import TableJob
 from pipeline.table.erasures import erasures, write_erasure
+from pipeline.table.finish import indexed_columns
 from pipeline.table.fragments import write_fragment
 
 
@@ -63,7 +64,9 @@ def truncate(
     if address(source) == address(to):
         raise InputError("a table cannot be truncated into itself: give --to another place")
     plan = _plan(table, source, shard_size)
-    job = TableJob(uri=to, storage_options=storage_options)
+    metadata = {k.decode(): v.decode() for k, v in table.dataset.schema.metadata.items()}
+    columns = tuple(indexed_columns(metadata))
+    job = TableJob(uri=to, storage_options=storage_options, index_columns=columns)
 
     def execute(config: WorkerConfig, pending: Sequence[Shard]) -> Generator[Outcome]:
         target = job.table.dataset()
@@ -98,13 +101,17 @@ def _convert(
     stored = old.source_ratio(finest)
     columns = ["id", "text_hash", "num_tokens", "truncated"]
     columns += [f"states_r{stored}", f"checksum_r{stored}", *(["text"] if old.keep_text else [])]
+    columns += old.metadata_names
     rows = table.dataset.to_table(
         columns=columns, offset=shard.rows.start, limit=shard.rows.num_rows
     )
     passages = read_rows(old, rows, finest, uri=table.uri)
     ids, packed = list(passages), PackedStates.of(list(passages.values()))
     texts = rows["text"].to_pylist() if old.keep_text else [""] * len(ids)
-    made = build_rows(new, ids, texts, packed, shard.id, hashes=rows["text_hash"].to_pylist())
+    made = build_rows(
+        new, ids, texts, packed, shard.id,
+        hashes=rows["text_hash"].to_pylist(), metadata=read_metadata(old, rows, uri=table.uri),
+    )  # fmt: skip
     tokens = int(packed.num_tokens.sum())
     return ShardResult(
         shard, write_fragment(made, target), num_rows=len(ids), num_tokens=tokens,

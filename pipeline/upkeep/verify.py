@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.table.checksums import row_checksum, text_hash
 from kalm_encoder.table.location import Location, address
+from kalm_encoder.table.metadata import damaged_metadata
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import verified_rows
 from kalm_encoder.table.spec import TableSpec
@@ -109,7 +110,8 @@ def verify(
         model: Model that encodes the sample; None takes the one that the table records.
         dtype: Dtype in which the sample is encoded and scored; None takes the one that the table
             records, or what suits the device.
-        inputs: Corpus files. The table must hold their passages with the same texts and no others.
+        inputs: Corpus files. The table must hold their passages with the same texts and metadata,
+            and no others.
         fields: How the files are read, as when the table was encoded.
 
     Raises:
@@ -168,6 +170,9 @@ def _bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:
     for id, hash, shard, checksum in zip(*columns, strict=True):
         if checksum != row_checksum(id, hash, shard):
             yield id, "id, text_hash or shard_id does not match its checksum"
+    if spec.metadata_columns:
+        for id in damaged_metadata(rows.select(["id", *spec.metadata_names])):
+            yield id, "metadata do not match their checksum"
     if spec.keep_text:
         for id, hash, text in zip(*columns[:2], rows["text"].to_pylist(), strict=True):
             if hash != text_hash(text):
@@ -200,7 +205,8 @@ def _check_corpus(
     storage_options: dict[str, str] | None,
     fields: FieldOptions,
 ) -> None:
-    """Compare ids and text hashes with a corpus. The first passage of a repeated id counts."""
+    """Compare ids, text hashes and metadata with a corpus; the first of a repeated id counts."""
+    fields = replace(fields, keep=table.spec.metadata_columns)
     files = expand_inputs(inputs, storage_options, fields.format, table=address(report.uri))
     plan = plan_shards(files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options)
     erased = erased_ids(Location(report.uri, storage_options))
@@ -209,6 +215,9 @@ def _check_corpus(
         report.add("corpus", f"{changes.new} passages of the corpus are not in the table")
     if changes.changed:
         report.add("corpus", f"{changes.changed} passages have another text in the corpus")
+    if changes.metadata_changed:
+        count = changes.metadata_changed
+        report.add("corpus", f"{count} passages have other metadata in the corpus")
     if changes.missing:
         report.add("corpus", f"{len(changes.missing)} rows belong to no passage of the corpus")
 

@@ -21,8 +21,8 @@ from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
 from kalm_encoder.table.codecs import FloatCodec
 from kalm_encoder.table.rows import build_rows
-from pipeline.corpus.passages import Passage, Reject
-from pipeline.corpus.shards import Shard, ShardReader
+from pipeline.corpus.passages import Reject
+from pipeline.corpus.shards import Shard, ShardReader, ShardRows
 from pipeline.messages import ShardResult, WorkerConfig
 from pipeline.table.fragments import open_to_write, write_fragment
 from pipeline.workers.device_threads import DeviceThreads, keep_freed_memory
@@ -103,23 +103,24 @@ class ShardEncoder:
             OSError: If the store refused the write.
         """
         times = [time.monotonic()]
-        passages, rejects = self._own.reader.read(shard)
+        rows = self._own.reader.read(shard)
         times.append(time.monotonic())
-        tokens = self.encoder.tokenise([p.text for p in passages])
+        tokens = self.encoder.tokenise([p.text for p in rows.passages])
         times.append(time.monotonic())
         started = self._start(tokens)
-        kept, states, unstorable = self._results(shard, passages, started)
+        kept, states = self._results(shard, rows, started)
         times.append(time.monotonic())
-        fragment = self._write(shard, kept, states) if kept else None
+        fragment = self._write(shard, kept, states) if kept.passages else None
         times.append(time.monotonic())
         num_tokens = sum(len(t.ids) for t in tokens)
-        logger.debug("%d rows, %d tokens in %.2f s", len(kept), num_tokens, times[-1] - times[0])
+        num_rows, took = len(kept.passages), times[-1] - times[0]
+        logger.debug("%d rows, %d tokens in %.2f s", num_rows, num_tokens, took)
         batches = [s for s in started if isinstance(s, BatchInFlight)]
         return ShardResult(
             shard,
             fragment,
-            num_rows=len(kept),
-            rejects=(*rejects, *unstorable),
+            num_rows=num_rows,
+            rejects=tuple(kept.rejects),
             num_tokens=num_tokens,
             padded_tokens=sum(batch.computed for batch in batches),
             num_truncated=sum(t.truncated for t in tokens),
@@ -168,9 +169,9 @@ class ShardEncoder:
         return started
 
     def _results(
-        self, shard: Shard, passages: Sequence[Passage], started: Sequence[BatchInFlight | str]
-    ) -> tuple[list[Passage], list[PackedStates], list[Reject]]:
-        """Wait for the device; set aside passages that it or the store's dtype cannot take."""
+        self, shard: Shard, rows: ShardRows, started: Sequence[BatchInFlight | str]
+    ) -> tuple[ShardRows, list[PackedStates]]:
+        """Wait for the device; reject passages that it or the store's dtype cannot take."""
         unstorable = f"states are not finite in {self.spec.store_dtype}; try float32"
         reasons: list[str | None] = []
         states: list[PackedStates] = []
@@ -181,14 +182,16 @@ class ShardEncoder:
             packed, within = part.result()
             reasons += [None if fits else unstorable for fits in within]
             states.append(packed.select(within, part.ratio))
-        judged = list(zip(passages, reasons, strict=True))
-        kept = [passage for passage, reason in judged if reason is None]
+        judged = zip(rows.passages, reasons, strict=True)
         rejects = [Reject(shard.path, p.line, reason, p.id) for p, reason in judged if reason]
-        return kept, states, rejects
+        kept = rows.take([place for place, reason in enumerate(reasons) if reason is None])
+        return kept._replace(rejects=rows.rejects + rejects), states
 
-    def _write(self, shard: Shard, kept: Sequence[Passage], states: Sequence[PackedStates]) -> str:
-        ids, texts = [p.id for p in kept], [p.text for p in kept]
-        rows = build_rows(self.spec, ids, texts, PackedStates.join(states), shard.id)
+    def _write(self, shard: Shard, kept: ShardRows, states: Sequence[PackedStates]) -> str:
+        passages, _, metadata = kept
+        ids, texts = [p.id for p in passages], [p.text for p in passages]
+        packed = PackedStates.join(states)
+        rows = build_rows(self.spec, ids, texts, packed, shard.id, metadata=metadata)
         return write_fragment(rows, self._dataset)
 
 

@@ -98,7 +98,7 @@ class _Fake:
             if shard.number == self._stop_at:
                 self._ended()
                 raise KeyboardInterrupt
-            passages, _ = reader.read(shard)
+            passages = reader.read(shard).passages
             state = PassageStates(np.zeros((1, config.spec.dim), np.float32), 4, False)
             states = PackedStates.of([state])
             rows = build_rows(

@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from jobs.cli import app
+from pipeline.corpus.passages import FieldOptions
 from tests.conftest import encode_table
 from tests.support.commands import kalm
 from tests.support.serving import serving
@@ -36,10 +37,18 @@ def commands(block):
 def folder(model_dir, tmp_path_factory):
     """A folder as the pages assume it: a corpus, its table, and ids to delete."""
     folder = tmp_path_factory.mktemp("docs")
-    rows = [{"_id": f"d{i}", "title": "t", "text": f"stored state {i}"} for i in range(1, 41)]
+    rows = [
+        {"_id": f"d{i}", "title": "t", "text": f"stored state {i}", "lang": "en", "year": 2000 + i}
+        for i in range(1, 41)
+    ]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "gone.txt").write_text("d40\n")
     encode_table(model_dir, folder / "corpus.jsonl", folder / "passages.lance")
+    kept = FieldOptions(keep=(("lang", "string"), ("year", "int64")))
+    encode_table(
+        model_dir, folder / "corpus.jsonl", folder / "articles.lance", fields=kept,
+        index_columns=("lang",),
+    )  # fmt: skip
     database = lancedb.connect(folder / "lancedb")
     documents = database.create_table(
         "documents", [{"id": row["_id"], "text": row["text"]} for row in rows]

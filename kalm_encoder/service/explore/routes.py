@@ -49,14 +49,14 @@ def add_routes(router: APIRouter, explorer: Explorer, threads: RequestThreads) -
     @router.get("/explore/about")
     async def about() -> dict[str, Any]:
         """Say what there is to choose from."""
-        return await threads.run(explorer.about)
+        return await threads.run(None, explorer.about)
 
     @router.post("/explore/search")
     async def search(request: ExploreRequest) -> dict[str, Any]:
         """Return the first stage, the reranked and the fused list of a query, and their cost."""
-        return await threads.run(explorer.search, request)
+        return await threads.run(None, explorer.search, request)
 
     @router.post("/explore/passage")
     async def passage(request: PassageRequest) -> dict[str, Any]:
         """Return the whole text of one passage."""
-        return await threads.run(explorer.passage, request)
+        return await threads.run(None, explorer.passage, request)

@@ -184,7 +184,7 @@ def test_the_service_is_there_too(client):
 def app(table, *, key=None, page=True):
     """Return a client of the application, nothing loaded."""
     explorer = Explorer(open_tables([str(table)])) if page else None
-    return TestClient(create_app(Settings(str(table), api_key=key), explorer))
+    return TestClient(create_app(Settings(str(table), keys={key: None} if key else {}), explorer))
 
 
 def test_the_page_may_load_nothing_from_elsewhere_and_run_nothing_inline(small_table):

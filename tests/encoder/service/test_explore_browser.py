@@ -315,7 +315,7 @@ def test_what_is_refused_is_said(page):
 @contextlib.contextmanager
 def in_this_process(table, key):
     """The same application, without the start of another process; yields its address."""
-    app = create_app(Settings(str(table), api_key=key), Explorer(open_tables([str(table)])))
+    app = create_app(Settings(str(table), keys={key: None}), Explorer(open_tables([str(table)])))
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)

@@ -1,5 +1,6 @@
 """Requests made up from the OpenAPI schema, valid and not: nothing may break the service."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -10,10 +11,15 @@ from schemathesis.checks import not_a_server_error
 
 from tests.support.serving import serving
 
+KEYS = {"one": "num_tokens > 20", "two": "id LIKE 'p1%' AND truncated = FALSE"}
+
 
 @pytest.fixture(scope="module")
-def url(small_table):
-    with serving(small_table, "--filter-columns", "id,num_tokens") as client:
+def url(small_table, tmp_path_factory):
+    """A service that two keys may ask, each of them for some of the rows."""
+    file = tmp_path_factory.mktemp("fuzz") / "keys.json"
+    file.write_text(json.dumps(KEYS))
+    with serving(small_table, "--filter-columns", "id,num_tokens", "--keys", file) as client:
         yield str(client.base_url).rstrip("/")
 
 
@@ -33,7 +39,10 @@ def test_no_request_is_a_server_error(url, mode):
         @settings(suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case):
-            reply = case.call()
+            key = list(KEYS)[codes.total() % 2]
+            reply = case.call(headers={"Authorization": f"Bearer {key}"})
+            # A negative case may have a wrong key of its own.
+            assert reply.status_code != 401 or mode is GenerationMode.NEGATIVE
             case.validate_response(reply, checks=[not_a_server_error])
             codes[reply.status_code] += 1
 

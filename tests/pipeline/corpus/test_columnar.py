@@ -28,7 +28,7 @@ def read(file, *, shard_size=7, **fields):
     plan = plan_shards(files, shard_size=shard_size, fields=FieldOptions(**fields))
     reader, passages, rejects = ShardReader(), [], []
     for shard in plan.shards:
-        more, bad = reader.read(shard)
+        more, bad, _ = reader.read(shard)
         passages += more
         rejects += bad
     assert len(passages) + len(rejects) == plan.num_rows

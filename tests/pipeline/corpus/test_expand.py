@@ -61,7 +61,7 @@ def passages(*inputs, format=None, shard_size=100):
     plan = plan_shards(files, shard_size=shard_size, fields=FieldOptions(format=format))
     reader, rows = ShardReader(), {}
     for shard in reversed(plan.shards):
-        rows[shard.number], rejects = reader.read(shard)
+        rows[shard.number], rejects, _ = reader.read(shard)
         assert not rejects
     return [p for number in sorted(rows) for p in rows[number]]
 

@@ -27,7 +27,7 @@ def read_all(files, *, shard_size=7, **options):
     reader = ShardReader()
     passages, rejects = [], []
     for shard in plan.shards:
-        more, bad = reader.read(shard)
+        more, bad, _ = reader.read(shard)
         passages += more
         rejects += bad
     return plan, passages, rejects

@@ -27,8 +27,8 @@ def read(tmp_path):
         )
         reader = ShardReader()
         rows = [reader.read(shard) for shard in plan.shards]
-        passages = {p.id: p.text for some, _ in rows for p in some}
-        rejects = {r.line: r.reason for _, some in rows for r in some}
+        passages = {p.id: p.text for some, _, _ in rows for p in some}
+        rejects = {r.line: r.reason for _, some, _ in rows for r in some}
         assert len(passages) + len(rejects) == plan.num_rows
         return passages, rejects
 

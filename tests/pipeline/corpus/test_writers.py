@@ -246,8 +246,8 @@ def read_back(path, options):
     )
     reader = ShardReader()
     read = [reader.read(shard) for shard in plan.shards]
-    passages = [p for some, _ in read for p in some]
-    rejects = [r for _, some in read for r in some]
+    passages = [p for some, _, _ in read for p in some]
+    rejects = [r for _, some, _ in read for r in some]
     assert len(passages) + len(rejects) == plan.num_rows
     return passages, rejects
 

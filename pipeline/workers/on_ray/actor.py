@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray
@@ -18,7 +19,9 @@ from pipeline.corpus.shards import Shard
 from pipeline.messages import Executor, Outcome, ShardResult, WorkerConfig
 from pipeline.workers.on_ray.cluster import RayOptions, connect
 from pipeline.workers.on_ray.dispatcher import Dispatcher
-from pipeline.workers.shard_encoder import ShardEncoder
+
+if TYPE_CHECKING:
+    from pipeline.workers.shard_encoder import ShardEncoder
 
 LAST_LINES_S = 0.5
 """Time for Ray to bring the last log lines of workers to the driver; Ray does not say when."""
@@ -35,6 +38,9 @@ class Worker:
 
     def load(self, config: WorkerConfig) -> None:
         """Load the model and open the table; the model goes on a GPU if Ray gave this actor one."""
+        # torch takes seconds to import: it is left to what loads a model.
+        from pipeline.workers.shard_encoder import ShardEncoder  # noqa: PLC0415
+
         logs.configure_worker(config.logs)
         assigned = ray.get_runtime_context().get_assigned_resources()
         cpus, gpus = int(assigned["CPU"]), assigned.get("GPU", 0.0)

@@ -1,6 +1,7 @@
 """The Ray loop with real actors and real deaths; a stand-in encoder where only the loop matters."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 from ray import cloudpickle
+from ray.cluster_utils import Cluster
 
 from kalm_encoder.errors import InputError, KalmError
 from kalm_encoder.table.location import Location
@@ -63,14 +65,24 @@ class Dying(Worker):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def address():
+    """One cluster for all tests: its start takes seconds."""
+    # As `connect` does for a cluster of its own: Ray would write one into the home folder.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    yield cluster.address
+    cluster.shutdown()
+
+
 def outcomes(worker, monkeypatch, shards, **options):
     monkeypatch.setattr(workers, "Worker", worker)
     options = {"num_workers": 2, "cpus_per_worker": 1, **options}
     return [o for o in on_ray(RayOptions(**options))(CONFIG, shards) if o is not None]
 
 
-def test_bad_shards_are_named_and_all_others_finish(monkeypatch):
-    got = outcomes(Troubled, monkeypatch, make_shards(12), shard_timeout_s=10)
+def test_bad_shards_are_named_and_all_others_finish(monkeypatch, address):
+    got = outcomes(Troubled, monkeypatch, make_shards(12), shard_timeout_s=10, address=address)
     done = sorted(o.shard.number for o in got if isinstance(o, ShardResult))
     failed = {o.shard.number: o for o in got if isinstance(o, ShardFailure)}
     assert done == [0, 1, 2, 4, 6, 8, 9, 10, 11]
@@ -81,19 +93,19 @@ def test_bad_shards_are_named_and_all_others_finish(monkeypatch):
     assert all(f.attempts == 3 for f in failed.values())
 
 
-def test_a_worker_that_cannot_load_ends_the_job_with_its_error(monkeypatch):
+def test_a_worker_that_cannot_load_ends_the_job_with_its_error(monkeypatch, address):
     with pytest.raises(InputError, match="the model is missing"):
-        outcomes(Unloadable, monkeypatch, make_shards(2))
+        outcomes(Unloadable, monkeypatch, make_shards(2), address=address)
 
 
-def test_workers_that_die_at_once_end_the_job(monkeypatch):
+def test_workers_that_die_at_once_end_the_job(monkeypatch, address):
     with pytest.raises(KalmError, match="workers keep dying"):
-        outcomes(Dying, monkeypatch, make_shards(1))
+        outcomes(Dying, monkeypatch, make_shards(1), address=address)
 
 
-def test_an_impossible_request_fails_at_once(monkeypatch):
+def test_an_impossible_request_fails_at_once(monkeypatch, address):
     with pytest.raises(InputError, match="no node can hold a worker of 4096 CPUs"):
-        outcomes(Troubled, monkeypatch, make_shards(1), cpus_per_worker=4096)
+        outcomes(Troubled, monkeypatch, make_shards(1), cpus_per_worker=4096, address=address)
 
 
 DEEP = """

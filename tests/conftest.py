@@ -23,7 +23,7 @@ COMMON = settings(deadline=None, print_blob=True, suppress_health_check=[HealthC
 # `make test` tries the same examples every time: a failure comes from the change that is tested.
 settings.register_profile("quick", COMMON, max_examples=25, derandomize=True)
 # `make test-all` looks for new examples, but not in CI, where a find would block another change.
-settings.register_profile("thorough", COMMON, max_examples=200, derandomize="CI" in os.environ)
+settings.register_profile("thorough", COMMON, max_examples=100, derandomize="CI" in os.environ)
 settings.load_profile("quick")
 
 SCRIPTS = (

@@ -3,6 +3,7 @@
 import json
 import re
 from importlib import import_module
+from pathlib import Path
 from pkgutil import walk_packages
 
 import numpy as np
@@ -15,8 +16,8 @@ from kalm_encoder.model.checkpoint import DEMO_NAME, resolve
 from kalm_encoder.model.encoder import passage_ids
 from pipeline.estimate import flops
 from tests import bench
-from tests.bench import peers
-from tests.bench.data import passages_of, write_corpus
+from tests.bench import data, peers
+from tests.bench.data import write_corpus
 from tests.bench.encode import read_records, run_ours, run_peer, run_process
 from tests.bench.forwards import ms_marco_lengths, plain_states, random_encoder
 from tests.bench.gpu_check import check, kernels
@@ -35,9 +36,13 @@ def test_every_benchmark_can_be_imported(module):
         import_module(module)
 
 
-def test_passages_have_exactly_the_wanted_tokens():
+def test_passages_have_exactly_the_wanted_tokens(monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
+    monkeypatch.setattr(data, "standard_library_docs", lambda: [{"text": page}])
+    data._documentation.cache_clear()
     tokenizer, lengths = resolve(DEMO_NAME).tokenizer(), [12, 40, 128, 1024]
-    texts = passages_of(tokenizer, lengths)
+    texts = data.passages_of(tokenizer, lengths)
+    data._documentation.cache_clear()
     assert [len(ids) for ids in passage_ids(tokenizer, texts)] == lengths
 
 

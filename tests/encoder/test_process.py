@@ -3,8 +3,6 @@
 import copy
 import multiprocessing
 import pickle
-import subprocess
-import sys
 
 import pytest
 
@@ -14,72 +12,24 @@ from kalm_encoder.adapters.lancedb import KaLMReranker
 from kalm_encoder.adapters.langchain import KaLMCompressor
 from kalm_encoder.adapters.llama_index import KaLMNodePostprocessor
 from kalm_encoder.errors import InputError, MissingIdsError
-
-IDS = ["p1", "p2", "p3"]
-FORKING = """
-import multiprocessing
-import sys
-import warnings
-
-from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
-from kalm_encoder.errors import KalmError
-
-warnings.filterwarnings("ignore")
-uri, model = sys.argv[1:]
-
-
-def child(uses):
-    for name, use in uses.items():
-        try:
-            use()
-            print(name, "works", flush=True)
-        except KalmError as error:
-            print(name, error, flush=True)
-
-
-def in_fork(**uses):
-    worker = multiprocessing.get_context("fork").Process(target=child, args=(uses,))
-    worker.start()
-    worker.join()
-    print("exit", worker.exitcode, flush=True)
-
-
-in_fork(first=lambda: Reranker.open(uri).rerank("q", ["p1"]))
-reranker, table = Reranker.open(uri), PassageTable.open(uri)
-decoder, encoder = QueryDecoder(model), PassageEncoder(model)
-prompt = decoder.prompt("q")
-in_fork(
-    reranker=lambda: reranker.rerank("q", ["p1"]),
-    prompted=lambda: reranker.rerank(prompt, ["p1"]),
-    table=lambda: table.take(["p1"]),
-    size=lambda: len(table),
-    search=lambda: table.search("token", 1),
-    decoder=lambda: decoder.score("q", []),
-    encoder=lambda: encoder.encode(["text"]),
-    reopened=lambda: Reranker.open(uri),
-    reopened_table=lambda: PassageTable.open(uri),
-    reloaded=lambda: PassageEncoder(model),
-)
-"""
+from tests.support.commands import FORKS, HANG_S
+from tests.support.forking import IDS, open_and_fork, rank
 
 
 def test_what_was_opened_before_a_fork_says_so_and_what_the_worker_opens_works(
     small_table, model_dir, tmp_path
 ):
-    script = tmp_path / "forking.py"
-    script.write_text(FORKING)
-    command = [sys.executable, script, small_table, model_dir]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    lines = done.stdout.splitlines()
-    assert lines[:2] == ["first works", "exit 0"], done.stderr
-    assert lines[-1] == "exit 0" and len(lines) == 13, done.stdout + done.stderr
+    out = tmp_path / "out"
+    process = FORKS.Process(target=open_and_fork, args=(small_table, model_dir, out))
+    process.start()
+    process.join(HANG_S)
+    assert process.exitcode == 0
+    lines = out.read_text().splitlines()
+    assert lines[:2] == ["first works", "exit 0"]
+    assert lines[-1] == "exit 0" and len(lines) == 13, lines
     for line in lines[2:-1]:
         assert "was forked from process" in line and "the method spawn" in line, line
         assert "or open tables and models in the workers alone" in line
-
-
-def rank(reranker):
-    return reranker.rerank("token state", IDS)
 
 
 def test_spawn_is_a_remedy_and_the_copy_reads_the_same_version(small_table):

@@ -1,7 +1,6 @@
 """The commands as a user runs them, killed as machines kill them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,9 +32,9 @@ def encode_arguments(corpus, table, model_dir, *more):
 
 @pytest.fixture(scope="module")
 def unbroken(corpus, model_dir, tmp_path_factory):
-    """The table of a run that nothing disturbed, as Arrow."""
+    """The table of a run that nothing disturbed, in one process without Ray, as Arrow."""
     table = tmp_path_factory.mktemp("unbroken") / "t.lance"
-    kalm(*encode_arguments(corpus, table, model_dir, *ON_RAY), check=0)
+    kalm(*encode_arguments(corpus, table, model_dir, "--workers", 0), check=0)
     rows = lance.dataset(str(table)).to_table()
     assert rows.num_rows == PASSAGES
     return rows
@@ -76,7 +75,9 @@ def assert_equal_to(table, unbroken):
     assert rows.equals(unbroken)
 
 
-def test_a_killed_driver_is_resumed_to_the_same_table(corpus, model_dir, tmp_path, unbroken):
+def test_a_killed_driver_is_resumed_to_the_same_table_and_a_killed_worker_costs_nothing(
+    corpus, model_dir, tmp_path, unbroken
+):
     table = tmp_path / "t.lance"
     arguments = encode_arguments(corpus, table, model_dir, *ON_RAY)
     process = start(arguments)
@@ -88,23 +89,17 @@ def test_a_killed_driver_is_resumed_to_the_same_table(corpus, model_dir, tmp_pat
     assert kalm("rerank", table, "--query", "q", "--ids", "p1").returncode == 2  # not complete
     _, alive = psutil.wait_procs(orphans, timeout=HANG_S)
     assert orphans and not alive, "workers outlive their driver"
-    again = kalm(*arguments, check=0)
-    encoded = int(again.stdout.split("encoded ")[1].split()[0])
+    again = start(arguments)
+    wait_for_shards(table, done + 3, again)
+    victim, *_ = workers_of(again)
+    victim.send_signal(signal.SIGKILL)
+    stdout, stderr = again.communicate(timeout=HANG_S)
+    assert again.returncode == 0, stdout + stderr
+    assert "a worker died" in stderr
+    encoded = int(stdout.split("encoded ")[1].split()[0])
     assert 0 < encoded < PASSAGES // SHARD_SIZE
     assert_equal_to(table, unbroken)
     assert "already complete" in kalm(*arguments, check=0).stdout
-
-
-def test_a_killed_worker_costs_nothing(corpus, model_dir, tmp_path, unbroken):
-    table = tmp_path / "t.lance"
-    process = start(encode_arguments(corpus, table, model_dir, *ON_RAY))
-    wait_for_shards(table, 3, process)
-    victim, *_ = workers_of(process)
-    victim.send_signal(signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=HANG_S)
-    assert process.returncode == 0, stdout + stderr
-    assert "a worker died" in stderr
-    assert_equal_to(table, unbroken)
 
 
 def test_sigterm_commits_what_is_there(corpus, model_dir, tmp_path, unbroken):
@@ -119,24 +114,6 @@ def test_sigterm_commits_what_is_there(corpus, model_dir, tmp_path, unbroken):
     kalm(*arguments, check=0)
     rows = lance.dataset(str(table), version="live").to_table(columns=["id", "num_tokens"])
     assert rows.equals(unbroken.select(["id", "num_tokens"]))
-
-
-def test_a_users_own_pipeline_folder_does_not_shadow_ours(model_dir, tmp_path):
-    """Ray puts the working directory first on its workers' path."""
-    for package in ("pipeline", "kalm_encoder"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('the wrong package')")
-    write_corpus(tmp_path / "c.jsonl", make_texts(20))
-    # The installed `kalm` script, unlike `python -m`, does not put the folder on the path itself.
-    script = "import sys; sys.path.remove(''); from jobs.cli import main; main()"
-    arguments = ["encode", "c.jsonl", "--to", "t.lance", "--model", str(model_dir)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(PassageTable.open(str(tmp_path / "t.lance"))) == 20
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,14 @@
 import contextvars
 import json
 import logging
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from kalm_encoder import PassageTable
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.table.location import Location
 from pipeline import logs
@@ -54,14 +56,24 @@ def test_every_line_of_a_command_is_json_with_its_run(corpus, model_dir, tmp_pat
     assert sorted(shard[:6] for shard in shards) == [f"{i:06d}" for i in range(6)]
 
 
-def test_lines_of_ray_workers_come_in_the_same_form(corpus, model_dir, tmp_path):
+def test_lines_of_ray_workers_come_in_the_same_form_and_no_users_folder_shadows_ours(
+    corpus, model_dir, tmp_path
+):
+    """Ray puts the working directory first on its workers' path."""
+    for package in ("pipeline", "kalm_encoder"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('the wrong package')")
     table = tmp_path / "t.lance"
+    # The installed `kalm` script, unlike `python -m`, does not put the folder on the path itself.
+    script = "import sys; sys.path.remove(''); from jobs.cli import main; main()"
     command = arguments(corpus, table, model_dir, "--workers", 2, "--cpus-per-worker", 1)
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", "--debug", "--log-format", "json", *map(str, command)],
-        capture_output=True, text=True, timeout=HANG_S,
+        [sys.executable, "-c", script, "--debug", "--log-format", "json", *map(str, command)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(PassageTable.open(str(table))) == 60
     lines = check_lines(done.stderr, table)
     workers = {record.worker for record in read_records(Location(str(table)))}
     of_workers = [line for line in lines if "worker" in line]

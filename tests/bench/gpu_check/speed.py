@@ -58,10 +58,11 @@ def measure_encoder(setting: Setting) -> list[str]:
             encoder = PassageEncoder(in_memory(model, setting.tokenizer))
             loaded = time.perf_counter() - began
             encoder._forward = PackedForward(model, fuse=fuse)
-            total = (2 if size == "Large" else 4) * encoder.token_budget
+            repeats = 1 if setting.toy else 2 if size == "Large" else 4
+            total = repeats * encoder.token_budget
             kinds = {"128": [128] * (total // 128), "marco": ms_marco_lengths(total // 80)}
             for kind, lengths in kinds.items():
-                line, speed = _encoder_line(encoder, lengths, 2 if size == "Large" else 4, fuse)
+                line, speed = _encoder_line(encoder, lengths, repeats, fuse)
                 attend = getattr(encoder._forward._attend, "__name__", "?")
                 say(
                     f"encoder {size:5} {'fused' if fuse else 'plain'} {kind:5} budget "

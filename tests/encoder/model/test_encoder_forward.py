@@ -157,7 +157,9 @@ def test_products_are_those_of_torch(h, n, m, k):
     torch.testing.assert_close(products(x, weight), want, atol=1e-4, rtol=1e-5)
 
 
-def test_two_small_graphs_do_for_all_layers_and_lengths(model_dir, plain):
+def test_two_small_graphs_do_for_all_layers_and_lengths(model_dir, plain, monkeypatch):
+    # A pool of compilers would start interpreters that import torch, for two graphs.
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     torch._dynamo.reset()
     parts.cache_clear()
     counters.clear()

@@ -282,25 +282,8 @@ def check(writer, path, order, rows):
     return len(read)
 
 
-def property_of(writer, path, max_examples):
-    @settings(
-        max_examples=max_examples,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
-    @given(st.permutations(NAMES).map(tuple), ROWS)
-    def holds(order, rows):
-        check(writer, path, order, rows)
-
-    holds()
-
-
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_a_writer_wrote_is_read_exactly_or_named(tmp_path, name):
-    property_of(WRITERS[name], tmp_path / WRITERS[name].name, 30)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WRITERS)
-def test_much_of_what_a_writer_wrote_is_read_exactly_or_named(tmp_path, name):
-    property_of(WRITERS[name], tmp_path / WRITERS[name].name, 300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(order=st.permutations(NAMES).map(tuple), rows=ROWS)
+def test_what_a_writer_wrote_is_read_exactly_or_named(tmp_path, name, order, rows):
+    check(WRITERS[name], tmp_path / WRITERS[name].name, order, rows)

@@ -9,6 +9,7 @@ import typer
 
 from jobs import options
 from jobs.encode import print_summary
+from kalm_encoder.errors import InputError
 
 
 def sync(
@@ -29,6 +30,21 @@ def sync(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the counts and change nothing.")
     ] = False,
+    is_feed: Annotated[
+        bool,
+        typer.Option(
+            "--changes",
+            help="The inputs are a feed of changes, as JSON lines in which `op` is upsert or "
+            "delete; the last record of an id counts. What was applied before is skipped.",
+        ),
+    ] = False,
+    since: Annotated[
+        int | None,
+        typer.Option(
+            help="Version of the Lance table given as input that was synced last: only what "
+            "changed in it since is compared, and what was deleted there is deleted."
+        ),
+    ] = None,
     on_duplicate: options.OnDuplicate = "error",
     dtype: options.Dtype = "auto",
     workers: options.Workers = None,
@@ -55,6 +71,8 @@ def sync(
     from pipeline.run.job import EncodeJob
     from pipeline.upkeep.sync import sync as bring_up_to_date
 
+    if is_feed and (delete_missing or since is not None):
+        raise InputError("--changes says what is deleted: leave --delete-missing and --since out")
     table = options.location(to, storage_option)
     spec = TableSpec.from_metadata(table.dataset().schema.metadata, to)
     job = EncodeJob(
@@ -73,16 +91,25 @@ def sync(
         storage_options=table.options,
     )
     changes, summary = bring_up_to_date(
-        job, execute, delete_missing=delete_missing, on_duplicate=on_duplicate, dry_run=dry_run
+        job,
+        execute,
+        delete_missing=delete_missing,
+        on_duplicate=on_duplicate,
+        dry_run=dry_run,
+        is_feed=is_feed,
+        since=since,
     )
+    counts = changes.counts()
+    if is_feed:
+        counts["deleted"] = counts.pop("missing")
     if as_json:
-        print(json.dumps(changes.counts()))
+        print(json.dumps(counts))
         return
-    counts = changes.counts().items()
-    print(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts))
+    print(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
     if dry_run:
         print("dry run: nothing was written")
         return
     if summary:
         print_summary(summary, what=f"changes of {to}")
-    print(f"{to} is up to date" + ("" if delete_missing else "; missing passages were kept"))
+    kept = "" if delete_missing or is_feed else "; missing passages were kept"
+    print(f"{to} is up to date{kept}")

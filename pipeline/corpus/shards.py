@@ -209,24 +209,32 @@ class ShardReader:
         self._open: CorpusFile | None = None
         self._file: InputFile | None = None
 
+    def raw(self, shard: Shard) -> Iterable[tuple[int, RawRow]]:
+        """Return the rows of a shard as they are in its file, each with its line."""
+        return self._opened(shard).read(shard.rows, shard.fields)
+
+    def _opened(self, shard: Shard) -> CorpusFile:
+        if self._open is None or self._file != shard.file:
+            self._open, self._file = open_file(shard.file, self._storage_options), shard.file
+        return self._open
+
     def read(self, shard: Shard) -> ShardRows:
         """Return the usable passages of a shard, their metadata and its rejects.
 
         Raises:
             InputError: If the file changed since it was planned, or cannot be read.
         """
-        if self._open is None or self._file != shard.file:
-            self._open, self._file = open_file(shard.file, self._storage_options), shard.file
         fields, path, metadata = shard.fields, shard.path, None
-        rows: Iterable[tuple[int, RawRow]] = self._open.read(shard.rows, fields)
+        rows = self.raw(shard)
         if fields.keep:
             rows = list(rows)
         found = [to_passage(row, fields, path, line) for line, row in rows]
         if fields.keep:
-            if isinstance(self._open, TextFile):
+            file = self._opened(shard)
+            if isinstance(file, TextFile):
                 values = text_fields([row for _, row in rows], fields)
             else:
-                values = self._open.columns(shard.rows, fields)
+                values = file.columns(shard.rows, fields)
             are_cells = shard.rows.cells is not None
             found, metadata = with_metadata(found, values, fields, path, are_cells=are_cells)
         passages = [row for row in found if isinstance(row, Passage)]

@@ -69,12 +69,19 @@ class SealedTable(TableClaim):
         if self.state == LOADING:
             raise self._incomplete()
 
-    def finish(self, *, compact: bool = True, index_columns: Sequence[str] = ()) -> None:
+    def finish(
+        self,
+        *,
+        compact: bool = True,
+        index_columns: Sequence[str] = (),
+        record: dict[str, str] | None = None,
+    ) -> None:
         """Bring the table to COMPLETE: drop repeated ids, compact, index.
 
         Args:
             compact: Whether small fragments are merged.
             index_columns: Metadata columns to index, beside those that are indexed already.
+            record: Schema metadata to write in the same commit that makes it complete.
 
         Raises:
             InputError: If the table is complete, and lacks one of these indexes.
@@ -95,7 +102,8 @@ class SealedTable(TableClaim):
         if compact:
             self.retry(self._compact)
         self.retry(self._index)
-        self.change({STATE: COMPLETE, ROWS: str(self.dataset.count_rows())})
+        rows = str(self.dataset.count_rows())
+        self.change({**(record or {}), STATE: COMPLETE, ROWS: rows})
 
     def begin_change(self, *, rows: bool = True) -> None:
         """Claim the table to change it, or to finish a change that was interrupted.

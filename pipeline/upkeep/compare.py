@@ -5,7 +5,7 @@ The corpus is read shard by shard. Row ids are remembered, texts are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -111,8 +111,16 @@ def corpus_of(
     return corpus
 
 
-def compare(dataset: lance.LanceDataset, corpus: Corpus) -> Changes:
-    """Count how a corpus differs from a table and find the rows that it lacks."""
+def compare(
+    dataset: lance.LanceDataset, corpus: Corpus, gone: Sequence[int] | None = None
+) -> Changes:
+    """Count how a corpus differs from a table and find the rows that it lacks.
+
+    Args:
+        dataset: The table.
+        corpus: The corpus, or what changed in it.
+        gone: Stable row ids of the rows it lacks, if that is known. None looks for them.
+    """
     changes, digest = Changes(), xxhash.xxh3_128()
     found = [np.empty(0, np.int64)]
     for rows in corpus():
@@ -129,8 +137,10 @@ def compare(dataset: lance.LanceDataset, corpus: Corpus) -> Changes:
         if encoded.metadata is not None:
             ids = [passage.id for passage in encoded.passages]
             digest.update(np.array(metadata_checksums(ids, encoded.metadata), np.uint64).tobytes())
-    all_rows = dataset.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
-    changes.missing = np.setdiff1d(all_rows, np.concatenate(found)).tolist()
+    if gone is None:
+        all_rows = dataset.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
+        gone = np.setdiff1d(all_rows, np.concatenate(found)).tolist()
+    changes.missing = list(gone)
     changes.digest = digest.hexdigest()
     return changes
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lance
@@ -34,6 +35,7 @@ from pipeline.table.fragments import write_once
 from pipeline.table.publish import publish
 from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import SYNCS
+from pipeline.upkeep.changes import changed_since, read_feed, source_record
 from pipeline.upkeep.compare import (
     Changes,
     Corpus,
@@ -42,6 +44,7 @@ from pipeline.upkeep.compare import (
     rows_to_encode,
     rows_to_update,
 )
+from pipeline.upkeep.delete import row_ids_of
 
 NO_TITLE = "_no_title"
 """Column of nulls, of passages whose title is in their text."""
@@ -54,6 +57,8 @@ def sync(
     delete_missing: bool = False,
     on_duplicate: str = "error",
     dry_run: bool = False,
+    is_feed: bool = False,
+    since: int | None = None,
 ) -> tuple[Changes, Summary | None]:
     """Make the table of a job hold what the job's inputs hold.
 
@@ -64,6 +69,9 @@ def sync(
             stay.
         on_duplicate: Which passage of a repeated id counts: "first", "last", or "error".
         dry_run: Only compare.
+        is_feed: Whether the inputs are a feed of changes and not a corpus; see changes.py.
+        since: Version of the source table that was synced last, if the input is a Lance table: then
+            only what changed in it since is compared, and what was deleted there is deleted.
 
     Returns:
         The changes, and what encoding them did, which is None if nothing had to be encoded.
@@ -77,13 +85,27 @@ def sync(
     dataset = job.table.dataset()
     plan = _plan(job, dataset)
     log_readings(plan)
-    corpus = corpus_of(plan, job.storage_options, on_duplicate, erased_ids(job.table))
-    changes = compare(dataset, corpus)
+    metadata = {k.decode(): v.decode() for k, v in dataset.schema.metadata.items()}
+    erased, feed = erased_ids(job.table), None
+    if is_feed:
+        feed = read_feed(plan, metadata, job.storage_options)
+    elif since is not None:
+        feed = changed_since(plan, since, metadata, job.storage_options)
+    if feed is None:
+        corpus = corpus_of(plan, job.storage_options, on_duplicate, erased)
+        changes = compare(dataset, corpus)
+        record = source_record(plan) or {}
+    else:
+        corpus = partial(feed.corpus, plan, ShardReader(job.storage_options, erased))
+        gone = row_ids_of(dataset, feed.deleted)
+        changes = compare(dataset, corpus, list(gone.values()))
+        changes.rejected += feed.rejects
+        record = feed.record
     if claim is None:
         return changes, None
     RejectStore(job.table).write("sync", changes.rejected)
-    gone = changes.missing if delete_missing else []
-    return changes, _apply(job, execute, claim, dataset, corpus, changes, gone)
+    rows = changes.missing if delete_missing or feed else []
+    return changes, _apply(job, execute, claim, dataset, corpus, changes, rows, record)
 
 
 def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
@@ -173,6 +195,7 @@ def _apply(
     corpus: Corpus,
     changes: Changes,
     gone: list[int],
+    record: dict[str, str] | None = None,
 ) -> Summary | None:
     """Encode passages beside the table, merge rows in by id, delete rows, and publish.
 
@@ -184,9 +207,12 @@ def _apply(
         corpus: What the table is to hold.
         changes: What differs. Its digest names the folder in which the passages are encoded.
         gone: Stable row ids to delete.
+        record: Schema metadata by which the table remembers what was applied.
     """
+    record = record or {}
     differ = changes.changed + changes.new > 0
     is_done = not (differ or changes.metadata_changed or gone)
+    is_done = is_done and claim.metadata.items() >= record.items()
     if is_done and claim.state == COMPLETE and not claim.without_index(job.index_columns):
         return None
     folder = job.table / f"{SYNCS}/{changes.digest[:16]}"
@@ -215,7 +241,7 @@ def _apply(
         schema = dataset.schema
         claim.retry(lambda: claim.upsert(pa.RecordBatchReader.from_batches(schema, merged())))
     claim.retry(lambda: claim.delete(gone))
-    claim.finish(compact=False, index_columns=job.index_columns)
+    claim.finish(compact=False, index_columns=job.index_columns, record=record)
     publish(job.table)
     # This also removes what abandoned syncs left. The manifests go first, so that a delta of which
     # only a part is removed is not taken for a table.

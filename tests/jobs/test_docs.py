@@ -35,7 +35,7 @@ def commands(block):
 
 @pytest.fixture(scope="module")
 def folder(model_dir, tmp_path_factory):
-    """A folder as the pages assume it: a corpus, its table, and ids to delete."""
+    """A folder as the pages assume it: a corpus, a feed, tables, and ids to delete."""
     folder = tmp_path_factory.mktemp("docs")
     rows = [
         {"_id": f"d{i}", "title": "t", "text": f"stored state {i}", "lang": "en", "year": 2000 + i}
@@ -43,6 +43,8 @@ def folder(model_dir, tmp_path_factory):
     ]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "gone.txt").write_text("d40\n")
+    feed = [{"op": "delete", "_id": "d41"}, {"op": "upsert", **rows[0]}]
+    (folder / "feed.jsonl").write_text("".join(json.dumps(record) + "\n" for record in feed))
     encode_table(model_dir, folder / "corpus.jsonl", folder / "passages.lance")
     kept = FieldOptions(keep=(("lang", "string"), ("year", "int64")))
     encode_table(

@@ -1,0 +1,193 @@
+"""Changes of a corpus instead of the whole of it: a feed of records, or two versions of a table.
+
+A feed is JSON lines in which `op` is upsert or delete; the last record of an id counts. The table
+remembers how far it has applied which feeds, as lengths and hashes of what it read. A feed that
+begins with one of these is applied from there on, and one that is no longer has nothing new. Any
+other is compared from its start, which costs time and gives the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import lance
+import numpy as np
+import xxhash
+
+from kalm_encoder.errors import InputError
+from pipeline.corpus.access import open_text
+from pipeline.corpus.passages import Reject
+from pipeline.corpus.shards import Plan, Shard, ShardReader, ShardRows
+
+logger = logging.getLogger(__name__)
+
+FEEDS, SOURCE = "kalm.feeds", "kalm.source"
+"""Metadata keys: [length, hash] of each feed that was applied, and [address, version] of a source
+table that was synced."""
+REMEMBERED = 1000
+"""Most feeds that a table remembers."""
+UPSERT, DELETE = "upsert", "delete"
+CHUNK_BYTES = 1 << 20
+
+Wanted = Callable[[Shard, int, str], bool]
+"""Whether the row of a shard at a line, with an id, is to be compared."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What changed in a corpus.
+
+    Attributes:
+        wanted: Tells of a row (shard, line, id) whether it counts.
+        deleted: Ids of the passages that are gone.
+        record: Schema metadata by which the table remembers that this was applied.
+        rejects: Records that are no change.
+        is_old: Whether the table has all of it already.
+    """
+
+    wanted: Wanted
+    deleted: list[str]
+    record: dict[str, str]
+    rejects: list[Reject] = field(default_factory=list)
+    is_old: bool = False
+
+    def corpus(self, plan: Plan, reader: ShardReader) -> Iterator[ShardRows]:
+        """Read the rows that count, shard by shard."""
+        for shard in plan.shards:
+            rows = reader.read(shard)
+            places = [
+                place
+                for place, passage in enumerate(rows.passages)
+                if self.wanted(shard, passage.line, passage.id)
+            ]
+            rejects = [r for r in rows.rejects if self.wanted(shard, r.line, r.id or "")]
+            yield rows.take(places)._replace(rejects=rejects)
+
+
+def read_feed(plan: Plan, metadata: dict[str, str], options: dict[str, str] | None) -> Feed:
+    """Read what the records of a feed do.
+
+    Args:
+        plan: Shards of its files, in their order.
+        metadata: Schema metadata of the table.
+        options: Storage options of the files.
+
+    Raises:
+        InputError: If a file holds no JSON lines.
+    """
+    paths = list(dict.fromkeys(shard.path for shard in plan.shards))
+    if other := [s.path for s in plan.shards if s.file.format != "jsonl"]:
+        raise InputError(f"{other[0]} holds no JSON lines, in which --changes expects its records")
+    applied = json.loads(metadata.get(FEEDS, "[]"))
+    known, whole, lines = _known_part(paths, applied, options)
+    if applied and not known:
+        logger.warning("the changes do not continue what was applied: all of them are compared")
+    record = {FEEDS: json.dumps([*(f for f in applied if f != whole), whole][-REMEMBERED:])}
+    if whole in applied:
+        return Feed(lambda *_: False, [], {FEEDS: metadata[FEEDS]}, is_old=True)
+    reader = ShardReader(options)
+    last: dict[str, tuple[str, int, int]] = {}
+    rejects = []
+    for shard in plan.shards:
+        for line, row in reader.raw(shard):
+            if line <= lines.get(shard.path, 0) or not isinstance(row, dict):
+                continue
+            op, id = row.get("op"), row.get(shard.fields.id)
+            if op not in (UPSERT, DELETE):
+                reason = f"field 'op' holds {str(op)[:40]!r}, neither {UPSERT} nor {DELETE}"
+                named = id if isinstance(id, str) else None
+                rejects.append(Reject(shard.path, line, reason, named))
+            elif isinstance(id, str | int) and not isinstance(id, bool):
+                last[str(id)] = (op, shard.number, line)
+
+    def wanted(shard: Shard, line: int, id: str) -> bool:
+        # A record that cannot be read has no id: it is a reject wherever it is new.
+        is_new = line > lines.get(shard.path, 0)
+        return is_new and (not id or last.get(id) == (UPSERT, shard.number, line))
+
+    deleted = [id for id, (op, _, _) in last.items() if op == DELETE]
+    return Feed(wanted, deleted, record, rejects)
+
+
+def _known_part(
+    paths: Sequence[str], applied: Sequence[list[object]], options: dict[str, str] | None
+) -> tuple[int, list[object], dict[str, int]]:
+    """Find out how much of a feed the table has applied.
+
+    Returns:
+        The bytes of the known part; length and hash of the whole feed; and, per file, the number of
+        its lines that end in the known part.
+    """
+    ends = sorted({int(str(length)) for length, _ in applied})
+    digest, length = xxhash.xxh3_128(), 0
+    known, lines, known_lines = 0, dict.fromkeys(paths, 0), {}
+    for path in paths:
+        with open_text(path, options) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                cuts = [end - length for end in ends if length < end <= length + len(chunk)]
+                begin = 0
+                for cut in [*cuts, len(chunk)]:
+                    digest.update(chunk[begin:cut])
+                    lines[path] += chunk.count(b"\n", begin, cut)
+                    begin = cut
+                    if [length + cut, digest.hexdigest()] in applied:
+                        known, known_lines = length + cut, dict(lines)
+                length += len(chunk)
+    return known, [length, digest.hexdigest()], known_lines
+
+
+def changed_since(
+    plan: Plan, version: int, metadata: dict[str, str], options: dict[str, str] | None
+) -> Feed | None:
+    """Find what changed in a source table since one of its versions.
+
+    Args:
+        plan: Shards of the source.
+        version: The version that was synced last.
+        metadata: Schema metadata of the table.
+        options: Storage options of the source.
+
+    Returns:
+        None if the table was not synced from this version of this source, or the source does not
+        keep track of its rows: then all of it has to be compared. The log says so.
+
+    Raises:
+        InputError: If the source is not one Lance table.
+    """
+    record = source_record(plan)
+    if record is None:
+        raise InputError("--since compares two versions of a source: give one Lance table")
+    path, now = plan.shards[0].path, plan.shards[0].rows.version
+    source = lance.dataset(path, version=now, storage_options=options)
+    why = None
+    if json.loads(metadata.get(SOURCE, "null")) != [path, version]:
+        why = f"the table was not synced from version {version} of {path}"
+    elif not source.has_stable_row_ids:
+        why = f"{path} has no stable row ids, so that it does not tell which rows changed"
+    elif version not in {v["version"] for v in source.versions()}:
+        why = f"{path} has no version {version} any more"
+    if why:
+        logger.warning("%s: all rows are compared", why)
+        return None
+    updated = "_row_last_updated_at_version"
+    changed = source.scanner(columns=[updated]).to_table()[updated].to_numpy() > version
+    before = source.checkout_version(version)
+    old, new = (
+        d.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
+        for d in (before, source)
+    )
+    gone = np.setdiff1d(old, new)
+    column = plan.shards[0].fields.id
+    ids = before._take_rows(gone.tolist(), columns=[column])[column].to_pylist()
+    return Feed(lambda _, line, __: bool(changed[line - 1]), list(map(str, ids)), record)
+
+
+def source_record(plan: Plan) -> dict[str, str] | None:
+    """Return by what the table remembers its source; None if that is not one Lance table."""
+    sources = {(shard.path, shard.rows.version) for shard in plan.shards}
+    if len(sources) != 1 or plan.shards[0].file.format != "lance":
+        return None
+    return {SOURCE: json.dumps(list(sources.pop()))}

@@ -1,0 +1,165 @@
+"""A table that follows a feed, or the versions of a source, equals one that is synced in full."""
+
+import json
+import random
+import re
+from dataclasses import replace
+
+import lance
+import pyarrow as pa
+import pytest
+
+from kalm_encoder.errors import InputError
+from pipeline.run.driver import run
+from pipeline.run.job import EncodeJob
+from pipeline.table.claim import TableClaim
+from pipeline.table.rejects import RejectStore
+from pipeline.upkeep.sync import sync
+from pipeline.upkeep.verify import verify
+from pipeline.workers.local import encode_inline
+from tests.conftest import write_corpus
+
+START = {f"p{i}": f"text {i}" for i in range(12)}
+
+
+@pytest.fixture
+def job(model_dir, tmp_path):
+    corpus = write_corpus(tmp_path / "c.jsonl", list(START.values()))
+    uri = str(tmp_path / "t.lance")
+    job = EncodeJob(inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=6)
+    run(job, encode_inline)
+    return job
+
+
+def held(job):
+    rows = lance.dataset(job.uri, version="live").to_table(columns=["id", "text"])
+    return dict(zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True))
+
+
+def upsert(id, text):
+    return {"op": "upsert", "_id": id, "text": text}
+
+
+def write_feed(file, records):
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return (str(file),)
+
+
+def encoded(summary):
+    return summary.num_rows if summary else 0
+
+
+def test_random_changes_and_replays_equal_the_corpus(job, tmp_path):
+    draw, corpus, records = random.Random(4), dict(START), []
+    feeds = []
+    for step in range(4):
+        for number in range(6):
+            id = f"p{draw.randrange(16)}"
+            if draw.random() < 0.3:
+                records.append({"op": "delete", "_id": id})
+                corpus.pop(id, None)
+            else:
+                corpus[id] = f"text {step}.{number}"
+                records.append(upsert(id, corpus[id]))
+        feeds.append(write_feed(tmp_path / f"feed{step}.jsonl", records))
+        follow = replace(job, inputs=feeds[-1])
+        sync(follow, encode_inline, is_feed=True)
+        assert held(job) == corpus
+        for old in feeds:  # replays, of which all but the last are behind the table
+            changes, summary = sync(replace(job, inputs=old), encode_inline, is_feed=True)
+            assert summary is None
+            assert (changes.changed, changes.new, changes.missing) == (0, 0, [])
+    assert held(job) == corpus
+    whole = write_corpus(tmp_path / "whole.jsonl", [])
+    whole.write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus.items()))
+    changes, _ = sync(replace(job, inputs=(str(whole),)), encode_inline, delete_missing=True)
+    assert (changes.changed, changes.new, changes.missing) == (0, 0, [])
+    assert verify(job.uri, inputs=(str(whole),)).num_problems == 0
+
+
+def test_only_what_is_new_in_a_feed_is_looked_at(job, tmp_path):
+    first = [upsert("p1", "one"), {"op": "delete", "_id": "p2"}]
+    file = tmp_path / "feed.jsonl"
+    follow = replace(job, inputs=write_feed(file, first))
+    assert sync(follow, encode_inline, is_feed=True)[0].changed == 1
+    sync(
+        replace(job, inputs=write_feed(tmp_path / "o.jsonl", [upsert("p1", "two")])), encode_inline
+    )
+    write_feed(file, [*first, upsert("p3", "three"), upsert("p3", "four")])
+    changes, summary = sync(follow, encode_inline, is_feed=True)
+    assert (changes.changed, changes.unchanged, encoded(summary)) == (1, 0, 1)
+    assert (held(job)["p1"], held(job)["p3"], "p2" in held(job)) == ("two", "four", False)
+
+
+def test_a_feed_that_does_not_continue_is_compared_whole_and_that_is_said(job, tmp_path, caplog):
+    one, more = upsert("p1", "one"), upsert("x", "y")
+    for file, records in (("a", [one]), ("b", [more, one])):
+        feed = replace(job, inputs=write_feed(tmp_path / f"{file}.jsonl", records))
+        changes, summary = sync(feed, encode_inline, is_feed=True)
+    assert "do not continue what was applied" in caplog.text
+    assert (changes.unchanged, changes.new, encoded(summary)) == (1, 1, 1)
+
+
+def test_records_that_are_no_change_are_rejects(job, tmp_path):
+    records = [
+        {"op": "replace", "_id": "p1", "text": "no"},
+        upsert("p2", None),
+        upsert("p3", "yes"),
+    ]
+    feed = write_feed(tmp_path / "feed.jsonl", records)
+    changes, _ = sync(replace(job, inputs=feed), encode_inline, is_feed=True)
+    assert (changes.changed, len(changes.rejected)) == (1, 2)
+    found = [(r.line, r.id, r.reason) for r in RejectStore(job.table).read("sync")]
+    assert found[0][:2] == (2, "p2")
+    assert found[1] == (1, "p1", "field 'op' holds 'replace', neither upsert nor delete")
+    assert held(job) == {**START, "p3": "yes"}
+    with pytest.raises(InputError, match="holds no JSON lines"):
+        csv = tmp_path / "c.csv"
+        csv.write_text("id,text\na,b\n")
+        sync(replace(job, inputs=(str(csv),)), encode_inline, is_feed=True)
+
+
+def test_killed_between_merge_and_publish_the_same_command_finishes(job, tmp_path, monkeypatch):
+    records = [upsert("p1", "one"), {"op": "delete", "_id": "p2"}]
+    follow = replace(job, inputs=write_feed(tmp_path / "feed.jsonl", records))
+    after = {**START, "p1": "one"}
+    del after["p2"]
+    change, commits = TableClaim.change, []
+
+    def killed(self, metadata):
+        commits.append(metadata)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TableClaim, "change", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sync(follow, encode_inline, is_feed=True)
+    assert held(job) == START, "readers see all of it or nothing"
+    monkeypatch.setattr(TableClaim, "change", change)
+    sync(follow, encode_inline, is_feed=True)
+    assert held(job) == after
+    assert sync(follow, encode_inline, is_feed=True)[1] is None
+
+
+def test_since_a_version_of_a_source_table(job, tmp_path, caplog):
+    path = str(tmp_path / "source.lance")
+    rows = [{"id": i, "text": t} for i, t in START.items()]
+    source = lance.write_dataset(
+        pa.Table.from_pylist(rows), path, enable_stable_row_ids=True, max_rows_per_file=5
+    )
+    follow = replace(job, inputs=(path,), shard_size=4)
+    first = source.version
+    sync(follow, encode_inline, since=first)  # nothing is known of this source yet
+    assert re.search(r"was not synced from version \d+ of .*: all rows are compared", caplog.text)
+    caplog.clear()
+    new = pa.Table.from_pylist([{"id": "p1", "text": "one"}, {"id": "n", "text": "new"}])
+    source.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(new)
+    source.delete("id = 'p5'")
+    changes, summary = sync(follow, encode_inline, since=first)
+    assert caplog.text == ""
+    assert (changes.changed, changes.new, changes.unchanged) == (1, 1, 0)
+    assert (len(changes.missing), encoded(summary)) == (1, 2)
+    after = {**START, "p1": "one", "n": "new"}
+    del after["p5"]
+    assert held(job) == after
+    with pytest.raises(InputError, match="give one Lance table"):
+        sync(job, encode_inline, since=1)

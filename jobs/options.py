@@ -137,8 +137,10 @@ Workers = Annotated[
 CpusPerWorker = Annotated[
     int | None,
     typer.Option(
-        help="CPUs per worker. Raise it where a node has too little memory for many workers. "
-        "Default: up to 4."
+        help="CPUs per worker. Beside a GPU they read, tokenise and write: raise it if "
+        "`kalm status` shows an idle device. On CPUs alone, raise it if a node has too little "
+        "memory for many workers. Default: the GPU's share of the CPUs of its node, up to 16; "
+        "without GPUs up to 4."
     ),
 ]
 GpusPerWorker = Annotated[

@@ -84,7 +84,8 @@ def plan(
     if time_limit < 0:
         raise InputError(f"--time-limit {time_limit} must not be negative")
     from kalm_encoder.model import checkpoint
-    from kalm_encoder.model.encoder import PassageEncoder, check_max_length
+    from kalm_encoder.model.encoder import PassageEncoder
+    from kalm_encoder.model.tokens import check_max_length
     from kalm_encoder.prompts import render_query
     from kalm_encoder.table.spec import TableSpec
 

@@ -13,7 +13,17 @@ from pipeline.corpus.shards import Shard
 from pipeline.logs import LogOptions
 
 IN_FLIGHT = 3
-"""Shards per worker at once: one is read or tokenised, one is on the device, one is written."""
+"""Least shards per worker at once: one is read or tokenised, one is on the device, one is written.
+A CPU worker has no more, because its forwards take nearly all of its time."""
+
+
+def shards_in_flight(cpus: int, *, on_gpu: bool) -> int:
+    """Return how many shards a worker has at once.
+
+    A GPU encodes a shard in a fraction of the time that it takes to read, tokenise and write it, so
+    each CPU beside it has a shard of its own.
+    """
+    return max(IN_FLIGHT, cpus) if on_gpu else IN_FLIGHT
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.model.encoder import passage_ids
+from kalm_encoder.model.tokens import passage_ids
 from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import FieldOptions, Passage, to_rows
 from pipeline.corpus.reading import readings
@@ -129,7 +129,7 @@ def sample_corpus(
         i = bisect_right(starts, number) - 1
         share, rows = sources[i].read(number - starts[i], counts[i])
         passages, rejects = to_rows(rows, sources[i].fields, sources[i].path)
-        tokens = [len(ids) for ids in passage_ids(tokenizer, [p.text for p in passages])]
+        tokens = passage_ids(tokenizer, [p.text for p in passages])[1].tolist()
         ids.update(hash(passage.id) for passage in passages)
         read[i] += 1
         sizes.append(share * sources[i].size)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, TooManyRejectsError
 from kalm_encoder.model import checkpoint
-from kalm_encoder.model.encoder import check_max_length
+from kalm_encoder.model.tokens import check_max_length
 from kalm_encoder.table.spec import TableSpec
 from pipeline import logs
 from pipeline.corpus.shards import Plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from itertools import islice
 
 from pipeline import logs
 from pipeline.corpus.shards import Shard
-from pipeline.messages import IN_FLIGHT, Outcome, ShardFailure, WorkerConfig
+from pipeline.messages import Outcome, ShardFailure, WorkerConfig, shards_in_flight
 from pipeline.workers.shard_encoder import ShardEncoder
 
 
@@ -29,8 +30,10 @@ def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Ou
             return ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
 
     waiting = iter(shards)
-    with ThreadPoolExecutor(IN_FLIGHT, "shard") as pool:
-        running = deque(pool.submit(attempt, shard) for shard in islice(waiting, IN_FLIGHT))
+    on_gpu = encoder.encoder.device.type == "cuda"
+    count = shards_in_flight(len(os.sched_getaffinity(0)), on_gpu=on_gpu)
+    with ThreadPoolExecutor(count, "shard") as pool:
+        running = deque(pool.submit(attempt, shard) for shard in islice(waiting, count))
         try:
             while running:
                 outcome = running.popleft().result()

@@ -44,7 +44,7 @@ class _PerThread(threading.local):
 class ShardEncoder:
     """A loaded encoder and an open table: what a worker process holds.
 
-    Up to IN_FLIGHT threads may call `encode`, so that reading, tokenising and writing overlap. The
+    Several threads may call `encode`, so that reading, tokenising and writing overlap. The
     model is loaded and run in device threads of its own.
 
     Args:
@@ -79,6 +79,8 @@ class ShardEncoder:
                 token_budget=config.token_budget,
             )
         ).result()
+        if place.type == "cuda":
+            self.encoder.use_fast_tokenizer()
         # Coarser ratios are made from float32, and so are the integers of a codec.
         as_stored = len(spec.ratios) == 1 and isinstance(spec.codec, FloatCodec)
         self._start_batch = partial(

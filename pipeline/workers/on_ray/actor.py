@@ -54,7 +54,7 @@ class Worker:
             self._encoder = ShardEncoder(replace(config, threads=cpus), "cpu")
 
     def encode(self, shard: Shard) -> ShardResult:
-        """Encode one shard, after `load`. Up to IN_FLIGHT calls run at once."""
+        """Encode one shard, after `load`. Several calls run at once; see `shards_in_flight`."""
         with logs.in_shard(shard.id):
             try:
                 return self._encoder.encode(shard)

@@ -22,12 +22,15 @@ import ray
 
 from kalm_encoder.errors import InputError
 from pipeline import logs
+from pipeline.messages import shards_in_flight
 
 CONNECT_TIMEOUT_S = 10.0
 """How long a cluster may take to accept a connection before it counts as absent."""
 MOST_CPUS = 4
-"""A worker asks for no more CPUs unless it is told to: more workers do better than more threads.
-Beside a GPU these CPUs read, tokenise and write; a single one would leave the GPU waiting."""
+"""A CPU worker asks for no more unless it is told to: more workers do better than more threads."""
+MOST_CPUS_PER_GPU = 16
+"""A whole GPU asks for no more. Its CPUs read, tokenise and write: with the smallest model an H100
+encodes 600,000 tokens per second and more, and a CPU feeds it 150,000 to 300,000."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class RayOptions:
         num_workers: Number of workers. None takes as many as there is room for at any time: nodes
             may join and leave.
         cpus_per_worker: Threads of a CPU worker, or those that read, tokenise and write beside a
-            GPU. None takes up to 4, on a GPU node at most the GPU's share of its CPUs.
+            GPU. None takes up to 4 for a CPU worker, and up to 16 for a whole GPU, at most its
+            share of the CPUs of its node.
         gpus_per_worker: GPUs per worker, from 0 (CPUs alone) to 1. None takes 1 if there is any.
         shard_timeout_s: Time after which a worker that has not finished a shard is replaced.
         start_timeout_s: Time after which the run ends if no worker at all has become ready.
@@ -136,6 +140,11 @@ class WorkerResources:
     cpus: int
     gpus: float
 
+    @property
+    def in_flight(self) -> int:
+        """Number of shards that the worker has at once."""
+        return shards_in_flight(self.cpus, on_gpu=self.gpus > 0)
+
     def room(self, nodes: Nodes) -> int:
         """Return how many workers these nodes hold if nothing else is on them."""
         return sum(
@@ -190,9 +199,11 @@ def _default_cpus(nodes: Nodes, gpus: float) -> int:
     if gpus:
         places = [(node.get("CPU", 0), _gpu_places(node, gpus)) for node in nodes.values()]
         share = min((cpus // workers for cpus, workers in places if workers), default=0)
+        most = MOST_CPUS_PER_GPU * gpus
     else:
         share = max((node.get("CPU", 0) for node in nodes.values()), default=0)
-    return int(max(1, min(MOST_CPUS, share)))
+        most = MOST_CPUS
+    return int(max(1, min(most, share)))
 
 
 def _runtime_env(

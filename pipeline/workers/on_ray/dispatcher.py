@@ -19,7 +19,7 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.corpus.shards import Shard
-from pipeline.messages import IN_FLIGHT, Outcome, ShardResult, WorkerConfig
+from pipeline.messages import Outcome, ShardResult, WorkerConfig
 from pipeline.workers.on_ray.cluster import RayOptions
 from pipeline.workers.on_ray.metrics import RunMetrics
 from pipeline.workers.on_ray.pool import Answers, WorkerHandle, WorkerPool, call, reason_of
@@ -90,9 +90,9 @@ class Dispatcher:
 
     def _hand_out(self) -> None:
         """Give shards to the workers with fewest; a suspect goes alone when all else is done."""
-        for load in range(IN_FLIGHT):
-            # The last shard ahead only while there are plenty, so that all workers end together.
-            spare = len(self._pool.ready) if load == IN_FLIGHT - 1 else 0
+        for load in range(self._pool.in_flight):
+            # More than one shard ahead only while there are plenty: all workers end together.
+            spare = len(self._pool.ready) * max(0, load - 1)
             for worker in self._pool.ready:
                 if len(worker.tasks) == load and len(self._queue) > spare:
                     self._submit(worker, self._queue.take(worker.path))

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from kalm_encoder.errors import KalmError
-from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.messages import ShardResult, WorkerConfig
 from pipeline.workers.on_ray.cluster import RayOptions, alive_nodes, worker_resources
 
 logger = logging.getLogger(__name__)
@@ -86,13 +86,18 @@ class WorkerPool:
             num_gpus=self._resources.gpus,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=IN_FLIGHT,
+            max_concurrency=self._resources.in_flight,
         )
         self.workers: set[WorkerHandle] = set()
         self._starting: dict[Future[Any], WorkerHandle] = {}
         self.ready: set[WorkerHandle] = set()
         self.deaths: list[str] = []
         self._ready_at = self._looked_at = time.monotonic()
+
+    @property
+    def in_flight(self) -> int:
+        """Number of shards that each worker has at once."""
+        return self._resources.in_flight
 
     @property
     def size(self) -> int:

@@ -96,12 +96,12 @@ class Ceiling:
 
     def execute(self, config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
         encoder, reader = ShardEncoder(config), ShardReader()
-        for chosen in [shards[:2], *(shards[i::ROUNDS] for i in range(ROUNDS))]:
+        encoder.encoder.use_fast_tokenizer()  # as beside a GPU
+        self._warm_up(encoder, shards, Path(config.table.uri, "data"))
+        for chosen in (shards[i::ROUNDS] for i in range(ROUNDS)):
             texts = [[p.text for p in reader.read(shard)[0]] for shard in chosen]
             _, _, alone = self._measure(encoder.encoder.tokenise, texts)
             results, wall, cpu = self._measure(encoder.encode, chosen)
-            if chosen == shards[:2]:  # nobody counts what is loaded and cached at first
-                continue
             self.tokens.append(sum(result.num_tokens for result in results))
             self.tokenise_s.append(alone)
             self.wall_s.append(wall)
@@ -109,6 +109,17 @@ class Ceiling:
             for result in results:
                 self.stages.update(result.seconds)
             yield from results
+
+    def _warm_up(self, encoder: ShardEncoder, shards: Sequence[Shard], folder: Path) -> None:
+        """Encode everything once and remove it.
+
+        A virtual machine counts the first touch of a page of its memory, the page cache's too, as
+        time of its CPU: several times what the write itself takes.
+        """
+        before = set(folder.glob("*"))
+        self._measure(encoder.encode, shards)
+        for file in set(folder.glob("*")) - before:
+            file.unlink()
 
     def _measure(self, work: Callable, items: Sequence) -> tuple[list[ShardResult], float, float]:
         """Return what came back, the seconds on the clock and those of all CPUs."""
@@ -148,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("speed", type=float, help="tokens per second of the device")
     parser.add_argument("shards_in_flight", type=int)
-    parser.add_argument("--passages", type=int, default=20_000)
+    parser.add_argument("--passages", type=int, default=10_000)
     parser.add_argument("--store-dtype", default="float16")
     parser.add_argument("--model", help="a checkpoint; default: one with the demo's tokenizer")
     chosen = parser.parse_args()

@@ -89,9 +89,18 @@ def test_a_gpu_worker_takes_its_share_of_the_cpus():
     nodes = {"n": {"CPU": 6.0, "GPU": 2.0}, "head": {"CPU": 64.0}}
     assert worker_resources(RayOptions(), nodes) == WorkerResources(3, 1.0)
     nodes = {"n": {"CPU": 96.0, "GPU": 8.0}}
+    assert worker_resources(RayOptions(), nodes) == WorkerResources(12, 1.0)
     half = RayOptions(gpus_per_worker=0.5)
-    assert worker_resources(half, nodes) == WorkerResources(4, 0.5)
+    assert worker_resources(half, nodes) == WorkerResources(6, 0.5)
+    nodes = {"n": {"CPU": 224.0, "GPU": 8.0}}
+    assert worker_resources(RayOptions(), nodes) == WorkerResources(16, 1.0)
+    assert worker_resources(half, nodes) == WorkerResources(8, 0.5)
     assert worker_resources(RayOptions(), {"n": {"CPU": 2.0}}) == WorkerResources(2, 0)
+
+
+def test_a_gpu_worker_has_a_shard_for_each_of_its_cpus():
+    assert [WorkerResources(cpus, 1.0).in_flight for cpus in (1, 3, 12)] == [3, 3, 12]
+    assert WorkerResources(12, 0).in_flight == 3
 
 
 def test_requests_that_cannot_be_met_are_named():

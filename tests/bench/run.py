@@ -12,12 +12,13 @@ import logging
 
 from tests.bench import elastic, encode, memory, rerank, scale, serve, shapes, table, take
 from tests.bench.data import FOLDER, warn_if_busy
-from tests.bench.gpu_check import check
+from tests.bench.gpu_check import check, host_ceiling
 
 BENCHES = {
     "memory": memory.main,
     "encode": encode.main,
     "gpu": check.bars,
+    "host": host_ceiling.bars,
     "rerank": rerank.main,
     "shapes": shapes.main,
     "table": table.main,

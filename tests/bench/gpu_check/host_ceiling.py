@@ -98,7 +98,8 @@ class Ceiling:
         encoder, reader = ShardEncoder(config), ShardReader()
         encoder.encoder.use_fast_tokenizer()  # as beside a GPU
         self._warm_up(encoder, shards, Path(config.table.uri, "data"))
-        for chosen in (shards[i::ROUNDS] for i in range(ROUNDS)):
+        rounds = min(ROUNDS, len(shards))
+        for chosen in (shards[i::rounds] for i in range(rounds)):
             texts = [[p.text for p in reader.read(shard)[0]] for shard in chosen]
             _, _, alone = self._measure(encoder.encoder.tokenise, texts)
             results, wall, cpu = self._measure(encoder.encode, chosen)

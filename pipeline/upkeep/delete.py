@@ -9,9 +9,10 @@ import lance
 from kalm_encoder.errors import MissingIdsError
 from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.location import Location
+from kalm_encoder.table.reader import LIVE_TAG
 from pipeline.table.claim import COMPLETE
 from pipeline.table.finish import SealedTable
-from pipeline.table.publish import publish
+from pipeline.table.publish import publish, publish_rest
 
 IDS_AT_ONCE = 10_000
 """Most ids that one query looks up."""
@@ -28,7 +29,12 @@ def delete(table: Location, ids: Sequence[str]) -> int:
     found = row_ids_of(claim.dataset, unique)
     missing = [i for i in unique if i not in found]
     if missing and claim.state == COMPLETE:  # A delete that was interrupted has done some already.
-        raise MissingIdsError(missing, table.uri)
+        live = claim.dataset.checkout_version(LIVE_TAG)
+        if len(row_ids_of(live, missing)) < len(missing):
+            raise MissingIdsError(missing, table.uri)
+        publish_rest(table)  # An earlier delete was killed just before it published.
+        if not found:
+            return len(missing)
     claim.begin_change()
     claim.retry(lambda: claim.delete(list(found.values())))
     claim.finish(compact=False)

@@ -32,7 +32,7 @@ from pipeline.table.claim import COMPLETE
 from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import SealedTable, check_index_columns
 from pipeline.table.fragments import write_once
-from pipeline.table.publish import publish
+from pipeline.table.publish import publish, publish_rest
 from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import SYNCS
 from pipeline.upkeep.changes import changed_since, read_feed, source_record
@@ -214,6 +214,7 @@ def _apply(
     is_done = not (differ or changes.metadata_changed or gone)
     is_done = is_done and claim.metadata.items() >= record.items()
     if is_done and claim.state == COMPLETE and not claim.without_index(job.index_columns):
+        publish_rest(job.table)
         return None
     folder = job.table / f"{SYNCS}/{changes.digest[:16]}"
     source, encoded = folder / "delta.lance", folder / "encoded.lance"

@@ -67,8 +67,7 @@ class ShardEncoder:
         place = checkpoint.choose_device(device)
         if place.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(config.gpu_share)
-        if place.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory()
         self._threads = DeviceThreads(place, config.threads)
         self.encoder = self._threads.submit(
             lambda: PassageEncoder(

@@ -52,8 +52,8 @@ def first_look(job: EncodeJob, plan: Plan) -> None:
         raise TooManyRejectsError(
             f"{store.too_many(rejected, len(rejected), allowed, plan.num_rows)}. {num_rows} rows "
             "were looked at and none is encoded yet: mend the rejected ones and run the same "
-            "command again, name other fields with --id-field, --text-field or --title-field, or "
-            "raise --max-rejected"
+            "command again, name other fields with --id-field, --text-field or --title-field, give "
+            "other types with --keep, or raise --max-rejected"
         )
     if repeated and job.on_duplicate == "error":
         raise InputError(

@@ -16,6 +16,7 @@ from kalm_encoder.table.location import Location
 from pipeline.corpus.passages import FieldOptions
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
+from pipeline.table.finish import SealedTable
 from pipeline.table.publish import publish
 from pipeline.table.rejects import RejectStore
 from pipeline.upkeep.delete import compact, delete
@@ -131,6 +132,31 @@ def test_metadata_that_change_alone_encode_nothing(model_dir, tmp_path, count_en
     version = PassageTable.open(job.uri).version
     changes, _ = sync(job, encode_inline)
     assert (changes.metadata_changed, PassageTable.open(job.uri).version) == (0, version)
+
+
+@pytest.mark.parametrize("step", ["upsert", "_index", "change"])
+def test_an_interrupted_sync_of_metadata_is_finished(model_dir, tmp_path, monkeypatch, step):
+    job, corpus = new_job(model_dir, tmp_path, index_columns=("lang",))
+    run(job, encode_inline)
+    before = expected(corpus)
+    corpus["p1"] |= {"lang": "fr"}
+    write(job, corpus)
+
+    class KillError(BaseException):
+        pass
+
+    def kill(*args, **kwargs):
+        raise KillError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SealedTable, step, kill)
+        with pytest.raises(KillError):
+            sync(job, encode_inline)
+    assert stored(job.uri) == before
+    sync(job, encode_inline)
+    assert stored(job.uri) == expected(corpus)
+    assert PassageTable.open(job.uri).known(corpus, where="lang = 'fr'") == {"p1"}
+    assert verify(job.uri, inputs=job.inputs).num_problems == 0
 
 
 def test_an_index_may_come_later_and_only_of_what_is_kept(model_dir, tmp_path, count_encoded):

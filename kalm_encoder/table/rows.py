@@ -5,7 +5,7 @@ spec.py describes the columns. This module knows nothing of torch, files or comm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +19,9 @@ from kalm_encoder.table.checksums import row_checksum, states_checksum, text_has
 from kalm_encoder.table.metadata import damaged_metadata, with_checksum
 from kalm_encoder.table.spec import TableSpec
 
-ENCODED_AT_ONCE = 1024
-"""Number of vectors that a codec encodes at once."""
+VECTORS_AT_ONCE = 512
+"""Number of states that a codec encodes or decodes at once, so that they stay in a core's cache. A
+longer passage is taken whole."""
 
 
 def build_rows(
@@ -64,8 +65,9 @@ def build_rows(
     facts = [ids, passages.num_tokens.tolist(), passages.truncated.tolist()]
     for ratio in spec.ratios:
         states = coarsen(passages.states, passages.num_tokens, spec.ratios[0], ratio)
-        stored = states if states.dtype == spec.codec.dtype else _encode(spec, states)
-        offsets = np.append(0, num_groups(passages.num_tokens, ratio).cumsum())
+        counts = num_groups(passages.num_tokens, ratio)
+        stored = states if states.dtype == spec.codec.dtype else _encode(spec, states, counts)
+        offsets = np.append(0, (counts + spec.codec.extra).cumsum())
         columns[f"checksum_r{ratio}"] = [
             states_checksum(i, n, truncated, stored[begin:end])
             for i, n, truncated, (begin, end) in zip(
@@ -78,13 +80,24 @@ def build_rows(
     return pa.table(columns, schema=schema)  # takes the columns of the schema, in its order
 
 
-def _encode(spec: TableSpec, states: NDArray[np.float32]) -> NDArray[Any]:
-    """Encode in pieces that stay in a core's cache."""
-    stored = np.empty((len(states), spec.codec.width(spec.dim)), spec.codec.dtype)
-    for begin in range(0, len(states), ENCODED_AT_ONCE):
-        piece = slice(begin, begin + ENCODED_AT_ONCE)
-        stored[piece] = spec.codec.encode(states[piece])
+def _encode(
+    spec: TableSpec, states: NDArray[np.float32], counts: NDArray[np.int64]
+) -> NDArray[Any]:
+    """Encode the states of passages with these counts of states, in pieces."""
+    begins = np.append(0, counts.cumsum())
+    places = np.append(0, (counts + spec.codec.extra).cumsum())
+    stored = np.empty((places[-1], spec.codec.width(spec.dim)), spec.codec.dtype)
+    for rows in _pieces(counts):
+        part = states[begins[rows.start] : begins[rows.stop]]
+        stored[places[rows.start] : places[rows.stop]] = spec.codec.encode(part, counts[rows])
     return stored
+
+
+def _pieces(counts: NDArray[np.int64]) -> Iterator[slice]:
+    """Cut passages into runs of about VECTORS_AT_ONCE states."""
+    full = counts.cumsum() // VECTORS_AT_ONCE
+    edges = [0, *(np.flatnonzero(np.diff(full)) + 1).tolist(), len(counts)]
+    return (slice(begin, end) for begin, end in pairwise(edges) if begin < end)
 
 
 def _ragged(stored: NDArray[Any], offsets: NDArray[np.int64], type: pa.DataType) -> pa.Array:
@@ -132,18 +145,32 @@ def verified_rows(
     The arguments are those of `read_rows`.
     """
     stored = spec.source_ratio(ratio)
-    columns = [
+    ids, *columns = (
         rows[name].to_pylist() for name in ("id", "num_tokens", "truncated", f"checksum_r{stored}")
-    ]
-    states = _states(spec, rows[f"states_r{stored}"].combine_chunks())
-    zipped = zip(*columns, _contents(rows), states, strict=True)
-    for key, n, truncated, checksum, content, array in zipped:
-        intact = checksum == states_checksum(key, n, truncated, array)
-        if not intact or len(array) != num_groups(n, stored):
-            yield key, None
-            continue
-        values = spec.codec.decode(array, spec.dim)
-        yield key, PassageStates(coarsen(values, n, stored, ratio), n, truncated, content)
+    )
+    flat, offsets = _vectors(spec, rows[f"states_r{stored}"].combine_chunks())
+    counts = np.diff(offsets) - spec.codec.extra
+    num_tokens = np.array(columns[0], np.int64)
+    intact = counts == num_groups(num_tokens, stored)
+    spans = pairwise(offsets.tolist())
+    for i, (key, n, truncated, checksum, (begin, end)) in enumerate(
+        zip(ids, *columns, spans, strict=True)
+    ):
+        intact[i] &= checksum == states_checksum(key, n, truncated, flat[begin:end])
+    contents = _contents(rows)
+    for piece in _pieces(counts):
+        good = intact[piece]
+        vectors = flat[offsets[piece.start] : offsets[piece.stop]]
+        if not good.all():
+            vectors = vectors[np.repeat(good, np.diff(offsets[piece.start : piece.stop + 1]))]
+        tokens = num_tokens[piece][good]
+        states = spec.codec.decode(vectors, counts[piece][good], spec.dim)
+        states = coarsen(states, tokens, stored, ratio)
+        parts = iter(np.split(states, num_groups(tokens, ratio).cumsum()[:-1]))
+        for i in range(piece.start, piece.stop):
+            n, truncated, _ = (column[i] for column in columns)
+            found = PassageStates(next(parts), n, truncated, contents[i]) if intact[i] else None
+            yield ids[i], found
 
 
 def read_metadata(spec: TableSpec, rows: pa.Table, *, uri: str) -> pa.Table | None:
@@ -167,41 +194,6 @@ def read_metadata(spec: TableSpec, rows: pa.Table, *, uri: str) -> pa.Table | No
     return rows.select(spec.metadata_names[:-1])
 
 
-def renamed_rows(spec: TableSpec, rows: pa.Table, ids: Sequence[str], *, uri: str) -> pa.Table:
-    """Return rows under other ids, with checksums made anew after the old ones were verified.
-
-    Args:
-        spec: Spec of the table.
-        rows: Whole rows. Their metadata and the checksum of these stay as they are.
-        ids: New id of each row.
-        uri: Address of the table, for error messages.
-
-    Raises:
-        CorruptRowError: If the bytes of a row are not what was written.
-    """
-    old, columns = rows["id"].to_pylist(), {"id": pa.array(ids, pa.string())}
-
-    def renew(name: str, checksum: Callable[..., int], *facts: Iterable[Any]) -> None:
-        made = []
-        for stored, was, now, *values in zip(rows[name].to_pylist(), old, ids, *facts, strict=True):
-            if stored != checksum(was, *values):
-                raise CorruptRowError(
-                    f"row {was!r} of {uri} does not match its {name}: the stored bytes changed "
-                    "after they were written. Restore the data files, or encode it again."
-                )
-            made.append(checksum(now, *values))
-        columns[name] = pa.array(made, pa.uint64())
-
-    renew("checksum", row_checksum, rows["text_hash"].to_pylist(), rows["shard_id"].to_pylist())
-    facts = [rows[name].to_pylist() for name in ("num_tokens", "truncated")]
-    for ratio in spec.ratios:
-        states = _states(spec, rows[f"states_r{ratio}"].combine_chunks())
-        renew(f"checksum_r{ratio}", states_checksum, *facts, states)
-    for name, column in columns.items():
-        rows = rows.set_column(rows.schema.get_field_index(name), rows.field(name), column)
-    return rows
-
-
 def _contents(rows: pa.Table) -> list[int] | list[None]:
     if "content" in rows.column_names:
         contents: list[int] = rows["content"].to_pylist()
@@ -219,10 +211,9 @@ def first_halves(hashes: pa.FixedSizeBinaryArray) -> NDArray[np.uint64]:
     return words[hashes.offset : hashes.offset + len(hashes)].astype(np.uint64)
 
 
-def _states(spec: TableSpec, column: pa.ListArray) -> Iterator[NDArray[Any]]:
-    """Yield the states of each row as an (m, width) view of the stored values."""
+def _vectors(spec: TableSpec, column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """Return the vectors of all rows, (n, width), and where each row begins and the last ends."""
     offsets = column.offsets.to_numpy()
     # flatten() honours the slice of the list array; its values start at the first offset.
     flat = column.flatten().flatten().to_numpy().reshape(-1, spec.codec.width(spec.dim))
-    for begin, end in pairwise(offsets - offsets[0]):
-        yield flat[begin:end]
+    return flat, offsets - offsets[0]

@@ -34,7 +34,8 @@ import pyarrow as pa
 from kalm_encoder.errors import InputError, TableError
 from kalm_encoder.matryoshka import num_groups
 from kalm_encoder.prompts import TEMPLATE
-from kalm_encoder.table.codecs import CODECS, FloatCodec, IntCodec
+from kalm_encoder.table.codecs import CODECS, VERSION_1, FloatCodec, RotatedCodec
+from kalm_encoder.table.codecs_v1 import IntCodec
 from kalm_encoder.table.metadata import CHECKSUM, TYPES, Columns, check_columns
 from kalm_encoder.version import __version__
 
@@ -43,11 +44,6 @@ FORMAT_VERSION = 2
 VERSIONS = (1, FORMAT_VERSION)
 """Versions that can be read and changed."""
 SPEC_KEY = "kalm.spec"
-SPLIT_COLUMNS = (("doc_id", "string"), ("span_begin", "int64"), ("span_end", "int64"))
-"""Metadata columns, the last ones, of a table whose documents were split: the id of the document,
-the first character of the passage in its text, and the one behind its last."""
-MIN_SPLIT = 32
-"""Fewest tokens of a passage into which documents are split."""
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
@@ -69,14 +65,11 @@ class TableSpec:
         compute_dtype: "bfloat16" or "float32", in which the encoder computed. None before the first
             shard is committed, and in tables of version 1.
         metadata_columns: Name and type of each metadata column; see metadata.py.
-        split: Most tokens of a passage and tokens of overlap, if documents were split into
-            passages. None if they were passages in the corpus.
         format_version: Version of the row format.
         library_version: Version of kalm-preencode that created the table.
 
     Raises:
-        InputError: If the ratios, the store dtype, the metadata columns or the lengths of splitting
-            are impossible.
+        InputError: If the ratios, the store dtype or the metadata columns are impossible.
     """
 
     model: str
@@ -90,7 +83,6 @@ class TableSpec:
     template: str = TEMPLATE
     compute_dtype: str | None = None
     metadata_columns: Columns = ()
-    split: tuple[int, int] | None = None
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
 
@@ -103,13 +95,6 @@ class TableSpec:
         if self.store_dtype not in CODECS:
             raise InputError(f"store dtype {self.store_dtype!r} is not one of {', '.join(CODECS)}")
         check_columns(self.metadata_columns)
-        if self.split:
-            check_split(*self.split, self.max_length)
-
-    @property
-    def corpus_columns(self) -> Columns:
-        """The metadata columns that come from the corpus."""
-        return self.metadata_columns[: -len(SPLIT_COLUMNS)] if self.split else self.metadata_columns
 
     @property
     def metadata_names(self) -> list[str]:
@@ -118,9 +103,9 @@ class TableSpec:
         return [*names, CHECKSUM] if names else []
 
     @property
-    def codec(self) -> FloatCodec | IntCodec:
+    def codec(self) -> FloatCodec | RotatedCodec | IntCodec:
         """The codec that turns states into stored values and back."""
-        return CODECS[self.store_dtype]
+        return (VERSION_1 if self.format_version == 1 else CODECS)[self.store_dtype]
 
     @property
     def bytes_per_token(self) -> float:
@@ -142,7 +127,8 @@ class TableSpec:
         4 reads 38 states, which are 48,640 bytes; ratio 8 is made from ratio 4 and reads the same;
         ratio 32 reads 5 states, which are 6,400 bytes.
         """
-        return num_groups(num_tokens, self.source_ratio(ratio)) * self.bytes_per_state
+        vectors = num_groups(num_tokens, self.source_ratio(ratio)) + self.codec.extra
+        return vectors * self.bytes_per_state
 
     def source_ratio(self, wanted: int | None) -> int:
         """Return the coarsest stored ratio that `wanted` can be made from (None: the finest).
@@ -202,21 +188,5 @@ class TableSpec:
                 f"table ({fields.get('library_version')}), or encode the corpus again."
             )
         columns = tuple((name, type) for name, type in fields.get("metadata_columns", ()))
-        split = tuple(fields["split"]) if fields.get("split") else None
-        known = {"ratios": tuple(fields["ratios"]), "metadata_columns": columns, "split": split}
+        known = {"ratios": tuple(fields["ratios"]), "metadata_columns": columns}
         return cls(**{**fields, **known})
-
-
-def check_split(tokens: int, overlap: int, max_length: int) -> None:
-    """Refuse lengths by which no document can be split well.
-
-    Raises:
-        InputError: If the passages would be tiny, longer than `max_length`, or mostly overlap.
-    """
-    if not MIN_SPLIT <= tokens <= max_length:
-        raise InputError(
-            f"--split {tokens} must be between {MIN_SPLIT} and the {max_length} tokens of "
-            "--max-length"
-        )
-    if not 0 <= overlap <= tokens // 4:
-        raise InputError(f"--overlap {overlap} must be between 0 and a quarter of --split {tokens}")

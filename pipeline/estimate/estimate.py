@@ -70,10 +70,15 @@ def estimate(
     count = total(np.ones_like(lengths))
     states = {r: total(-(-cut // r)) for r in sorted({*RATIOS, *spec.ratios})}
     mean_states = {ratio: number.value / count.value for ratio, number in states.items()}
+
+    def state_bytes(spec: TableSpec, ratio: int) -> Estimate:
+        vectors = states[ratio].plus(count.times(spec.codec.extra))
+        return vectors.times(spec.bytes_per_state)
+
     bytes_per_row, index_bytes_per_row = measure_rows(spec, sample.examples, seed)
     data = beside_states = count.times(bytes_per_row)
     for ratio in spec.ratios:
-        data = data.plus(states[ratio].times(spec.bytes_per_state))
+        data = data.plus(state_bytes(spec, ratio))
     cuts = {
         longest: {
             "tokens": total(np.minimum(lengths, longest)),
@@ -85,14 +90,13 @@ def estimate(
     storage, work = [], []
     for name, dimensions in models.items():
         for dtype in CODECS:
-            bytes_per_state = replace(
-                spec, dim=dimensions.hidden, store_dtype=dtype
-            ).bytes_per_state
-            for ratio, number in states.items():
-                size = number.times(bytes_per_state).plus(beside_states)
+            other = replace(spec, dim=dimensions.hidden, store_dtype=dtype)
+            for ratio in states:
+                size = state_bytes(other, ratio).plus(beside_states)
                 storage.append({"model": name, "store_dtype": dtype, "ratio": ratio, "bytes": size})
         slower = flops[name].value / flops[model].value
-        bytes_per_query = CANDIDATES * replace(spec, dim=dimensions.hidden).bytes_per_state
+        wide = replace(spec, dim=dimensions.hidden)
+        per_candidate = CANDIDATES / count.value
         work.append(
             {
                 "model": name,
@@ -102,7 +106,7 @@ def estimate(
                     ratio: decoder_flops(dimensions, prompt_tokens, number, CANDIDATES)
                     for ratio, number in mean_states.items()
                 },
-                "query_bytes": {r: bytes_per_query * number for r, number in mean_states.items()},
+                "query_bytes": {r: per_candidate * state_bytes(wide, r).value for r in states},
             }
         )
     quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")

@@ -44,7 +44,7 @@ def measure_rows(
     """
     rng = np.random.default_rng(seed)
     kept = [min(tokens, spec.max_length) for _, tokens in examples]
-    sizes = [sum(num_groups(n, r) for r in spec.ratios) * spec.bytes_per_state for n in kept]
+    sizes = [sum(spec.read_bytes(n, ratio) for ratio in spec.ratios) for n in kept]
     used = max(1, sum(size <= MAX_STATE_BYTES for size in accumulate(sizes)))
     states = []
     for n, (_, tokens) in zip(kept[:used], examples, strict=False):

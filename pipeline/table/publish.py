@@ -8,6 +8,7 @@ from kalm_encoder.errors import InputError, first_line
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
 from pipeline.table.claim import COMPLETE, STATE
+from pipeline.table.ledger import GENERATION
 
 PREVIOUS_TAG = "previous"
 """The tag that names the version which was live before."""
@@ -43,6 +44,19 @@ def publish(table: Location, version: int | None = None) -> int:
             set_tag(table, PREVIOUS_TAG, live)
         set_tag(table, LIVE_TAG, chosen.version)
     return int(chosen.version)
+
+
+def publish_rest(table: Location) -> None:
+    """Publish the latest version if a command that was killed left it complete, but not live.
+
+    A new generation stays as it is: it is the user who publishes that.
+    """
+    dataset = table.dataset()
+    live = tagged_version(dataset, LIVE_TAG)
+    shown = dataset if live is None else dataset.checkout_version(live)
+    key = GENERATION.encode()
+    if shown.schema.metadata[key] == dataset.schema.metadata[key]:
+        publish(table)
 
 
 def rollback(table: Location) -> int:

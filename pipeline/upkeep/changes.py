@@ -20,7 +20,7 @@ import xxhash
 from kalm_encoder.errors import InputError
 from pipeline.corpus.access import open_text
 from pipeline.corpus.passages import Reject
-from pipeline.corpus.shards import Plan, Shard, ShardReader, ShardRows, Split
+from pipeline.corpus.shards import Plan, Shard, ShardReader, ShardRows
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,8 @@ class Feed:
     rejects: list[Reject] = field(default_factory=list)
     is_old: bool = False
 
-    def corpus(
-        self, plan: Plan, reader: ShardReader, split: Split | None = None
-    ) -> Iterator[ShardRows]:
-        """Read the rows that count, shard by shard, and split documents."""
+    def corpus(self, plan: Plan, reader: ShardReader) -> Iterator[ShardRows]:
+        """Read the rows that count, shard by shard."""
         for shard in plan.shards:
             rows = reader.read(shard)
             places = [
@@ -66,8 +64,7 @@ class Feed:
                 if self.wanted(shard, passage.line, passage.id)
             ]
             rejects = [r for r in rows.rejects if self.wanted(shard, r.line, r.id or "")]
-            chosen = rows.take(places)._replace(rejects=rejects)
-            yield chosen if split is None else split(chosen, shard.path)
+            yield rows.take(places)._replace(rejects=rejects)
 
 
 def read_feed(plan: Plan, metadata: dict[str, str], options: dict[str, str] | None) -> Feed:

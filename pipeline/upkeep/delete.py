@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import lance
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from kalm_encoder.errors import MissingIdsError
 from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.location import Location
+from kalm_encoder.table.reader import LIVE_TAG
 from pipeline.table.claim import COMPLETE
 from pipeline.table.finish import SealedTable
-from pipeline.table.publish import publish
+from pipeline.table.publish import publish, publish_rest
 
 IDS_AT_ONCE = 10_000
 """Most ids that one query looks up."""
@@ -30,7 +29,12 @@ def delete(table: Location, ids: Sequence[str]) -> int:
     found = row_ids_of(claim.dataset, unique)
     missing = [i for i in unique if i not in found]
     if missing and claim.state == COMPLETE:  # A delete that was interrupted has done some already.
-        raise MissingIdsError(missing, table.uri)
+        live = claim.dataset.checkout_version(LIVE_TAG)
+        if len(row_ids_of(live, missing)) < len(missing):
+            raise MissingIdsError(missing, table.uri)
+        publish_rest(table)  # An earlier delete was killed just before it published.
+        if not found:
+            return len(missing)
     claim.begin_change()
     claim.retry(lambda: claim.delete(list(found.values())))
     claim.finish(compact=False)
@@ -46,16 +50,6 @@ def row_ids_of(dataset: lance.LanceDataset, ids: Sequence[str]) -> dict[str, int
         rows = dataset.scanner(columns=["id"], filter=wanted, with_row_id=True).to_table()
         found |= zip(rows["id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True)
     return found
-
-
-def passages_and_documents(dataset: lance.LanceDataset, ids: Collection[str]) -> set[str]:
-    """Return ids of a table of split documents with the other names of what they stand for.
-
-    These are the passages of those ids that are documents, and the documents of the others.
-    """
-    wanted = ids_in(ids) | pc.field("doc_id").isin(pa.array(list(ids), pa.string()))
-    rows = dataset.scanner(columns=["id", "doc_id"], filter=wanted).to_table()
-    return {*ids, *rows["id"].to_pylist(), *rows["doc_id"].to_pylist()}
 
 
 def compact(table: Location) -> None:

@@ -16,6 +16,8 @@ from kalm_encoder.matryoshka import PackedStates
 from kalm_encoder.table.location import Location, address
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import build_rows, read_metadata, read_rows
+from kalm_encoder.table.spec import FORMAT_VERSION
+from kalm_encoder.version import __version__
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
@@ -53,7 +55,10 @@ def truncate(
     """
     table = PassageTable.open(source, storage_options=storage_options)
     old = table.spec
-    spec = replace(old, ratios=ratios or old.ratios, store_dtype=store_dtype or old.store_dtype)
+    spec = replace(
+        old, ratios=ratios or old.ratios, store_dtype=store_dtype or old.store_dtype,
+        format_version=FORMAT_VERSION, library_version=__version__,
+    )  # fmt: skip
     for ratio in spec.ratios:
         old.source_ratio(ratio)
     if (spec.ratios, spec.store_dtype) == (old.ratios, old.store_dtype):

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from kalm_encoder.errors import InputError, KalmError, first_line
-from kalm_encoder.model import checkpoint
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.table.checksums import row_checksum, text_hash
@@ -23,7 +22,6 @@ from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import plan_shards
-from pipeline.corpus.splitting import Splitter
 from pipeline.table.claim import COMPLETE, STATE
 from pipeline.table.duplicates import repeated_rows
 from pipeline.table.erasures import erased_ids
@@ -36,9 +34,9 @@ BATCH_ROWS = 1024
 SHOWN = 100
 """Most problems that a report lists, and rows that are looked up by id."""
 STATES_TOLERANCE = {"float32": 1e-2, "bfloat16": 6e-2}
-"""Largest relative L2 distance of stored states from newly encoded ones, by the less exact of the
-dtypes that both were computed in. Batches differ in shape, so the last bits differ even with the
-same model."""
+"""Largest relative L2 distance of stored states from newly encoded ones in the table's store dtype,
+beside what that dtype rounds; by the less exact of the dtypes that both were computed in. Batches
+differ in shape, so the last bits differ even with the same model."""
 SCORE_TOLERANCE = {"float32": 2e-2, "bfloat16": 5e-2}
 """Largest difference of P(yes) between stored and newly encoded states, by the same."""
 QUERY_WORDS = 8
@@ -71,8 +69,8 @@ class Report:
         rows: Number of rows that could be read.
         num_problems: Number of all problems.
         problems: The first SHOWN of them.
-        largest_state_error: Largest relative L2 distance of stored states from newly encoded ones;
-            None without a sample.
+        largest_state_error: Largest relative L2 distance of stored states from newly encoded ones
+            in the same store dtype; None without a sample.
         largest_score_error: Largest difference of P(yes) between the two; None without a sample.
     """
 
@@ -109,8 +107,7 @@ def verify(
         version: Version number or tag; None takes the tag `live`.
         storage_options: Options of the store, as Lance names them.
         sample: Number of rows to encode again and compare, in states and in P(yes).
-        model: Model that encodes the sample and splits documents; None takes the one that the
-            table records.
+        model: Model that encodes the sample; None takes the one that the table records.
         dtype: Dtype in which the sample is encoded and scored; None takes the one that the table
             records, or what suits the device.
         inputs: Corpus files. The table must hold their passages with the same texts and metadata,
@@ -138,11 +135,7 @@ def verify(
     with _engine_errors_are_problems(report, "look-up", "rows cannot be looked up by id"):
         table.take(_some_rows(table, SHOWN, ["id"])["id"].to_pylist())
     if inputs:
-        split = None
-        if table.spec.split:
-            files = checkpoint.resolve(model or table.spec.model, table.spec.revision)
-            split = Splitter.of(table.spec, files.tokenizer())
-        _check_corpus(table, report, inputs, storage_options, fields or FieldOptions(), split)
+        _check_corpus(table, report, inputs, storage_options, fields or FieldOptions())
     if sample:
         _check_sample(table, report, sample, model or table.spec.model, dtype)
     return report
@@ -211,14 +204,13 @@ def _check_corpus(
     inputs: Sequence[str],
     storage_options: dict[str, str] | None,
     fields: FieldOptions,
-    split: Splitter | None,
 ) -> None:
     """Compare ids, text hashes and metadata with a corpus; the first of a repeated id counts."""
-    fields = replace(fields, keep=table.spec.corpus_columns)
+    fields = replace(fields, keep=table.spec.metadata_columns)
     files = expand_inputs(inputs, storage_options, fields.format, table=address(report.uri))
     plan = plan_shards(files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options)
     erased = erased_ids(Location(report.uri, storage_options))
-    changes = compare(table.dataset, corpus_of(plan, storage_options, "first", erased, split))
+    changes = compare(table.dataset, corpus_of(plan, storage_options, "first", erased))
     if changes.new:
         report.add("corpus", f"{changes.new} passages of the corpus are not in the table")
     if changes.changed:
@@ -226,8 +218,8 @@ def _check_corpus(
     if changes.metadata_changed:
         count = changes.metadata_changed
         report.add("corpus", f"{count} passages have other metadata in the corpus")
-    if gone := changes.missing + changes.surplus:
-        report.add("corpus", f"{len(gone)} rows belong to no passage of the corpus")
+    if changes.missing:
+        report.add("corpus", f"{len(changes.missing)} rows belong to no passage of the corpus")
 
 
 def _check_sample(
@@ -241,23 +233,28 @@ def _check_sample(
         report.add("fingerprint", f"{model} is not the model that made this table")
         return
     encoder = PassageEncoder(model, revision=spec.revision, dtype=dtype, max_length=spec.max_length)
-    exact = "bfloat16" not in (spec.compute_dtype, encoder.compute_dtype)
-    coarser = "float32" if exact else "bfloat16"
+    computed = (spec.compute_dtype, encoder.compute_dtype)
+    coarser = "bfloat16" if "bfloat16" in computed else "float32"
     rows = _some_rows(table, sample, ["id", "text"])
     ids, texts = rows["id"].to_pylist(), rows["text"].to_pylist()
     passages = zip(encoder.encode(texts, ratio=spec.ratios[0]), table.take(ids), strict=True)
     report.largest_state_error = report.largest_score_error = 0.0
     for id, text, (fresh, stored) in zip(ids, texts, passages, strict=True):
-        old, new = stored.states.astype(np.float32), fresh.states
-        if new.shape != old.shape:
-            report.add("sample", f"shape {old.shape}, encoded again {new.shape}", id)
+        old, exact = stored.states.astype(np.float32), fresh.states
+        if exact.shape != old.shape:
+            report.add("sample", f"shape {old.shape}, encoded again {exact.shape}", id)
             continue
-        norm = float(np.linalg.norm(new))
-        state_error = float(np.linalg.norm(old - new)) / max(1e-12, norm)
+        # Both sides have the rounding of the table's codec, so that few bits are no difference.
+        counts = np.array([len(exact)])
+        new = spec.codec.decode(spec.codec.encode(exact, counts), counts, spec.dim)
+        norm = max(1e-12, float(np.linalg.norm(exact)))
+        state_error = float(np.linalg.norm(old - new)) / norm
+        rounding = float(np.linalg.norm(new - exact)) / norm
         query = " ".join(text.split()[:QUERY_WORDS])
         (score, _), (expected, _) = decoder.score(query, [old, new])
         score_error = abs(score - expected)
-        if state_error > STATES_TOLERANCE[coarser] or score_error > SCORE_TOLERANCE[coarser]:
+        most = STATES_TOLERANCE[coarser] + rounding
+        if state_error > most or score_error > SCORE_TOLERANCE[coarser]:
             detail = f"states differ by {state_error:.2g}, P(yes) by {score_error:.2g}"
             report.add("sample", detail, id)
         report.largest_state_error = max(report.largest_state_error, state_error)

@@ -70,10 +70,11 @@ class DeviceThreads:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what a forward on a CPU frees, for the next one.
+    """Let malloc keep what a forward on a CPU or a shard frees, for the next one.
 
     By default glibc gives large blocks back to the system at once, and each activation of each
-    layer is paged in and zeroed anew: up to a fifth of a CPU worker's time. See mallopt(3).
+    layer is paged in and zeroed anew: up to a fifth of a CPU worker's time. Beside a GPU it is the
+    states of a shard, which are copied and written. See mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt:

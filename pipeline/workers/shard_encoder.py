@@ -23,7 +23,6 @@ from kalm_encoder.table.codecs import FloatCodec
 from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard, ShardReader, ShardRows
-from pipeline.corpus.splitting import Splitter
 from pipeline.messages import ShardResult, WorkerConfig
 from pipeline.table.fragments import open_to_write, write_fragment
 from pipeline.workers.device_threads import DeviceThreads, keep_freed_memory
@@ -38,8 +37,8 @@ more would only hold memory."""
 class _PerThread(threading.local):
     """A reader for each thread that uses it: threads cannot share a position in a file."""
 
-    def __init__(self, config: WorkerConfig, split: Splitter | None) -> None:
-        self.reader = ShardReader(config.table.options, config.erased, split)
+    def __init__(self, config: WorkerConfig) -> None:
+        self.reader = ShardReader(config.table.options, config.erased)
 
 
 class ShardEncoder:
@@ -68,8 +67,7 @@ class ShardEncoder:
         place = checkpoint.choose_device(device)
         if place.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(config.gpu_share)
-        if place.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory()
         self._threads = DeviceThreads(place, config.threads)
         self.encoder = self._threads.submit(
             lambda: PassageEncoder(
@@ -92,7 +90,7 @@ class ShardEncoder:
         )
         self._on_gpu: deque[BatchInFlight] = deque()
         self._dataset = open_to_write(config.table)
-        self._own = _PerThread(config, Splitter.of(spec, self.encoder.tokenizer))
+        self._own = _PerThread(config)
         budget = self.encoder.token_budget
         logger.info("loaded %s on %s, %d tokens per forward pass", spec.model, place, budget)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from tests.bench import elastic, encode, memory, rerank, scale, serve, shapes, table, take
+from tests.bench import codecs, elastic, encode, memory, rerank, scale, serve, shapes, table, take
 from tests.bench.data import FOLDER, warn_if_busy
 from tests.bench.gpu_check import check, host_ceiling
 
@@ -23,6 +23,7 @@ BENCHES = {
     "shapes": shapes.main,
     "table": table.main,
     "take": take.main,
+    "codecs": codecs.main,
     "scale": scale.main,
     "serve": serve.main,
     "elastic": elastic.main,

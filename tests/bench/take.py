@@ -41,7 +41,7 @@ def short() -> list[str]:
 def _ratio(large: int, *, indexed: bool) -> float:
     """Return the median time of a take from a large table, over one from a small table."""
     tables = {
-        rows: _open(_random_table(rows, dim=64, states=8), indexed) for rows in (SMALL, large)
+        rows: open_table(random_table(rows, dim=64, states=8), indexed) for rows in (SMALL, large)
     }
     took: dict[int, list[float]] = {rows: [] for rows in tables}
     rng = random.Random(0)
@@ -59,7 +59,7 @@ def _ratio(large: int, *, indexed: bool) -> float:
 
 def _checksum_share() -> str:
     """Return the share of a take's time that goes into checksums, at Nano's width."""
-    table = PassageTable.open(_random_table(IDS, dim=NANO_DIM, states=NANO_STATES))
+    table = PassageTable.open(random_table(IDS, dim=NANO_DIM, states=NANO_STATES))
     ids = [f"doc-{n}" for n in range(IDS)]
     passages = table.take(ids)
 
@@ -74,19 +74,19 @@ def _checksum_share() -> str:
     return bar("checksum_share", statistics.median(sums) / statistics.median(takes), "<=", 0.1)
 
 
-def _open(uri: str, indexed: bool) -> PassageTable:
+def open_table(uri: str, indexed: bool) -> PassageTable:
     table = PassageTable.open(uri)
     if indexed:
         table.load_index(INDEX_LIMIT_BYTES)
     return table
 
 
-def _random_table(rows: int, *, dim: int, states: int) -> str:
+def random_table(rows: int, *, dim: int, states: int, store_dtype: str = "float16") -> str:
     """Write a table of random states, once; return its address."""
-    uri = str(FOLDER / f"take{rows}x{states}x{dim}.lance")
+    uri = str(FOLDER / f"take{rows}x{states}x{dim}-{store_dtype}.lance")
     if Path(uri).exists():
         return uri
-    spec = TableSpec("none", None, "none", dim, 1024, (4,), keep_text=False)
+    spec = TableSpec("none", None, "none", dim, 1024, (4,), store_dtype, keep_text=False)
     rng = np.random.default_rng(0)
 
     def batches() -> Iterator[pa.RecordBatch]:

@@ -18,7 +18,7 @@ from pipeline.upkeep.delete import compact, delete
 from pipeline.upkeep.sync import sync
 from pipeline.workers.local import encode_inline
 from tests.conftest import encode_table, make_texts, write_corpus
-from tests.golden import write_v1
+from tests.golden import write
 
 IDS = [f"p{i}" for i in range(60)]
 PLENTY = 1 << 20
@@ -71,9 +71,10 @@ def test_rows_are_fetched_by_address_not_by_a_scan(small_table):
     assert "full_filter=--, refine_filter=--" in plan
 
 
-@pytest.mark.parametrize("dtype", write_v1.FILES)
-def test_every_store_dtype(dtype):
-    assert_same(write_v1.FOLDER / write_v1.FILES[dtype], write_v1.IDS, (2, 4, 8))
+@pytest.mark.parametrize("version", write.VERSIONS)
+@pytest.mark.parametrize("dtype", write.FILES)
+def test_every_store_dtype(dtype, version):
+    assert_same(write.path_of(version, dtype), write.IDS, (2, 4, 8))
 
 
 @pytest.mark.parametrize("kinds", [1, 7, 100])
@@ -129,7 +130,7 @@ def test_damaged_rows_are_still_named(small_table, tmp_path, column):
 
 def test_an_id_that_is_there_twice_is_an_error(tmp_path):
     spec = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
-    passage = write_v1.passages()[0]
+    passage = write.passages(1)[0]
     states = np.ones((len(passage.states), 4), np.float32)
     twice = [type(passage)(states, passage.num_tokens, False)] * 2
     uri = tmp_path / "t.lance"

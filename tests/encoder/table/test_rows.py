@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import lance
 import numpy as np
@@ -14,7 +13,7 @@ from kalm_encoder.matryoshka import PackedStates, PassageStates, coarsen, num_gr
 from kalm_encoder.table.checksums import states_checksum
 from kalm_encoder.table.rows import build_rows, read_rows
 from kalm_encoder.table.spec import TableSpec
-from tests.golden import write_v1
+from tests.golden import reader, write
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2, 8), store_dtype="float32")
 
@@ -103,27 +102,37 @@ def test_impossible_settings_are_named(change, message):
         TableSpec(**{**SPEC.__dict__, **change})
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float16", 0), ("int8", 1 / 254), ("int4", 1 / 14)])
-def test_golden_files_of_version_1_read_as_written(dtype, error):
-    table = PassageTable.open(str(write_v1.FOLDER / write_v1.FILES[dtype]))
-    assert table.spec == replace(write_v1.SPEC, store_dtype=dtype)
+GOLDEN = [(version, dtype) for version in write.VERSIONS for dtype in write.FILES]
+
+
+@pytest.mark.parametrize(("version", "dtype"), GOLDEN)
+def test_golden_files_read_as_written_and_as_documented(version, dtype):
+    """A reader that knows the documentation alone finds the same states."""
+    path = write.path_of(version, dtype)
+    table = PassageTable.open(str(path))
+    assert table.spec == write.spec_of(version, dtype)
+    written = write.passages(version)
+    error = {"float16": 1e-3, "int8": 0.01, "int4": 0.12}[dtype]
     for ratio in (2, 4, 8):
-        taken = table.take(write_v1.IDS, ratio=ratio)
-        for got, passage in zip(taken, write_v1.passages(), strict=True):
+        taken = table.take(write.IDS, ratio=ratio)
+        for got, passage in zip(taken, written, strict=True):
             assert (got.num_tokens, got.truncated) == (passage.num_tokens, passage.truncated)
             want = coarsen(passage.states, passage.num_tokens, 2, ratio)
-            most = 1.01 * error * np.abs(passage.states).max()
-            np.testing.assert_allclose(got.states, want, rtol=1e-3, atol=most)
+            assert np.linalg.norm(got.states - want) <= error * np.linalg.norm(want)
+        if ratio in table.spec.ratios:
+            documented = reader.read(path, ratio)
+            for id, got in zip(write.IDS, taken, strict=True):
+                np.testing.assert_allclose(documented[id], got.states, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", write_v1.FILES)
-def test_version_1_is_still_written_the_same(dtype):
-    rows = write_v1.rows_of(dtype)
-    name = write_v1.FILES[dtype]
+@pytest.mark.parametrize(("version", "dtype"), GOLDEN)
+def test_golden_files_are_still_written_the_same(version, dtype):
+    rows = write.rows_of(version, dtype)
+    path = write.path_of(version, dtype)
     # Not Table.equals: Lance does not keep the nullability of fixed-size-list items.
-    stored = lance.dataset(write_v1.FOLDER / name).to_table()
+    stored = lance.dataset(path).to_table()
     assert rows.to_pydict() == stored.to_pydict()
-    expected = json.loads((write_v1.FOLDER / f"{name.split('.')[0]}.json").read_text())
+    expected = json.loads(path.with_suffix(".json").read_text())
     assert [h.hex() for h in rows["text_hash"].to_pylist()] == expected["text_hash"]
     for column in ("checksum_r2", "checksum_r4", "checksum"):
         assert rows[column].to_pylist() == expected[column]

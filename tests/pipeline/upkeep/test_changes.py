@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import shutil
+import signal
 from dataclasses import replace
 
 import lance
@@ -18,7 +20,11 @@ from pipeline.upkeep.sync import sync
 from pipeline.upkeep.verify import verify
 from pipeline.workers.local import encode_inline
 from tests.conftest import write_corpus
+from tests.support.commands import kalm
+from tests.support.s3_server import serve
 
+KILLS = 4
+"""Requests between the merge and the end at which a sync is killed."""
 START = {f"p{i}": f"text {i}" for i in range(12)}
 
 
@@ -163,3 +169,38 @@ def test_since_a_version_of_a_source_table(job, tmp_path, caplog):
     assert held(job) == after
     with pytest.raises(InputError, match="give one Lance table"):
         sync(job, encode_inline, since=1)
+
+
+@pytest.mark.slow
+def test_killed_at_any_request_the_same_command_finishes(job, tmp_path):
+    """SIGKILL at requests to a store, from the claim of the table to the moved tag."""
+    records = [upsert("p1", "one"), {"op": "delete", "_id": "p2"}, upsert("new", "two")]
+    (feed,) = write_feed(tmp_path / "feed.jsonl", records)
+    after = {**START, "p1": "one", "new": "two"}
+    del after["p2"]
+    model = ("--model", job.model, "--workers", 0)
+    with serve(tmp_path / "s3") as s3:
+
+        def begin(name, *rules):
+            """Sync a copy of the table, whose name Lance has cached nothing of."""
+            copy = s3.folder / "bucket" / f"{name}.lance"
+            shutil.copytree(job.uri, copy)
+            to = ("--to", f"s3://bucket/{name}.lance")
+            s3.faults(*rules)
+            return copy, ("sync", feed, "--changes", *to, *model, *s3.arguments)
+
+        kalm(*begin("whole")[1], check=0)
+        requests = s3.stats()["requests"]
+        merged = next(i for i, line in enumerate(requests) if "/_deletions/" in line)
+        killed = 0
+        for number in range(merged, len(requests), max(1, (len(requests) - merged) // KILLS)):
+            rule = {"action": "kill_after", "match": "", "skip": number}
+            copy, command = begin(f"t{number}", rule)
+            killed += kalm(*command).returncode == -signal.SIGKILL
+            here = replace(job, uri=str(copy))
+            assert held(here) in (START, after), "readers see all of it or nothing"
+            s3.faults()
+            kalm(*command, check=0)
+            assert held(here) == after
+            assert verify(here.uri).num_problems == 0
+    assert killed > KILLS // 2

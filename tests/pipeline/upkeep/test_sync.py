@@ -118,7 +118,7 @@ def test_missing_passages_stay_unless_told(job):
     assert len(PassageTable.open(job.uri)) == 1
 
 
-@pytest.mark.parametrize("step", ["upsert", "delete", "_index", "change"])
+@pytest.mark.parametrize("step", ["upsert", "delete", "_index", "change", "publish"])
 def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeypatch, step):
     passages = passages_of(job)
     old = set(passages)
@@ -133,7 +133,10 @@ def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeyp
         raise KillError
 
     with monkeypatch.context() as broken:
-        broken.setattr(SealedTable, step, kill)
+        if step == "publish":
+            broken.setattr("pipeline.upkeep.sync.publish", kill)
+        else:
+            broken.setattr(SealedTable, step, kill)
         with pytest.raises(KillError):
             sync(job, encode_inline, delete_missing=True)
     ids = lance.dataset(job.uri, version="live").to_table(columns=["id"])["id"].to_pylist()
@@ -144,6 +147,21 @@ def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeyp
     table = PassageTable.open(job.uri)
     assert set(table.dataset.to_table(columns=["id"])["id"].to_pylist()) == set(passages)
     assert verify(job.uri).num_problems == 0
+
+
+def test_a_delete_that_was_killed_before_it_published_is_finished(job, monkeypatch):
+    def kill(table):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr("pipeline.upkeep.delete.publish", kill)
+        with pytest.raises(KeyboardInterrupt):
+            delete(Location(job.uri), ["p1", "p2"])
+    assert len(PassageTable.open(job.uri)) == 50
+    assert delete(Location(job.uri), ["p1", "p2"]) == 2
+    assert len(PassageTable.open(job.uri)) == 48
+    with pytest.raises(MissingIdsError, match="p1"):
+        delete(Location(job.uri), ["p1", "p3"])
 
 
 @pytest.mark.parametrize(("policy", "text"), [("first", "one"), ("last", "two")])

@@ -14,6 +14,11 @@ from tests.conftest import encode_table, make_texts, write_corpus
 IDS = [f"p{i}" for i in range(60)]
 
 
+def distance(a, b):
+    """Return the relative L2 distance of two passages' states."""
+    return np.linalg.norm(a.states.astype(np.float32) - b.states) / np.linalg.norm(b.states)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 @pytest.mark.parametrize("ratios", [(2, 8), (4,), (16,)])
 def test_states_are_those_of_the_source(small_table, tmp_path, ratios, dtype):
@@ -23,11 +28,11 @@ def test_states_are_those_of_the_source(small_table, tmp_path, ratios, dtype):
     source, made = PassageTable.open(str(small_table)), PassageTable.open(target)
     assert (made.spec.ratios, made.spec.store_dtype) == (ratios, dtype)
     assert made.spec.fingerprint == source.spec.fingerprint
-    steps = {"float16": 2.0**-10, "int8": 1 / 200, "int4": 1 / 10}[dtype]
+    error = {"float16": 2.0**-11, "int8": 0.01, "int4": 0.12}[dtype]
     for ratio in ratios:
         for a, b in zip(made.take(IDS, ratio=ratio), source.take(IDS, ratio=ratio), strict=True):
             assert (a.num_tokens, a.truncated) == (b.num_tokens, b.truncated)
-            np.testing.assert_allclose(a.states, b.states, atol=steps * np.abs(b.states).max())
+            assert distance(a, b) < error
     columns = ["id", "text", "text_hash"]
     rows = [t.dataset.to_table(columns=columns) for t in (source, made)]
     assert rows[0].equals(rows[1])

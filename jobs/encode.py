@@ -51,6 +51,8 @@ def encode(
     quoting: options.Quoting = None,
     keep: options.Keep = None,
     index_column: options.IndexColumns = None,
+    split: options.Split = None,
+    overlap: options.Overlap = 0,
     max_rejected: Annotated[
         float,
         typer.Option(
@@ -104,6 +106,7 @@ def encode(
         fields=options.reading(id_field, text_field, title_field, columns, quoting, format, keep),
         shard_size=shard_size,
         limit=limit,
+        split=options.parse_split(split, overlap, max_length),
         token_budget=token_budget,
         max_rejected=max_rejected,
         commit_every_s=commit_every,

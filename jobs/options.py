@@ -115,6 +115,39 @@ IndexColumns = Annotated[
         "repeated. Later syncs keep the index up to date.",
     ),
 ]
+Split = Annotated[
+    int | None,
+    typer.Option(
+        help="Cut documents into passages of at most this many tokens, at ends of sentences and "
+        "lines. Give it where documents are longer than --max-length. Default: rows are passages, "
+        "and what is too long is cut off."
+    ),
+]
+Overlap = Annotated[
+    int,
+    typer.Option(
+        help="Tokens that a passage of --split repeats of the text before it. Raise it where "
+        "passages are hard to understand alone; it is encoded and stored twice."
+    ),
+]
+GroupBy = Annotated[
+    str | None,
+    typer.Option(
+        help="Rank documents: metadata column that names the document of a passage, such as "
+        "doc_id, which --split makes."
+    ),
+]
+Aggregate = Annotated[
+    Literal["max", "mean_top_2"],
+    typer.Option(help="Score of a document: that of its best passage, or the mean of its best 2."),
+]
+MaxPassages = Annotated[
+    int,
+    typer.Option(
+        help="Passages per document that are scored at the ratio asked for. Raise it where what "
+        "matters lies in many places of a document."
+    ),
+]
 Quoting = Annotated[
     bool | None,
     typer.Option(
@@ -278,6 +311,22 @@ def parse_ratios(ratios: str) -> tuple[int, ...]:
         return tuple(int(part) for part in ratios.split(","))
     except ValueError:
         raise InputError(f"--ratios {ratios!r} must be numbers with commas, such as 4,32") from None
+
+
+def parse_split(split: int | None, overlap: int, max_length: int) -> tuple[int, int] | None:
+    """Return the lengths of --split and --overlap; None if documents are not split.
+
+    Raises:
+        InputError: If documents cannot be split like that.
+    """
+    from kalm_encoder.table.spec import check_split
+
+    if split is None:
+        if overlap:
+            raise InputError(f"--overlap {overlap} is of passages that --split makes: give both")
+        return None
+    check_split(split, overlap, max_length)
+    return split, overlap
 
 
 def split_list(text: str) -> list[str]:

@@ -51,6 +51,9 @@ def rerank(
         float | None,
         typer.Option(help="Milliseconds to spend: coarse states for all, finer ones for the best."),
     ] = None,
+    group_by: options.GroupBy = None,
+    aggregate: options.Aggregate = "max",
+    max_passages: options.MaxPassages = 8,
     on_missing: Annotated[
         str,
         typer.Option(
@@ -67,6 +70,7 @@ def rerank(
 ) -> None:
     """Rerank candidates by P(yes), from stored states: the encoder is never loaded."""
     from kalm_encoder.rerank.reranker import Reranker
+    from kalm_encoder.rerank.results import passage_of
 
     if sum(option is not None for option in (ids, ids_file, search)) != 1:
         raise InputError("give the candidates with one of --ids, --ids-file or --search")
@@ -98,6 +102,9 @@ def rerank(
         max_ms=max_ms,
         where=where if search is None else None,
         on_missing=cast("OnMissing", on_missing),  # `rerank` refuses any other word
+        group_by=group_by,
+        aggregate=aggregate,
+        max_passages=max_passages,
     )
     if as_json:
         rows = [
@@ -108,9 +115,10 @@ def rerank(
         return
     seconds = time.perf_counter() - began
     print(f"{query}\n{len(candidates)} candidates in {seconds * 1000:.0f} ms")
-    texts = reranker.table.texts([r.id for r in results])
+    texts = reranker.table.texts([passage_of(r) for r in results])
     for rank, result in enumerate(results, start=1):
-        print(f"{rank:3}  {result.score:.4f}  {result.id}  {beginning(texts.get(result.id, ''))}")
+        text = beginning(texts.get(passage_of(result), ""))
+        print(f"{rank:3}  {result.score:.4f}  {result.id}  {text}")
 
 
 def beginning(text: str, width: int = 70) -> str:

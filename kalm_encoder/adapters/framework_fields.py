@@ -12,8 +12,16 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from kalm_encoder.errors import MissingIdsError
+from kalm_encoder.rerank.grouping import MAX_PASSAGES, Aggregate
 from kalm_encoder.rerank.reranker import Reranker
-from kalm_encoder.rerank.results import OnMissing, at_places, falling_scores
+from kalm_encoder.rerank.results import (
+    DocumentResult,
+    OnMissing,
+    RerankResult,
+    at_places,
+    falling_scores,
+    passage_of,
+)
 
 Item = TypeVar("Item")
 
@@ -39,6 +47,11 @@ class RerankFields(BaseModel):
             those without a row, are left out.
         with_metadata: Whether items get the metadata columns of the table as metadata, in place of
             what they have under the same names.
+        group_by: Metadata column of the table that names the document of a passage. Then of each
+            document one item is kept, which gets `passage_id`, `document_id` and `span` as
+            metadata. The ids of items may be those of passages or of documents.
+        aggregate: What gives the score of a document: "max" or "mean_top_2".
+        max_passages: Most passages of a document that are scored at the ratio asked for.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -54,6 +67,9 @@ class RerankFields(BaseModel):
     on_missing: OnMissing = "error"
     where: str | None = None
     with_metadata: bool = False
+    group_by: str | None = None
+    aggregate: Aggregate = "max"
+    max_passages: int = Field(default=MAX_PASSAGES, ge=1)
     _reranker: Reranker = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
@@ -62,13 +78,16 @@ class RerankFields(BaseModel):
         self._reranker.stages(ratio=self.ratio, cascade=self.cascade, max_ms=self.max_ms)
         if self.where is not None:
             self._reranker.table.check_filter(self.where)
+        if self.group_by is not None:
+            self._reranker.table.members([], self.group_by)
 
     def _rank(
         self, query: str, ids: Sequence[str], items: Sequence[Item]
     ) -> list[tuple[Item, float, int | None, dict[str, Any]]]:
         """Return the best items with score, ratio and metadata, best first.
 
-        Equal ids have one score. The metadata are empty unless `with_metadata` asks for them.
+        Equal ids have one score. The metadata are empty unless `with_metadata` or `group_by` asks
+        for them.
 
         The score is P(yes), and never above that of the item before; see `falling_scores`.
         """
@@ -83,6 +102,9 @@ class RerankFields(BaseModel):
                 max_ms=self.max_ms,
                 on_missing=self.on_missing,
                 where=self.where,
+                group_by=self.group_by,
+                aggregate=self.aggregate,
+                max_passages=self.max_passages,
             )
         except MissingIdsError as error:
             remedy = f"name the metadata key that holds them as id_key (now {self.id_key!r}), or "
@@ -91,6 +113,16 @@ class RerankFields(BaseModel):
         found = [result for _, result in ranked]
         metadata = {}
         if self.with_metadata:
-            metadata = self._reranker.table.metadata([result.id for result in found])
+            metadata = self._reranker.table.metadata([passage_of(result) for result in found])
         scores = zip(ranked, falling_scores(found), strict=True)
-        return [(items[p], s, r.ratio, metadata.get(r.id, {})) for (p, r), s in scores]
+        return [
+            (items[p], s, r.ratio, metadata.get(passage_of(r), {}) | _of_document(r))
+            for (p, r), s in scores
+        ]
+
+
+def _of_document(result: RerankResult) -> dict[str, Any]:
+    """Return what an item of a document is told of its best passage."""
+    if not isinstance(result, DocumentResult):
+        return {}
+    return {"document_id": result.id, "passage_id": result.passage_id, "span": result.span}

@@ -18,6 +18,7 @@ from lancedb.rerankers import Reranker as LanceDBReranker
 
 from kalm_encoder.errors import InputError, MissingIdsError
 from kalm_encoder.rerank.cascade import Stage
+from kalm_encoder.rerank.grouping import MAX_PASSAGES, Aggregate, Grouping
 from kalm_encoder.rerank.reranker import Reranker
 from kalm_encoder.rerank.results import OnMissing, at_places, falling_scores
 
@@ -41,6 +42,10 @@ class KaLMReranker(LanceDBReranker):
             "drop" or "last".
         where: SQL predicate over the columns of the passage table. Results whose rows there do not
             satisfy it, and those without a row, are left out.
+        group_by: Metadata column of the passage table that names the document of a passage. Then
+            one result per document is kept, that of its best passage.
+        aggregate: What gives the score of a document: "max" or "mean_top_2".
+        max_passages: Most passages of a document that are scored at the ratio asked for.
 
     Raises:
         InputError: If an option is impossible.
@@ -59,6 +64,9 @@ class KaLMReranker(LanceDBReranker):
         max_ms: float | None = None,
         on_missing: OnMissing = "error",
         where: str | None = None,
+        group_by: str | None = None,
+        aggregate: Aggregate = "max",
+        max_passages: int = MAX_PASSAGES,
     ) -> None:
         super().__init__(return_score)
         self._reranker = Reranker.of(reranker)
@@ -72,8 +80,14 @@ class KaLMReranker(LanceDBReranker):
         self._is_staged = len(self._reranker.stages(**staging)) > 1
         if where is not None:
             self._reranker.table.check_filter(where)
+        if group_by is not None:
+            Grouping(group_by, aggregate, max_passages)
+            self._reranker.table.members([], group_by)
         self._options = staging | {
             "where": where,
+            "group_by": group_by,
+            "aggregate": aggregate,
+            "max_passages": max_passages,
             "instruction": instruction,
             "system_instruction": system_instruction,
         }

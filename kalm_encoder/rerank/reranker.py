@@ -20,6 +20,7 @@ from kalm_encoder.model.pairs import Pair, Prompt
 from kalm_encoder.process import check_process
 from kalm_encoder.rerank.candidates import CandidateReader
 from kalm_encoder.rerank.cascade import Stage, choose_stages
+from kalm_encoder.rerank.grouping import MAX_PASSAGES, Aggregate, Grouping, rank_documents
 from kalm_encoder.rerank.match import check_match
 from kalm_encoder.rerank.results import OnMissing, RerankResult
 from kalm_encoder.table.ids import Id, as_id, as_ids
@@ -139,6 +140,9 @@ class Reranker:
         on_missing: OnMissing = "error",
         where: str | None = None,
         passages: Mapping[Any, PassageStates] | None = None,
+        group_by: str | None = None,
+        aggregate: Aggregate = "max",
+        max_passages: int = MAX_PASSAGES,
     ) -> list[RerankResult]:
         """Score stored passages against a query.
 
@@ -161,16 +165,24 @@ class Reranker:
                 whose rows do not satisfy it are left out, and so are those without a row.
             passages: Freshly encoded states at the finest stored ratio, by id; they are used
                 instead of those of the table.
+            group_by: Metadata column that names the document of a passage, such as "doc_id". Then
+                documents are ranked, and the candidates may be documents, which stand for all of
+                their passages, or passages.
+            aggregate: What gives the score of a document: "max" is the score of its best passage,
+                "mean_top_2" the mean of its best two.
+            max_passages: Most passages of a document that are scored as asked for. If it has more
+                candidates, they are chosen by a first stage at `cascade.coarse_ratio`.
 
         Returns:
             The results of the last stage first, the best of each stage first, ties in the order of
             `ids`. Scores are P(yes), never normalised over the candidates. Scores of different
-            ratios are not comparable.
+            ratios are not comparable. With `group_by` they are `grouping.DocumentResult`s, which
+            have the best passage of each document and its span.
 
         Raises:
             MissingIdsError: If the table does not hold some ids; it names all of them.
-            InputError: If an id is no id, or if ratio, top_k, cascade, max_ms, on_missing or
-                where is impossible.
+            InputError: If an id is no id, or if ratio, top_k, cascade, max_ms, on_missing, where,
+                group_by, aggregate or max_passages is impossible.
         """
         check_process()
         if top_k is not None and top_k < 1:
@@ -180,6 +192,16 @@ class Reranker:
         prompt = query
         if isinstance(prompt, str):
             prompt = self.decoder.prompt(prompt, instruction, system_instruction)
+        if group_by is not None:
+            if passages:
+                raise InputError("documents are ranked by stored passages: leave out passages")
+            grouping = Grouping(group_by, aggregate, max_passages)
+            rank = partial(self.rerank, prompt, where=where)
+            documents = rank_documents(
+                rank, self.table, ids, grouping, stages=stages, max_ms=max_ms,
+                on_missing=on_missing,
+            )  # fmt: skip
+            return [*documents[:top_k]]
         given = {as_id(i): passage for i, passage in (passages or {}).items()}
         candidates = list(dict.fromkeys(as_ids(ids)))
         if where is not None:

@@ -33,17 +33,40 @@ class RerankResult:
     ratio: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentResult(RerankResult):
+    """One document; its score, margin and ratio come from its passages.
+
+    Attributes:
+        passage_id: Id of its best passage; None if the table holds none.
+        span: First character of that passage in the text of the document, and the one behind its
+            last; None if the table was not encoded with --split.
+    """
+
+    passage_id: str | None
+    span: tuple[int, int] | None
+
+
+def passage_of(result: RerankResult) -> str:
+    """Return the id of the passage of a result: the best one of a document."""
+    if isinstance(result, DocumentResult) and result.passage_id is not None:
+        return result.passage_id
+    return result.id
+
+
 def at_places(results: Sequence[RerankResult], ids: Sequence[Id]) -> list[tuple[int, RerankResult]]:
     """Return the results with their places in a list of ids, where an id may occur repeatedly.
 
-    Results with the same score come in the order of their places.
+    Results with the same score come in the order of their places. A document that is not among the
+    ids has the place of its best passage.
     """
     places: dict[str, list[int]] = {}
     for place, id in enumerate(as_ids(ids)):
         places.setdefault(id, []).append(place)
     ranked: list[tuple[int, RerankResult]] = []
     for _, tied in groupby(results, key=lambda r: (r.ratio, r.score, r.margin)):
-        ranked += sorted(((place, r) for r in tied for place in places[r.id]), key=itemgetter(0))
+        found = ((r, r.id if r.id in places else passage_of(r)) for r in tied)
+        ranked += sorted(((place, r) for r, id in found for place in places[id]), key=itemgetter(0))
     return ranked
 
 

@@ -8,6 +8,7 @@ import uuid
 from typing import Any
 
 from kalm_encoder import __version__
+from kalm_encoder.rerank.results import DocumentResult, passage_of
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import Document, Options, RerankRequest, ScoreRequest, TeiRequest
 from kalm_encoder.service.scoring import TEXT, check_count, score_candidates
@@ -19,7 +20,8 @@ def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
     scored, tokens = score_candidates(version, request.query, candidates, request)
     scored = scored[: request.top_n or None]
     stored, metadata = {}, {}
-    ids = [one.id for _, one in scored if one.ratio is not None and not one.id.startswith(TEXT)]
+    found = (passage_of(one) for _, one in scored if one.ratio is not None)
+    ids = [id for id in found if not id.startswith(TEXT)]
     if request.return_documents:
         stored = version.table.texts(ids)
     if request.return_metadata:
@@ -28,16 +30,19 @@ def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
     for index, one in scored:
         candidate = candidates[index]
         # What was scored is what is returned: a stored passage, or the text of the request.
-        text = candidate.text if one.id.startswith(TEXT) else stored.get(one.id)
+        id = passage_of(one)
+        text = candidate.text if id.startswith(TEXT) else stored.get(id)
         result: dict[str, Any] = {"index": index, "relevance_score": one.score}
-        if candidate.id is not None:
+        if isinstance(one, DocumentResult):
+            result |= {"id": one.id, "passage_id": one.passage_id, "span": one.span}
+        elif candidate.id is not None:
             result["id"] = candidate.id
         if request.raw_scores:
             result["margin"] = None if one.ratio is None else one.margin
         if request.return_documents and text is not None:
             result["document"] = {"text": text}
-        if one.id in metadata:
-            result["metadata"] = {n: _as_json(value) for n, value in metadata[one.id].items()}
+        if id in metadata:
+            result["metadata"] = {n: _as_json(value) for n, value in metadata[id].items()}
         results.append(result | {"ratio": one.ratio})
     meta: dict[str, Any] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     if request.max_tokens_per_doc is not None or request.truncate_prompt_tokens is not None:

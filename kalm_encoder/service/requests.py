@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.rerank.grouping import MAX_PASSAGES, Aggregate
 from kalm_encoder.rerank.results import OnMissing
 
 MAX_RATIO = 1 << 20
@@ -58,6 +59,9 @@ class Options(Request):
     max_ms: Annotated[float | None, Field(gt=0)] = None
     filter: str | None = None
     on_missing: OnMissing = "error"
+    group_by: str | None = None
+    aggregate: Aggregate = "max"
+    max_passages: Annotated[int, Field(ge=1)] = MAX_PASSAGES
 
 
 class CandidatesRequest(Options):

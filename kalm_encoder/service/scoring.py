@@ -36,7 +36,7 @@ def score_candidates(
         version: The version to score from.
         query: Raw text.
         candidates: Stored ids, or texts if the encoder is loaded. One may occur several times.
-        options: Instructions, ratio, cascade, max_ms and filter.
+        options: Instructions, ratio, cascade, max_ms, filter and grouping.
 
     Returns:
         The place in the request and the result of each candidate that passes the filter, best first
@@ -55,6 +55,10 @@ def score_candidates(
         where = check_filter(options.filter, version.settings.filter_columns)
         if any(candidate.text is not None for candidate in candidates):
             raise InputError("a filter applies to stored passages: give ids, not texts")
+    if options.group_by is not None:
+        if any(candidate.text is not None for candidate in candidates):
+            raise InputError("documents are ranked by stored passages: give ids, not texts")
+        check_count(version, len(version.table.members(keys, options.group_by)))
     prompt = version.decoder.prompt(query, options.instruction, options.system_instruction)
     results = version.reranker.rerank(
         prompt,
@@ -65,6 +69,9 @@ def score_candidates(
         on_missing=options.on_missing,
         where=where,
         passages=_encode(version, keys),
+        group_by=options.group_by,
+        aggregate=options.aggregate,
+        max_passages=options.max_passages,
     )
     num_scored = sum(result.ratio is not None for result in results)
     return at_places(results, keys), len(prompt.ids) * num_scored

@@ -5,7 +5,7 @@ spec.py describes the columns. This module knows nothing of torch, files or comm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -192,6 +192,41 @@ def read_metadata(spec: TableSpec, rows: pa.Table, *, uri: str) -> pa.Table | No
             "bytes changed after they were written. Restore the data files, or encode it again."
         )
     return rows.select(spec.metadata_names[:-1])
+
+
+def renamed_rows(spec: TableSpec, rows: pa.Table, ids: Sequence[str], *, uri: str) -> pa.Table:
+    """Return rows under other ids, with checksums made anew after the old ones were verified.
+
+    Args:
+        spec: Spec of the table.
+        rows: Whole rows. Their metadata and the checksum of these stay as they are.
+        ids: New id of each row.
+        uri: Address of the table, for error messages.
+
+    Raises:
+        CorruptRowError: If the bytes of a row are not what was written.
+    """
+    old, columns = rows["id"].to_pylist(), {"id": pa.array(ids, pa.string())}
+
+    def renew(name: str, checksum: Callable[..., int], *facts: Iterable[Any]) -> None:
+        made = []
+        for stored, was, now, *values in zip(rows[name].to_pylist(), old, ids, *facts, strict=True):
+            if stored != checksum(was, *values):
+                raise CorruptRowError(
+                    f"row {was!r} of {uri} does not match its {name}: the stored bytes changed "
+                    "after they were written. Restore the data files, or encode it again."
+                )
+            made.append(checksum(now, *values))
+        columns[name] = pa.array(made, pa.uint64())
+
+    renew("checksum", row_checksum, rows["text_hash"].to_pylist(), rows["shard_id"].to_pylist())
+    facts = [rows[name].to_pylist() for name in ("num_tokens", "truncated")]
+    for ratio in spec.ratios:
+        states = _states(spec, rows[f"states_r{ratio}"].combine_chunks())
+        renew(f"checksum_r{ratio}", states_checksum, *facts, states)
+    for name, column in columns.items():
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.field(name), column)
+    return rows
 
 
 def _contents(rows: pa.Table) -> list[int] | list[None]:

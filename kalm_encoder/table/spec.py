@@ -44,6 +44,11 @@ FORMAT_VERSION = 2
 VERSIONS = (1, FORMAT_VERSION)
 """Versions that can be read and changed."""
 SPEC_KEY = "kalm.spec"
+SPLIT_COLUMNS = (("doc_id", "string"), ("span_begin", "int64"), ("span_end", "int64"))
+"""Metadata columns, the last ones, of a table whose documents were split: the id of the document,
+the first character of the passage in its text, and the one behind its last."""
+MIN_SPLIT = 32
+"""Fewest tokens of a passage into which documents are split."""
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
@@ -65,11 +70,14 @@ class TableSpec:
         compute_dtype: "bfloat16" or "float32", in which the encoder computed. None before the first
             shard is committed, and in tables of version 1.
         metadata_columns: Name and type of each metadata column; see metadata.py.
+        split: Most tokens of a passage and tokens of overlap, if documents were split into
+            passages. None if they were passages in the corpus.
         format_version: Version of the row format.
         library_version: Version of kalm-preencode that created the table.
 
     Raises:
-        InputError: If the ratios, the store dtype or the metadata columns are impossible.
+        InputError: If the ratios, the store dtype, the metadata columns or the lengths of splitting
+            are impossible.
     """
 
     model: str
@@ -83,6 +91,7 @@ class TableSpec:
     template: str = TEMPLATE
     compute_dtype: str | None = None
     metadata_columns: Columns = ()
+    split: tuple[int, int] | None = None
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
 
@@ -95,6 +104,13 @@ class TableSpec:
         if self.store_dtype not in CODECS:
             raise InputError(f"store dtype {self.store_dtype!r} is not one of {', '.join(CODECS)}")
         check_columns(self.metadata_columns)
+        if self.split:
+            check_split(*self.split, self.max_length)
+
+    @property
+    def corpus_columns(self) -> Columns:
+        """The metadata columns that come from the corpus."""
+        return self.metadata_columns[: -len(SPLIT_COLUMNS)] if self.split else self.metadata_columns
 
     @property
     def metadata_names(self) -> list[str]:
@@ -188,5 +204,21 @@ class TableSpec:
                 f"table ({fields.get('library_version')}), or encode the corpus again."
             )
         columns = tuple((name, type) for name, type in fields.get("metadata_columns", ()))
-        known = {"ratios": tuple(fields["ratios"]), "metadata_columns": columns}
+        split = tuple(fields["split"]) if fields.get("split") else None
+        known = {"ratios": tuple(fields["ratios"]), "metadata_columns": columns, "split": split}
         return cls(**{**fields, **known})
+
+
+def check_split(tokens: int, overlap: int, max_length: int) -> None:
+    """Refuse lengths by which no document can be split well.
+
+    Raises:
+        InputError: If the passages would be tiny, longer than `max_length`, or mostly overlap.
+    """
+    if not MIN_SPLIT <= tokens <= max_length:
+        raise InputError(
+            f"--split {tokens} must be between {MIN_SPLIT} and the {max_length} tokens of "
+            "--max-length"
+        )
+    if not 0 <= overlap <= tokens // 4:
+        raise InputError(f"--overlap {overlap} must be between 0 and a quarter of --split {tokens}")

@@ -6,7 +6,7 @@ It never writes. What a handle returns does not change while a job writes to the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lance
 import pyarrow as pa
@@ -18,6 +18,21 @@ from kalm_encoder.process import check_process
 from kalm_encoder.table.ids import Id, as_ids, ids_in
 from kalm_encoder.table.rows import read_metadata
 from kalm_encoder.table.spec import TableSpec
+
+
+class Member(NamedTuple):
+    """A passage of a document.
+
+    Attributes:
+        id: Id of the passage.
+        document: Id of its document; its own where the table names none.
+        span: First character of the passage in the text of the document, and the one behind its
+            last; None if the table does not say.
+    """
+
+    id: str
+    document: str
+    span: tuple[int, int] | None
 
 
 class TableVersion:
@@ -106,6 +121,40 @@ class TableVersion:
         if metadata is None:
             return {}
         return dict(zip(rows["id"].to_pylist(), metadata.to_pylist(), strict=True))
+
+    def members(self, ids: Sequence[Id], column: str) -> list[Member]:
+        """Return the passages that have one of these ids, or belong to a document that has one.
+
+        Args:
+            ids: Ids of passages, of documents, or of both.
+            column: Metadata column that names the document of a passage.
+
+        Returns:
+            The passages that the table holds, those of a document in their order in it.
+
+        Raises:
+            InputError: If the table has no such column of strings.
+        """
+        if dict(self.spec.metadata_columns).get(column) != "string":
+            names = ", ".join(n for n, t in self.spec.metadata_columns if t == "string") or "none"
+            raise InputError(
+                f"{self.uri} has no metadata column {column!r} of strings to group by (it has "
+                f"{names}): encode with --split, which makes doc_id, or with --keep {column}"
+            )
+        spans = ["span_begin", "span_end"] if self.spec.split else []
+        named = pc.field(column).isin(pa.array(as_ids(ids), pa.string()))
+        rows = self._scan(["id", column, *spans], ids_in(ids) | named).to_pylist()
+        visible = set(self._visible([row["id"] for row in rows]))
+        found = [
+            Member(
+                row["id"],
+                row["id"] if row[column] is None else row[column],
+                (row["span_begin"], row["span_end"]) if spans else None,
+            )
+            for row in rows
+            if row["id"] in visible
+        ]
+        return sorted(found, key=lambda m: (m.document, m.span or (), m.id))
 
     def lengths(self, ids: Sequence[Id]) -> dict[str, tuple[int, bool]]:
         """Return (num_tokens, truncated) by id for those ids that the table holds."""

@@ -32,12 +32,16 @@ class Passage:
     Attributes:
         id: Id of the passage.
         text: Title and text, joined.
-        line: Line of its file, from 1; it plays no part in comparisons.
+        line: Line of its file, from 1; it plays no part in comparisons, nor do title and body.
+        title: Title, as the file has it; "" if there is none.
+        body: Text without the title, as the file has it.
     """
 
     id: str
     text: str
     line: int = field(default=0, compare=False)
+    title: str = field(default="", compare=False)
+    body: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +186,7 @@ def to_rows(
 def to_passage(row: RawRow, fields: Fields, path: str, line: int) -> Passage | Reject:
     """Make a passage from one row, or say why it is not one.
 
-    Title and text are joined as BEIR does it: `(title + " " + text).strip()`. An integer id becomes
-    its decimal string. An empty text is legal.
+    Title and text are joined. An integer id becomes its decimal string. An empty text is legal.
     """
     if isinstance(row, str):
         return Reject(path, line, row)
@@ -202,12 +205,17 @@ def to_passage(row: RawRow, fields: Fields, path: str, line: int) -> Passage | R
         return reject(f"field {fields.text!r} holds no text: {_shown(row, fields.text)}")
     if title is not None and not isinstance(title, str):
         return reject(f"field {title_field!r} holds no text: {_shown(row, title_field)}")
-    joined = (text if title is None else f"{title} {text}").strip()
+    joined = join_title(title or "", text)
     if len(joined) > MAX_TEXT_CHARS:
         return reject(f"text of {len(joined):,} characters, at most {MAX_TEXT_CHARS:,}: split it")
     if not _is_utf8(id_ + joined):
         return reject("not valid Unicode (undecodable bytes or a lone surrogate)")
-    return Passage(id_, joined, line)
+    return Passage(id_, joined, line, title or "", text)
+
+
+def join_title(title: str, text: str) -> str:
+    """Return title and text in one, as BEIR joins them."""
+    return f"{title} {text}".strip()
 
 
 def _is_utf8(text: str) -> bool:

@@ -6,7 +6,7 @@ the bytes it was planned from, and reading it later checks them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,19 +193,28 @@ class ShardRows(NamedTuple):
         return ShardRows([self.passages[place] for place in places], self.rejects, metadata)
 
 
+Split = Callable[[ShardRows, str], ShardRows]
+"""Cuts the documents of a shard of the file at a path into passages; see splitting.py."""
+
+
 class ShardReader:
     """Reads shards; it keeps the last file open, since the next shard often continues it.
 
     Args:
         storage_options: Options of the store of the files.
         erased: Ids whose rows are rejected.
+        split: Cuts the documents of a shard into passages; None if its rows are passages.
     """
 
     def __init__(
-        self, storage_options: dict[str, str] | None = None, erased: ErasedIds = NONE_ERASED
+        self,
+        storage_options: dict[str, str] | None = None,
+        erased: ErasedIds = NONE_ERASED,
+        split: Split | None = None,
     ) -> None:
         self._storage_options = storage_options
         self._erased = erased
+        self._split = split
         self._open: CorpusFile | None = None
         self._file: InputFile | None = None
 
@@ -239,7 +248,8 @@ class ShardReader:
             found, metadata = with_metadata(found, values, fields, path, are_cells=are_cells)
         passages = [row for row in found if isinstance(row, Passage)]
         rejects = [row for row in found if isinstance(row, Reject)]
-        return self._without_erased(shard, ShardRows(passages, rejects, metadata))
+        usable = self._without_erased(shard, ShardRows(passages, rejects, metadata))
+        return usable if self._split is None else self._split(usable, path)
 
     def _without_erased(self, shard: Shard, rows: ShardRows) -> ShardRows:
         if not self._erased.hashes:

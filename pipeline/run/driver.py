@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from kalm_encoder.errors import FencedError, IncompleteError, InputError, TooManyRejectsError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.tokens import check_max_length
-from kalm_encoder.table.spec import TableSpec
+from kalm_encoder.table.spec import SPLIT_COLUMNS, TableSpec
 from pipeline import logs
 from pipeline.corpus.shards import Plan
+from pipeline.corpus.splitting import check_no_choice
 from pipeline.messages import Executor, Outcome, ShardFailure, WorkerConfig
 from pipeline.run.first_look import first_look, id_field_remedy
 from pipeline.run.job import EncodeJob, TableJob, plan_job
@@ -90,6 +91,8 @@ def run(job: EncodeJob, execute: Executor, *, like: TableSpec | None = None) -> 
         raise InputError(
             f"on_duplicate {job.on_duplicate!r} is not one of {', '.join(DUPLICATE_POLICIES)}"
         )
+    if job.split:
+        check_no_choice(job.on_duplicate)
     kept = KeptPlan(job)
     known = kept.read()
     plan = known or plan_job(job, kept.files)
@@ -112,8 +115,11 @@ def run(job: EncodeJob, execute: Executor, *, like: TableSpec | None = None) -> 
         store_dtype=job.store_dtype,
         keep_text=job.keep_text,
         compute_dtype=job.compute_dtype,
-        metadata_columns=plan.metadata_columns,
+        metadata_columns=plan.metadata_columns + (SPLIT_COLUMNS if job.split else ()),
+        split=job.split,
     )
+    if job.split:  # what groups passages, and finds those of a document
+        job = replace(job, index_columns=(*job.index_columns, "doc_id"))
     spec = replace(spec, model=model, revision=files.revision)
     return load(job, plan, spec, execute, begun)
 
@@ -175,7 +181,7 @@ def load(
         uri=job.uri,
         num_rows=rows,
         num_rejected=rejected,
-        num_repeated=plan.num_rows - rejected - rows,
+        num_repeated=0 if spec.split else plan.num_rows - rejected - rows,
         live=live,
         shards_encoded=len(pending),
         totals=progress.totals,
@@ -191,7 +197,7 @@ def _commit_all(
     allowed: int,
 ) -> None:
     """Commit shards as they arrive; whatever ends the run, what has arrived is committed first."""
-    rejected = progress.before - ledger.num_rows
+    rejected = max(0, progress.before - ledger.num_rows)
     rejects = RejectStore(job.table)
     if not ledger.done:
         rejects.clear()  # what is there comes from an earlier attempt, with other input
@@ -231,7 +237,9 @@ def _finish(job: TableJob, plan: Plan, ledger: Ledger) -> bool:
     if not ledger.sealed:
         if job.on_duplicate == "error":
             _refuse_repeated(plan, ledger)
-        ledger.seal(job.on_duplicate)
+        # A document has many rows, so that those of the table do not tell how many were rejected.
+        rejected = len(RejectStore(job.table).read()) if ledger.spec.split else None
+        ledger.seal(job.on_duplicate, rejected)
     SealedTable(job.table).finish(index_columns=job.index_columns)
     if ledger.generation == 1 or ledger.is_live():
         publish(job.table)

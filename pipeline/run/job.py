@@ -63,6 +63,8 @@ class EncodeJob(TableJob):
             to keep as metadata columns.
         shard_size: Rows per shard, the unit of work and of commit.
         limit: Number of rows to encode, from the first on. None encodes all.
+        split: Most tokens of a passage and tokens of overlap, to split documents into passages.
+            None takes rows as passages.
     """
 
     inputs: tuple[str, ...]
@@ -76,6 +78,7 @@ class EncodeJob(TableJob):
     fields: FieldOptions = field(default_factory=FieldOptions)
     shard_size: int = 1000
     limit: int | None = None
+    split: tuple[int, int] | None = None
 
     def files(self) -> list[InputFile]:
         """List the input files.

@@ -33,7 +33,7 @@ EMPTY_SHARDS, GENERATION = "kalm.empty_shards", "kalm.generation"
 ON_DUPLICATE, REJECTED = "kalm.on_duplicate", "kalm.rejected"
 FIXED_SETTINGS = (
     *("fingerprint", "ratios", "store_dtype", "max_length", "keep_text", "template"),
-    *("compute_dtype", "metadata_columns"),
+    *("compute_dtype", "split", "metadata_columns"),
 )
 """Fields of the spec in which all shards of a table agree. The model's name may differ."""
 
@@ -151,12 +151,13 @@ class Ledger(TableClaim):
             self.change({EMPTY_SHARDS: ",".join(map(str, known))})
             self.done |= empty
 
-    def seal(self, on_duplicate: str = "error") -> None:
+    def seal(self, on_duplicate: str = "error", rejected: int | None = None) -> None:
         """Check that every planned shard is there once, and let no more in.
 
         Args:
             on_duplicate: What `SealedTable.finish` does about repeated ids. It is recorded here, so
                 that a run that continues after a crash does the same.
+            rejected: Number of rejects. None if each row of the plan is a reject or one passage.
 
         Raises:
             KalmError: If the table does not hold exactly the planned shards.
@@ -171,7 +172,8 @@ class Ledger(TableClaim):
                 f"{self.location} cannot be sealed: shards missing {sorted(missing)[:10]}, "
                 f"not planned {sorted(extra)[:10]}"
             )
-        rejected = self._plan.num_rows - self.num_rows
+        if rejected is None:
+            rejected = self._plan.num_rows - self.num_rows
         self.change({STATE: SEALED, ON_DUPLICATE: on_duplicate, REJECTED: str(rejected)})
 
     def refresh(self, dataset: lance.LanceDataset) -> None:
@@ -218,7 +220,8 @@ class Ledger(TableClaim):
         remedy = "give the same one, another table, or --new-generation to begin this one anew"
         for name in FIXED_SETTINGS:
             old, new = getattr(stored, name), getattr(spec, name)
-            if old != new and None not in (old, new):
+            is_unknown = name == "compute_dtype" and None in (old, new)
+            if old != new and not is_unknown:
                 begun = f"{self.location} was begun with {name} {old!r}, this job has {new!r}"
                 raise MismatchError(name, f"{begun}: {remedy}")
         if self.metadata[PLAN] != self._plan.hash:

@@ -20,7 +20,7 @@ import xxhash
 from kalm_encoder.errors import InputError
 from pipeline.corpus.access import open_text
 from pipeline.corpus.passages import Reject
-from pipeline.corpus.shards import Plan, Shard, ShardReader, ShardRows
+from pipeline.corpus.shards import Plan, Shard, ShardReader, ShardRows, Split
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,10 @@ class Feed:
     rejects: list[Reject] = field(default_factory=list)
     is_old: bool = False
 
-    def corpus(self, plan: Plan, reader: ShardReader) -> Iterator[ShardRows]:
-        """Read the rows that count, shard by shard."""
+    def corpus(
+        self, plan: Plan, reader: ShardReader, split: Split | None = None
+    ) -> Iterator[ShardRows]:
+        """Read the rows that count, shard by shard, and split documents."""
         for shard in plan.shards:
             rows = reader.read(shard)
             places = [
@@ -64,7 +66,8 @@ class Feed:
                 if self.wanted(shard, passage.line, passage.id)
             ]
             rejects = [r for r in rows.rejects if self.wanted(shard, r.line, r.id or "")]
-            yield rows.take(places)._replace(rejects=rejects)
+            chosen = rows.take(places)._replace(rejects=rejects)
+            yield chosen if split is None else split(chosen, shard.path)
 
 
 def read_feed(plan: Plan, metadata: dict[str, str], options: dict[str, str] | None) -> Feed:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import lance
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
@@ -19,12 +21,14 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.metadata import CHECKSUM, metadata_checksums
+from kalm_encoder.table.spec import SPLIT_COLUMNS
 from pipeline.corpus.erased import NONE_ERASED, ErasedIds
 from pipeline.corpus.passages import Reject
-from pipeline.corpus.shards import Plan, ShardReader, ShardRows
+from pipeline.corpus.shards import Plan, ShardReader, ShardRows, Split
 from pipeline.run.first_look import id_field_remedy
 from pipeline.table.duplicates import repeated
 
+SPLIT_NAMES = [name for name, _ in SPLIT_COLUMNS]
 Corpus = Callable[[], Iterator[ShardRows]]
 """Reads a corpus from its start and yields the rows of each shard."""
 
@@ -36,9 +40,12 @@ class Changes:
     Attributes:
         unchanged: Number of passages whose text and metadata are those that the table holds.
         changed: Number of passages whose text differs from it.
-        metadata_changed: Number of passages with the same text and other metadata.
+        metadata_changed: Number of passages with the same text and other metadata. A passage of a
+            split document that has another number now counts here too.
         new: Number of passages that the table does not hold.
         missing: Stable row ids of the rows whose passage is not in the corpus.
+        surplus: Stable row ids of the rows of documents in the corpus that have fewer passages now;
+            they are not among the missing.
         rejected: Rows of the corpus that cannot be used.
         digest: Hash over the passages that are changed or new, and their metadata.
     """
@@ -48,6 +55,7 @@ class Changes:
     metadata_changed: int = 0
     new: int = 0
     missing: list[int] = field(default_factory=list)
+    surplus: list[int] = field(default_factory=list)
     rejected: list[Reject] = field(default_factory=list)
     digest: str = ""
 
@@ -59,6 +67,7 @@ class Changes:
             "metadata_changed": self.metadata_changed,
             "new": self.new,
             "missing": len(self.missing),
+            "surplus": len(self.surplus),
             "rejected": len(self.rejected),
         }
 
@@ -68,6 +77,7 @@ def corpus_of(
     options: dict[str, str] | None,
     on_duplicate: str = "error",
     erased: ErasedIds = NONE_ERASED,
+    split: Split | None = None,
 ) -> Corpus:
     """Return what reads the shards of a plan, with one passage per id.
 
@@ -76,6 +86,7 @@ def corpus_of(
         options: Storage options of its files.
         on_duplicate: Which passage of a repeated id counts: "first", "last", or "error".
         erased: Ids whose passages count as rejected.
+        split: Cuts documents into passages; None if the rows are passages.
 
     Raises:
         InputError: If an id is repeated and `on_duplicate` is "error".
@@ -83,7 +94,7 @@ def corpus_of(
 
     def read() -> Iterator[tuple[ShardRows, list[int]]]:
         """Yield the rows of each shard, with a number per passage for its place in the corpus."""
-        reader = ShardReader(options, erased)
+        reader = ShardReader(options, erased, split)
         for shard in plan.shards:
             rows = reader.read(shard)
             yield rows, [shard.number << 40 | passage.line for passage in rows.passages]
@@ -131,6 +142,7 @@ def compare(
         changes.unchanged += len(rows.passages) - len(differ.to_encode) - len(differ.to_update)
         changes.rejected += rows.rejects
         found.append(differ.row_ids)
+        changes.surplus += differ.surplus
         encoded = rows.take(differ.to_encode)
         for passage in encoded.passages:
             digest.update(passage.id.encode() + b"\0" + text_hash(passage.text))
@@ -139,7 +151,8 @@ def compare(
             digest.update(np.array(metadata_checksums(ids, encoded.metadata), np.uint64).tobytes())
     if gone is None:
         all_rows = dataset.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
-        gone = np.setdiff1d(all_rows, np.concatenate(found)).tolist()
+        known = np.concatenate([*found, np.array(changes.surplus, np.int64)])
+        gone = np.setdiff1d(all_rows, known).tolist()
     changes.missing = list(gone)
     changes.digest = digest.hexdigest()
     return changes
@@ -151,10 +164,16 @@ def rows_to_encode(dataset: lance.LanceDataset, corpus: Corpus) -> Iterator[Shar
         yield rows.take(_differences(dataset, rows).to_encode)
 
 
-def rows_to_update(dataset: lance.LanceDataset, corpus: Corpus) -> Iterator[ShardRows]:
-    """Yield, per shard, the passages of which a table holds the same text and other metadata."""
+def rows_to_update(
+    dataset: lance.LanceDataset, corpus: Corpus
+) -> Iterator[tuple[ShardRows, list[str]]]:
+    """Yield, per shard, the passages of which a table holds the same text and other metadata.
+
+    Each comes with the id under which the table holds it.
+    """
     for rows in corpus():
-        yield rows.take(_differences(dataset, rows).to_update)
+        differ = _differences(dataset, rows)
+        yield rows.take(differ.to_update), differ.held_as
 
 
 class _Differences(NamedTuple):
@@ -163,34 +182,53 @@ class _Differences(NamedTuple):
     Attributes:
         to_encode: Places of the passages that are new or have another text.
         num_new: Number of the new ones.
-        to_update: Places of the passages that have other metadata alone.
+        to_update: Places of the passages that have other metadata alone, or another number in
+            their document.
+        held_as: The id under which the table holds each of these.
         row_ids: Stable row ids of the passages that the table holds.
+        surplus: Stable row ids of other passages of the same documents.
     """
 
     to_encode: list[int]
     num_new: int
     to_update: list[int]
+    held_as: list[str]
     row_ids: NDArray[np.int64]
+    surplus: list[int]
 
 
 def _differences(dataset: lance.LanceDataset, rows: ShardRows) -> _Differences:
     ids, kept = [passage.id for passage in rows.passages], rows.metadata
     columns = ["id", "text_hash", *([] if kept is None else [CHECKSUM])]
-    scanner = dataset.scanner(columns=columns, filter=ids_in(ids), with_row_id=True)
-    table = scanner.to_table()
-    places = {id: place for place, id in enumerate(table["id"].to_pylist())}
-    hashes = table["text_hash"].to_pylist()
-    same = [
-        id in places and hashes[places[id]] == text_hash(passage.text)
-        for id, passage in zip(ids, rows.passages, strict=True)
-    ]
-    to_update = []
+    wanted, documents = ids_in(ids), [""] * len(ids)
+    if is_split := kept is not None and kept.column_names[-len(SPLIT_NAMES) :] == SPLIT_NAMES:
+        documents = kept["doc_id"].to_pylist()
+        wanted = pc.field("doc_id").isin(pa.array(list(set(documents)), pa.string()))
+        columns.append("doc_id")
+    table = dataset.scanner(columns=columns, filter=wanted, with_row_id=True).to_table()
+    stored = table["id"].to_pylist()
+    places = {id: place for place, id in enumerate(stored)}
+    held = dict(zip(stored, table["text_hash"].to_pylist(), strict=True))
+    hashes = [text_hash(passage.text) for passage in rows.passages]
+    same = [held.get(id) == hash for id, hash in zip(ids, hashes, strict=True)]
+    sources: dict[int, str] = {}
     if kept is not None:
-        stored, made = table[CHECKSUM].to_pylist(), metadata_checksums(ids, kept)
-        to_update = [i for i, id in enumerate(ids) if same[i] and stored[places[id]] != made[i]]
+        sums, made = table[CHECKSUM].to_pylist(), metadata_checksums(ids, kept)
+        sources = {i: id for i, id in enumerate(ids) if same[i] and sums[places[id]] != made[i]}
+    if is_split:  # An edit moves the numbers of the passages behind it, and not their texts.
+        texts = zip(table["doc_id"].to_pylist(), held.values(), strict=True)
+        by_text = dict(zip(texts, stored, strict=True))
+        moved = {i: by_text.get((documents[i], hashes[i])) for i, ok in enumerate(same) if not ok}
+        sources |= {i: id for i, id in moved.items() if id is not None}
+    row_ids = table["_rowid"].to_numpy().astype(np.int64)
+    among = set(ids)
+    is_wanted = np.array([id in among for id in stored], bool)
+    to_encode = [i for i, is_same in enumerate(same) if not is_same and i not in sources]
     return _Differences(
-        [i for i, is_same in enumerate(same) if not is_same],
-        sum(id not in places for id in ids),
-        to_update,
-        table["_rowid"].to_numpy().astype(np.int64),
+        to_encode,
+        sum(ids[i] not in places for i in to_encode),
+        sorted(sources),
+        [sources[i] for i in sorted(sources)],
+        row_ids[is_wanted],
+        row_ids[~is_wanted].tolist(),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import lance
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from kalm_encoder.errors import MissingIdsError
 from kalm_encoder.table.ids import ids_in
@@ -50,6 +52,16 @@ def row_ids_of(dataset: lance.LanceDataset, ids: Sequence[str]) -> dict[str, int
         rows = dataset.scanner(columns=["id"], filter=wanted, with_row_id=True).to_table()
         found |= zip(rows["id"].to_pylist(), rows["_rowid"].to_pylist(), strict=True)
     return found
+
+
+def passages_and_documents(dataset: lance.LanceDataset, ids: Collection[str]) -> set[str]:
+    """Return ids of a table of split documents with the other names of what they stand for.
+
+    These are the passages of those ids that are documents, and the documents of the others.
+    """
+    wanted = ids_in(ids) | pc.field("doc_id").isin(pa.array(list(ids), pa.string()))
+    rows = dataset.scanner(columns=["id", "doc_id"], filter=wanted).to_table()
+    return {*ids, *rows["id"].to_pylist(), *rows["doc_id"].to_pylist()}
 
 
 def compact(table: Location) -> None:

@@ -26,7 +26,7 @@ from pipeline.table.ledger import GENERATION
 from pipeline.table.publish import PREVIOUS_TAG, publish, set_tag
 from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import KALM, SYNCS
-from pipeline.upkeep.delete import row_ids_of
+from pipeline.upkeep.delete import passages_and_documents, row_ids_of
 
 OF_LANCE = ("_refs/tags/", "_versions/latest_version_hint.json")
 """Files of Lance that belong to no version; they hold names and numbers."""
@@ -39,7 +39,9 @@ def erase(
 
     Args:
         table: A complete table.
-        ids: Ids to erase. One that the table does not hold is refused from now on all the same.
+        ids: Ids to erase. One that the table does not hold is refused from now on all the same. Of
+            a table of split documents they may be documents; a document of which a passage was
+            erased is refused as a whole, as its text may come back under another number.
         where: SQL predicate over the columns; the rows that satisfy it are erased too.
         wait_s: Seconds between the moment when readers switch and the removal of what they read
             before. A reader that opened the table earlier and does not follow `live` fails then.
@@ -58,6 +60,8 @@ def erase(
     _check_tags(claim)
     before = _paths(table)
     chosen = {*ids, *_ids_where(claim.dataset, where)}
+    if claim.spec.split:
+        chosen |= passages_and_documents(claim.dataset, chosen)
     claim.begin_change()
     erased = begin_erasure(table, chosen)
     rows = row_ids_of(claim.dataset, sorted(chosen))

@@ -22,9 +22,11 @@ from kalm_encoder.errors import MismatchError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.metadata import TYPES, with_checksum
+from kalm_encoder.table.rows import renamed_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import Plan, ShardReader, ShardRows
+from pipeline.corpus.splitting import Splitter, check_no_choice
 from pipeline.messages import Executor
 from pipeline.run.driver import Summary, log_readings, run
 from pipeline.run.job import EncodeJob, plan_job
@@ -44,7 +46,7 @@ from pipeline.upkeep.compare import (
     rows_to_encode,
     rows_to_update,
 )
-from pipeline.upkeep.delete import row_ids_of
+from pipeline.upkeep.delete import passages_and_documents, row_ids_of
 
 NO_TITLE = "_no_title"
 """Column of nulls, of passages whose title is in their text."""
@@ -85,6 +87,7 @@ def sync(
     dataset = job.table.dataset()
     plan = _plan(job, dataset)
     log_readings(plan)
+    split = _splitter(job, dataset, on_duplicate)
     metadata = {k.decode(): v.decode() for k, v in dataset.schema.metadata.items()}
     erased, feed = erased_ids(job.table), None
     if is_feed:
@@ -92,19 +95,20 @@ def sync(
     elif since is not None:
         feed = changed_since(plan, since, metadata, job.storage_options)
     if feed is None:
-        corpus = corpus_of(plan, job.storage_options, on_duplicate, erased)
+        corpus = corpus_of(plan, job.storage_options, on_duplicate, erased, split)
         changes = compare(dataset, corpus)
         record = source_record(plan) or {}
     else:
-        corpus = partial(feed.corpus, plan, ShardReader(job.storage_options, erased))
-        gone = row_ids_of(dataset, feed.deleted)
+        corpus = partial(feed.corpus, plan, ShardReader(job.storage_options, erased), split)
+        deleted = passages_and_documents(dataset, feed.deleted) if split else feed.deleted
+        gone = row_ids_of(dataset, list(deleted))
         changes = compare(dataset, corpus, list(gone.values()))
         changes.rejected += feed.rejects
         record = feed.record
     if claim is None:
         return changes, None
     RejectStore(job.table).write("sync", changes.rejected)
-    rows = changes.missing if delete_missing or feed else []
+    rows = changes.surplus + (changes.missing if delete_missing or feed else [])
     return changes, _apply(job, execute, claim, dataset, corpus, changes, rows, record)
 
 
@@ -122,10 +126,11 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     wanted = {(reject.path, reject.line) for reject in store.read()}
     dataset = job.table.dataset()
     plan = _plan(job, dataset)
+    split = _splitter(job, dataset)
     shards = [s for s in plan.shards if any(path == s.path for path, _ in wanted)]
 
     def corpus() -> Iterator[ShardRows]:
-        reader = ShardReader(job.storage_options, erased_ids(job.table))
+        reader = ShardReader(job.storage_options, erased_ids(job.table), split)
         for shard in shards:
             rows = reader.read(shard)
             lines = [(shard.path, passage.line) for passage in rows.passages]
@@ -173,7 +178,7 @@ def _plan(job: EncodeJob, dataset: lance.LanceDataset) -> Plan:
     Raises:
         MismatchError: If the job keeps other columns.
     """
-    columns = TableSpec.from_metadata(dataset.schema.metadata, job.uri).metadata_columns
+    columns = TableSpec.from_metadata(dataset.schema.metadata, job.uri).corpus_columns
     plan = plan_job(replace(job, fields=replace(job.fields, keep=job.fields.keep or columns)))
     if plan.metadata_columns != columns:
         old, new = (
@@ -185,6 +190,28 @@ def _plan(job: EncodeJob, dataset: lance.LanceDataset) -> Plan:
             "--new-generation",
         )
     return plan
+
+
+def _splitter(
+    job: EncodeJob, dataset: lance.LanceDataset, on_duplicate: str = "error"
+) -> Splitter | None:
+    """Return what cuts the documents of a job as those of its table were cut.
+
+    Raises:
+        MismatchError: If the job cuts them in another way.
+        InputError: If of two documents with one id one is to be chosen.
+    """
+    spec = TableSpec.from_metadata(dataset.schema.metadata, job.uri)
+    if job.split not in (None, spec.split):
+        raise MismatchError(
+            "split",
+            f"{job.uri} has split {spec.split}, this job {job.split}: give the same --split and "
+            "--overlap, or encode with --new-generation",
+        )
+    if spec.split is None:
+        return None
+    check_no_choice(on_duplicate)
+    return Splitter.of(spec, checkpoint.resolve(job.model, job.revision).tokenizer())
 
 
 def _apply(
@@ -225,10 +252,11 @@ def _apply(
         write_once(_delta_rows(rows_to_encode(dataset, corpus), schema), source, schema)
         staging = replace(
             job, inputs=(source.uri,), uri=encoded.uri, fields=_delta_fields(claim.spec),
-            limit=None, new_generation=False, on_duplicate="error", index_columns=(),
+            limit=None, new_generation=False, on_duplicate="error", index_columns=(), split=None,
         )  # fmt: skip
         computed = claim.spec.compute_dtype or job.compute_dtype
-        summary = run(staging, execute, like=replace(claim.spec, compute_dtype=computed))
+        spec = replace(claim.spec, compute_dtype=computed, split=None)  # they are split by now
+        summary = run(staging, execute, like=spec)
         RejectStore(job.table).write(_rejects_name(changes), RejectStore(encoded).read())
     claim.begin_change()
 
@@ -236,7 +264,7 @@ def _apply(
         if differ:
             yield from encoded.dataset().scanner(batch_size=1024).to_batches()
         if changes.metadata_changed:
-            yield from _updated_rows(dataset, rows_to_update(dataset, corpus))
+            yield from _updated_rows(claim, dataset, rows_to_update(dataset, corpus))
 
     if differ or changes.metadata_changed:
         schema = dataset.schema
@@ -283,16 +311,20 @@ def _delta_rows(delta: Iterable[ShardRows], schema: pa.Schema) -> Iterator[pa.Re
 
 
 def _updated_rows(
-    dataset: lance.LanceDataset, updates: Iterable[ShardRows]
+    claim: SealedTable,
+    dataset: lance.LanceDataset,
+    updates: Iterable[tuple[ShardRows, list[str]]],
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of passages as the table holds them, with new metadata."""
-    for passages, _, metadata in updates:
+    """Yield the rows of passages as the table holds them, with new metadata and perhaps new ids."""
+    for (passages, _, metadata), held_as in updates:
         if not passages or metadata is None:
             continue
-        places = {passage.id: place for place, passage in enumerate(passages)}
-        rows = dataset.scanner(filter=ids_in(places)).to_table()
-        ids = rows["id"].to_pylist()
-        new = with_checksum(ids, metadata.take(pa.array([places[id] for id in ids], pa.int64())))
-        for name, column in new.items():
+        rows = dataset.scanner(filter=ids_in(held_as)).to_table()
+        places = {id: place for place, id in enumerate(rows["id"].to_pylist())}
+        rows = rows.take(pa.array([places[id] for id in held_as], pa.int64()))
+        ids = [passage.id for passage in passages]
+        if ids != held_as:
+            rows = renamed_rows(claim.spec, rows, ids, uri=claim.location.uri)
+        for name, column in with_checksum(ids, metadata).items():
             rows = rows.set_column(rows.schema.get_field_index(name), rows.field(name), column)
         yield from rows.to_batches()

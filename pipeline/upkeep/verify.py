@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from kalm_encoder.errors import InputError, KalmError, first_line
+from kalm_encoder.model import checkpoint
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.table.checksums import row_checksum, text_hash
@@ -22,6 +23,7 @@ from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import plan_shards
+from pipeline.corpus.splitting import Splitter
 from pipeline.table.claim import COMPLETE, STATE
 from pipeline.table.duplicates import repeated_rows
 from pipeline.table.erasures import erased_ids
@@ -107,7 +109,8 @@ def verify(
         version: Version number or tag; None takes the tag `live`.
         storage_options: Options of the store, as Lance names them.
         sample: Number of rows to encode again and compare, in states and in P(yes).
-        model: Model that encodes the sample; None takes the one that the table records.
+        model: Model that encodes the sample and splits documents; None takes the one that the
+            table records.
         dtype: Dtype in which the sample is encoded and scored; None takes the one that the table
             records, or what suits the device.
         inputs: Corpus files. The table must hold their passages with the same texts and metadata,
@@ -135,7 +138,11 @@ def verify(
     with _engine_errors_are_problems(report, "look-up", "rows cannot be looked up by id"):
         table.take(_some_rows(table, SHOWN, ["id"])["id"].to_pylist())
     if inputs:
-        _check_corpus(table, report, inputs, storage_options, fields or FieldOptions())
+        split = None
+        if table.spec.split:
+            files = checkpoint.resolve(model or table.spec.model, table.spec.revision)
+            split = Splitter.of(table.spec, files.tokenizer())
+        _check_corpus(table, report, inputs, storage_options, fields or FieldOptions(), split)
     if sample:
         _check_sample(table, report, sample, model or table.spec.model, dtype)
     return report
@@ -204,13 +211,14 @@ def _check_corpus(
     inputs: Sequence[str],
     storage_options: dict[str, str] | None,
     fields: FieldOptions,
+    split: Splitter | None,
 ) -> None:
     """Compare ids, text hashes and metadata with a corpus; the first of a repeated id counts."""
-    fields = replace(fields, keep=table.spec.metadata_columns)
+    fields = replace(fields, keep=table.spec.corpus_columns)
     files = expand_inputs(inputs, storage_options, fields.format, table=address(report.uri))
     plan = plan_shards(files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options)
     erased = erased_ids(Location(report.uri, storage_options))
-    changes = compare(table.dataset, corpus_of(plan, storage_options, "first", erased))
+    changes = compare(table.dataset, corpus_of(plan, storage_options, "first", erased, split))
     if changes.new:
         report.add("corpus", f"{changes.new} passages of the corpus are not in the table")
     if changes.changed:
@@ -218,8 +226,8 @@ def _check_corpus(
     if changes.metadata_changed:
         count = changes.metadata_changed
         report.add("corpus", f"{count} passages have other metadata in the corpus")
-    if changes.missing:
-        report.add("corpus", f"{len(changes.missing)} rows belong to no passage of the corpus")
+    if gone := changes.missing + changes.surplus:
+        report.add("corpus", f"{len(gone)} rows belong to no passage of the corpus")
 
 
 def _check_sample(

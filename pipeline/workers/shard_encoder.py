@@ -23,6 +23,7 @@ from kalm_encoder.table.codecs import FloatCodec
 from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard, ShardReader, ShardRows
+from pipeline.corpus.splitting import Splitter
 from pipeline.messages import ShardResult, WorkerConfig
 from pipeline.table.fragments import open_to_write, write_fragment
 from pipeline.workers.device_threads import DeviceThreads, keep_freed_memory
@@ -37,8 +38,8 @@ more would only hold memory."""
 class _PerThread(threading.local):
     """A reader for each thread that uses it: threads cannot share a position in a file."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        self.reader = ShardReader(config.table.options, config.erased)
+    def __init__(self, config: WorkerConfig, split: Splitter | None) -> None:
+        self.reader = ShardReader(config.table.options, config.erased, split)
 
 
 class ShardEncoder:
@@ -90,7 +91,7 @@ class ShardEncoder:
         )
         self._on_gpu: deque[BatchInFlight] = deque()
         self._dataset = open_to_write(config.table)
-        self._own = _PerThread(config)
+        self._own = _PerThread(config, Splitter.of(spec, self.encoder.tokenizer))
         budget = self.encoder.token_budget
         logger.info("loaded %s on %s, %d tokens per forward pass", spec.model, place, budget)
 

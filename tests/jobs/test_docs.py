@@ -51,6 +51,7 @@ def folder(model_dir, tmp_path_factory):
         model_dir, folder / "corpus.jsonl", folder / "articles.lance", fields=kept,
         index_columns=("lang",),
     )  # fmt: skip
+    encode_table(model_dir, folder / "corpus.jsonl", folder / "documents.lance", split=(512, 64))
     database = lancedb.connect(folder / "lancedb")
     documents = database.create_table(
         "documents", [{"id": row["_id"], "text": row["text"]} for row in rows]

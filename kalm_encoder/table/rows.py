@@ -222,7 +222,8 @@ def renamed_rows(spec: TableSpec, rows: pa.Table, ids: Sequence[str], *, uri: st
     renew("checksum", row_checksum, rows["text_hash"].to_pylist(), rows["shard_id"].to_pylist())
     facts = [rows[name].to_pylist() for name in ("num_tokens", "truncated")]
     for ratio in spec.ratios:
-        states = _states(spec, rows[f"states_r{ratio}"].combine_chunks())
+        flat, offsets = _vectors(spec, rows[f"states_r{ratio}"].combine_chunks())
+        states = [flat[begin:end] for begin, end in pairwise(offsets.tolist())]
         renew(f"checksum_r{ratio}", states_checksum, *facts, states)
     for name, column in columns.items():
         rows = rows.set_column(rows.schema.get_field_index(name), rows.field(name), column)

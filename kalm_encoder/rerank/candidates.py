@@ -40,6 +40,12 @@ class CandidateReader:
         self._lock = threading.Lock()
         self._reader = ThreadPoolExecutor(4, thread_name_prefix="kalm-read")
 
+    def of(self, table: PassageTable) -> CandidateReader:
+        """Return a reader of another table, for the same decoder and with the same threads."""
+        other = CandidateReader(table, self._decoder)
+        other._reader = self._reader
+        return other
+
     def read_ahead(
         self,
         prompt: Prompt,

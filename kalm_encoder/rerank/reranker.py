@@ -25,6 +25,7 @@ from kalm_encoder.rerank.match import check_match
 from kalm_encoder.rerank.results import OnMissing, RerankResult
 from kalm_encoder.table.ids import Id, as_id, as_ids
 from kalm_encoder.table.reader import PassageTable
+from kalm_encoder.table.restricted import RestrictedTable
 
 CHUNK_CANDIDATES = 128
 """Number of candidates that are read together while the decoder scores those before them."""
@@ -125,6 +126,22 @@ class Reranker:
     def of(cls, given: Reranker | str | os.PathLike[str]) -> Reranker:
         """Return an open reranker as it is, and open one for the address of a table."""
         return given if isinstance(given, Reranker) else cls.open(given)
+
+    def restricted(self, where: str) -> Reranker:
+        """Return a reranker of those rows that satisfy a predicate, as if there were no others.
+
+        It shares the decoder and the threads that read.
+
+        Args:
+            where: SQL predicate over the columns of the table, such as "tenant = 'a'".
+
+        Raises:
+            InputError: If Lance cannot apply the predicate to the columns of this table.
+        """
+        table = RestrictedTable(self.table, where)
+        made = Reranker(table, self.decoder, score_pairs=self._score_pairs)
+        made._candidates = self._candidates.of(table)
+        return made
 
     def rerank(
         self,

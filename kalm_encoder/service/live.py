@@ -19,7 +19,6 @@ from kalm_encoder.service.batcher import BatchingDecoder, BatchingEncoder, Devic
 from kalm_encoder.service.cpus import limit_threads
 from kalm_encoder.service.filters import check_filter
 from kalm_encoder.service.settings import Settings
-from kalm_encoder.table.restricted import RestrictedTable
 
 logger = logging.getLogger(__name__)
 
@@ -174,11 +173,7 @@ class LiveTable:
         first = table.dataset.to_table(columns=["id"], limit=NUM_WARM_UP_PASSAGES)
         reranker.rerank("warm up", first["id"].to_pylist())
         restricted = {
-            predicate: Reranker(
-                RestrictedTable(table, _checked(predicate, table)),
-                decoder.decoder,
-                score_pairs=decoder.score_pairs,
-            )
+            predicate: reranker.restricted(_checked(predicate, table))
             for predicate in settings.predicates
         }
         self.current = Version(settings, reranker, decoder, encoder, restricted)

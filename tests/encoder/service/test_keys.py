@@ -120,8 +120,9 @@ def test_a_hidden_id_answers_as_one_that_is_not_there(client, key, path):
             lambda id: {"document_ids": [seen, id, id]},
             lambda id: {"documents": [{"id": id, "text": "a text"}, {"id": seen}]},
         ):
-            bodies = ({**query, **make(i), **options} for i in (hidden, absent))
-            (status, one), (other_status, other) = (ask(client, key, path, **b) for b in bodies)
+            # The first request brings what can be seen into memory, where its last bit may differ.
+            bodies = ({**query, **make(i), **options} for i in (absent, hidden, absent))
+            _, (status, one), (other_status, other) = (ask(client, key, path, **b) for b in bodies)
             assert status == other_status
             assert json.loads(json.dumps(one).replace(hidden, absent)) == other
             assert ROWS[hidden]["text"] not in json.dumps(one)

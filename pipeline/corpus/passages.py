@@ -94,6 +94,7 @@ class FieldOptions:
         quoting: Whether cells may be quoted, as RFC 4180 says.
         keep: Fields that become metadata columns, and their types. None takes the type that a
             column of the file has, and a string in text files.
+        is_feed: Whether records of JSONL files may lack all fields but the id, as deletions do.
     """
 
     id: str | None = None
@@ -103,6 +104,7 @@ class FieldOptions:
     columns: tuple[str, ...] | None = None
     quoting: bool | None = None
     keep: tuple[tuple[str, str | None], ...] = ()
+    is_feed: bool = False
 
     @property
     def keep_as_text(self) -> Columns:

@@ -74,7 +74,11 @@ def _detect_json(path: str, lines: Iterator[bytes], options: FieldOptions) -> Fi
     # A file without a single object is no error yet: its rows are rejected, each with its line.
     if not parsed:
         return Fields("id", "text", keep=options.keep_as_text)
-    return options.detect(names or parsed, path)
+    present = names or dict.fromkeys(parsed)
+    if options.is_feed:
+        text = () if wanted.choose(present)["text"] else (options.text or "text",)
+        present |= dict.fromkeys([*text, *(name for name, _ in options.keep)])
+    return options.detect(present, path)
 
 
 def _detect_cells(

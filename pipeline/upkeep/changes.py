@@ -1,9 +1,9 @@
 """Changes of a corpus instead of the whole of it: a feed of records, or two versions of a table.
 
 A feed is JSON lines in which `op` is upsert or delete; the last record of an id counts. The table
-remembers how far it has applied which feeds, as lengths and hashes of what it read. A feed that
-begins with one of these is applied from there on, and one that is no longer has nothing new. Any
-other is compared from its start, which costs time and gives the same rows.
+remembers which feeds it has applied, as lengths and hashes of what it read, at the end of each
+file. A feed that begins with one of these is applied from there on, and one that is no longer has
+nothing new. Any other is applied from its start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import lance
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from kalm_encoder.errors import InputError
@@ -28,7 +29,7 @@ FEEDS, SOURCE = "kalm.feeds", "kalm.source"
 """Metadata keys: [length, hash] of each feed that was applied, and [address, version] of a source
 table that was synced."""
 REMEMBERED = 1000
-"""Most feeds that a table remembers."""
+"""Most ends of feeds that a table remembers."""
 UPSERT, DELETE = "upsert", "delete"
 CHUNK_BYTES = 1 << 20
 
@@ -85,11 +86,11 @@ def read_feed(plan: Plan, metadata: dict[str, str], options: dict[str, str] | No
     if other := [s.path for s in plan.shards if s.file.format != "jsonl"]:
         raise InputError(f"{other[0]} holds no JSON lines, in which --changes expects its records")
     applied = json.loads(metadata.get(FEEDS, "[]"))
-    known, whole, lines = _known_part(paths, applied, options)
+    known, ends, lines = _known_part(paths, applied, options)
     if applied and not known:
         logger.warning("the changes do not continue what was applied: all of them are compared")
-    record = {FEEDS: json.dumps([*(f for f in applied if f != whole), whole][-REMEMBERED:])}
-    if whole in applied:
+    record = {FEEDS: json.dumps([*(f for f in applied if f not in ends), *ends][-REMEMBERED:])}
+    if ends[-1] in applied:
         return Feed(lambda *_: False, [], {FEEDS: metadata[FEEDS]}, is_old=True)
     reader = ShardReader(options)
     last: dict[str, tuple[str, int, int]] = {}
@@ -117,20 +118,20 @@ def read_feed(plan: Plan, metadata: dict[str, str], options: dict[str, str] | No
 
 def _known_part(
     paths: Sequence[str], applied: Sequence[list[object]], options: dict[str, str] | None
-) -> tuple[int, list[object], dict[str, int]]:
+) -> tuple[int, list[list[object]], dict[str, int]]:
     """Find out how much of a feed the table has applied.
 
     Returns:
-        The bytes of the known part; length and hash of the whole feed; and, per file, the number of
-        its lines that end in the known part.
+        The bytes of the known part; length and hash of the feed up to the end of each file; and,
+        per file, the number of its lines that end in the known part.
     """
-    ends = sorted({int(str(length)) for length, _ in applied})
-    digest, length = xxhash.xxh3_128(), 0
+    known_ends = sorted({int(str(length)) for length, _ in applied})
+    digest, length, ends = xxhash.xxh3_128(), 0, []
     known, lines, known_lines = 0, dict.fromkeys(paths, 0), {}
     for path in paths:
         with open_text(path, options) as stream:
             while chunk := stream.read(CHUNK_BYTES):
-                cuts = [end - length for end in ends if length < end <= length + len(chunk)]
+                cuts = [end - length for end in known_ends if length < end <= length + len(chunk)]
                 begin = 0
                 for cut in [*cuts, len(chunk)]:
                     digest.update(chunk[begin:cut])
@@ -139,7 +140,8 @@ def _known_part(
                     if [length + cut, digest.hexdigest()] in applied:
                         known, known_lines = length + cut, dict(lines)
                 length += len(chunk)
-    return known, [length, digest.hexdigest()], known_lines
+        ends.append([length, digest.hexdigest()])
+    return known, ends, known_lines
 
 
 def changed_since(
@@ -177,15 +179,14 @@ def changed_since(
         return None
     updated = "_row_last_updated_at_version"
     changed = source.scanner(columns=[updated]).to_table()[updated].to_numpy() > version
-    before = source.checkout_version(version)
-    old, new = (
-        d.scanner(columns=[], with_row_id=True).to_table()["_rowid"].to_numpy()
-        for d in (before, source)
-    )
-    gone = np.setdiff1d(old, new)
+    # Row ids do not tell what is gone: an id may be deleted and written again as another row.
     column = plan.shards[0].fields.id
-    ids = before._take_rows(gone.tolist(), columns=[column])[column].to_pylist()
-    return Feed(lambda _, line, __: bool(changed[line - 1]), list(map(str, ids)), record)
+    old, new = (
+        d.scanner(columns=[column]).to_table()[column].cast(pa.string()).drop_null()
+        for d in (source.checkout_version(version), source)
+    )
+    gone = old.filter(pc.invert(pc.is_in(old, value_set=new)))
+    return Feed(lambda _, line, __: bool(changed[line - 1]), gone.to_pylist(), record)
 
 
 def source_record(plan: Plan) -> dict[str, str] | None:

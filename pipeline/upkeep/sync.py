@@ -85,7 +85,7 @@ def sync(
     """
     claim = None if dry_run else _claim(job)
     dataset = job.table.dataset()
-    plan = _plan(job, dataset)
+    plan = _plan(job, dataset, is_feed)
     log_readings(plan)
     split = _splitter(job, dataset, on_duplicate)
     metadata = {k.decode(): v.decode() for k, v in dataset.schema.metadata.items()}
@@ -172,14 +172,15 @@ def _claim(job: EncodeJob) -> SealedTable:
     return claim
 
 
-def _plan(job: EncodeJob, dataset: lance.LanceDataset) -> Plan:
+def _plan(job: EncodeJob, dataset: lance.LanceDataset, is_feed: bool = False) -> Plan:
     """Plan the inputs of a job; they give the metadata columns of its table.
 
     Raises:
         MismatchError: If the job keeps other columns.
     """
     columns = TableSpec.from_metadata(dataset.schema.metadata, job.uri).corpus_columns
-    plan = plan_job(replace(job, fields=replace(job.fields, keep=job.fields.keep or columns)))
+    fields = replace(job.fields, keep=job.fields.keep or columns, is_feed=is_feed)
+    plan = plan_job(replace(job, fields=fields))
     if plan.metadata_columns != columns:
         old, new = (
             ",".join(map(":".join, kept)) or "nothing" for kept in (columns, plan.metadata_columns)

@@ -106,6 +106,22 @@ def test_a_feed_that_does_not_continue_is_compared_whole_and_that_is_said(job, t
     assert (changes.unchanged, changes.new, encoded(summary)) == (1, 1, 1)
 
 
+def test_a_file_that_was_applied_with_others_and_one_of_deletions_alone(job, tmp_path):
+    first, last, gone = (
+        write_feed(tmp_path / f"{name}.jsonl", [record])
+        for name, record in (
+            ("a", upsert("p1", "old")),
+            ("b", upsert("p1", "new")),
+            ("c", {"op": "delete", "_id": "p2"}),
+        )
+    )
+    for inputs in (first + last, first, gone, first + last):
+        sync(replace(job, inputs=inputs), encode_inline, is_feed=True)
+    after = {**START, "p1": "new"}
+    del after["p2"]
+    assert held(job) == after
+
+
 def test_records_that_are_no_change_are_rejects(job, tmp_path):
     records = [
         {"op": "replace", "_id": "p1", "text": "no"},
@@ -169,6 +185,25 @@ def test_since_a_version_of_a_source_table(job, tmp_path, caplog):
     assert held(job) == after
     with pytest.raises(InputError, match="give one Lance table"):
         sync(job, encode_inline, since=1)
+
+
+@pytest.mark.parametrize("mode", ["append", "overwrite"])
+def test_rows_of_a_source_that_were_written_again_stay(job, tmp_path, mode):
+    path = str(tmp_path / "source.lance")
+    rows = [{"id": i, "text": t} for i, t in START.items()]
+    source = lance.write_dataset(pa.Table.from_pylist(rows), path, enable_stable_row_ids=True)
+    follow = replace(job, inputs=(path,))
+    sync(follow, encode_inline)
+    first = source.version
+    source.delete("id in ('p5', 'p6', 'p7')")
+    again = [{"id": "p5", "text": "again"}, {"id": "p6", "text": START["p6"]}]
+    if mode == "overwrite":
+        again += [row for row in rows if row["id"] not in ("p5", "p6", "p7")]
+    lance.write_dataset(pa.Table.from_pylist(again), path, mode=mode, enable_stable_row_ids=True)
+    sync(follow, encode_inline, since=first)
+    after = {**START, "p5": "again"}
+    del after["p7"]
+    assert held(job) == after
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pipeline.table.committer import Committer
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
 from tests.conftest import encode_table, make_texts, write_corpus
+from tests.golden import write
 
 IDS = [f"p{i}" for i in range(60)]
 
@@ -51,6 +52,33 @@ def test_encoding_into_few_bits_equals_truncating(model_dir, small_table, tmp_pa
         lance.dataset(str(u), version="live").to_table(columns=names) for u in (direct, made)
     )
     assert one.equals(two)
+
+
+def test_few_bits_made_from_fewer_are_as_exact(small_table, tmp_path):
+    """int4 made from float16 or int8 is as near to the exact states as int4 made from them."""
+    exact = PassageTable.open(str(small_table)).take(IDS, ratio=2)
+
+    def error(*dtypes):
+        source = str(small_table)
+        for dtype in dtypes:
+            source, last = str(tmp_path / f"{'-'.join(dtypes)}-{dtype}.lance"), source
+            truncate(last, source, store_dtype=dtype)
+        made = PassageTable.open(source).take(IDS, ratio=2)
+        return np.mean([distance(a, b) for a, b in zip(made, exact, strict=True)])
+
+    direct = error("int4")
+    assert error("float16", "int4") < 1.01 * direct
+    assert error("int8", "int4") < 1.05 * direct
+
+
+def test_a_table_of_version_1_becomes_one_of_version_2(tmp_path):
+    source = PassageTable.open(str(write.path_of(1, "int8")))
+    truncate(source.uri, str(tmp_path / "t.lance"), ratios=(2,), store_dtype="int4")
+    made = PassageTable.open(str(tmp_path / "t.lance"))
+    assert (source.spec.format_version, made.spec.format_version) == (1, 2)
+    for a, b in zip(made.take(write.IDS), source.take(write.IDS), strict=True):
+        assert distance(a, b) < 0.2
+    assert verify(made.uri).num_problems == 0
 
 
 def test_scores_change_little(small_table, model_dir, tmp_path):

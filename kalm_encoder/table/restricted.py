@@ -37,23 +37,28 @@ class RestrictedTable(PassageTable):
         # Whoever may write passages could choose an id with the hash of a hidden one. Without this
         # secret nobody can.
         self._secret = os.urandom(16)
-        found = [np.empty(0, np.uint64)]
-        try:
-            for batch in self.dataset.scanner(columns=["id"], filter=where).to_batches():
-                found.append(self._hashes(batch["id"].to_pylist()))
-        except (OSError, ValueError) as error:
-            raise InputError(f"the filter {where!r} is refused: {first_line(error)}") from error
-        self._found = np.sort(np.concatenate(found))
+        self._found = {"id": self._values(where, "id")}
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._found["id"])
 
-    def _visible(self, ids: Sequence[Id]) -> list[str]:
-        wanted = as_ids(ids)
+    def _visible(self, ids: Sequence[Id], column: str = "id") -> list[str]:
+        if column not in self._found:  # the ids of documents, when they are asked for first
+            self._found[column] = self._values(self.where, column)
+        found, wanted = self._found[column], as_ids(ids)
         hashes = self._hashes(wanted)
-        first = np.searchsorted(self._found, hashes)
-        is_there = np.searchsorted(self._found, hashes, side="right") > first
+        is_there = np.searchsorted(found, hashes, side="right") > np.searchsorted(found, hashes)
         return [wanted[i] for i in np.flatnonzero(is_there).tolist()]
+
+    def _values(self, where: str | None, column: str) -> NDArray[np.uint64]:
+        """Return the sorted hashes of the values that a column has in these rows."""
+        found = [np.empty(0, np.uint64)]
+        try:
+            for batch in self.dataset.scanner(columns=[column], filter=where).to_batches():
+                found.append(self._hashes(batch[column].drop_null().to_pylist()))
+        except (OSError, ValueError) as error:
+            raise InputError(f"the filter {where!r} is refused: {first_line(error)}") from error
+        return np.sort(np.concatenate(found))
 
     def _hashes(self, ids: Iterable[str]) -> NDArray[np.uint64]:
         digests = (blake2b(id.encode(), digest_size=8, key=self._secret).digest() for id in ids)

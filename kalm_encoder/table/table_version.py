@@ -65,8 +65,8 @@ class TableVersion:
     def __len__(self) -> int:
         return int(self.dataset.count_rows(self.where))
 
-    def _visible(self, ids: Sequence[Id]) -> list[str]:
-        """Return those ids that may be looked up. `RestrictedTable` returns fewer."""
+    def _visible(self, ids: Sequence[Id], column: str = "id") -> list[str]:
+        """Return those ids that may be looked up in a column. `RestrictedTable` returns fewer."""
         return as_ids(ids)
 
     def known(self, ids: Sequence[Id], *, where: str | None = None) -> set[str]:
@@ -142,8 +142,11 @@ class TableVersion:
                 f"{names}): encode with --split, which makes doc_id, or with --keep {column}"
             )
         spans = ["span_begin", "span_end"] if self.spec.split else []
-        named = pc.field(column).isin(pa.array(as_ids(ids), pa.string()))
-        rows = self._scan(["id", column, *spans], ids_in(ids) | named).to_pylist()
+        passages, documents = self._visible(ids), self._visible(ids, column)
+        if not (passages or documents):
+            return []
+        named = pc.field(column).isin(pa.array(documents, pa.string()))
+        rows = self._scan(["id", column, *spans], ids_in(passages) | named).to_pylist()
         visible = set(self._visible([row["id"] for row in rows]))
         found = [
             Member(

@@ -138,7 +138,9 @@ def test_no_row_is_looked_up_for_a_hidden_or_absent_id(uri):
     """So the time does not tell them apart either."""
     view = RestrictedTable(PassageTable.open(str(uri)), "tenant = 'a'")
     hidden = sorted(set(ROWS) - SEEN["key-a"])
+    assert {member.id for member in view.members(["a", "b", *ROWS], "tenant")} == SEEN["key-a"]
     view._dataset = None
+    assert view.members(["b", *hidden, "p99"], "tenant") == []
     assert view.known([*hidden, "p99"]) == view.known(hidden, where="year > 0") == set()
     assert view.find([*hidden, "p99"]) == {}
     for ids in (hidden, ["p99"]):

@@ -11,16 +11,19 @@ import typer
 from jobs.options import (
     STORE_DTYPES,
     Address,
+    Aggregate,
     AsJson,
     Dtype,
     Instruction,
     MaxLength,
+    Overlap,
     Revision,
     SystemInstruction,
     compute_dtype,
     executor,
     needs_extra,
     parse_ratios,
+    parse_split,
     split_list,
 )
 from jobs.rerank import parse_cascade
@@ -76,6 +79,15 @@ def evaluate(
     ] = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = 1024,
+    split_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Split documents into passages of at most so many tokens, as `kalm encode "
+            "--split`, and judge documents."
+        ),
+    ] = None,
+    overlap: Overlap = 0,
+    aggregate: Aggregate = "max",
     measure: Annotated[
         list[str] | None, typer.Option(help="Metric as ir-measures spells it. May be repeated.")
     ] = None,
@@ -136,6 +148,8 @@ def evaluate(
             max_length=max_length,
             compute_dtype=compute_dtype(dtype),
             measures=tuple(measure or DEFAULT_MEASURES),
+            split=parse_split(split_tokens, overlap, max_length),
+            aggregate=aggregate,
         ),
         execute,
     )

@@ -17,9 +17,11 @@ from jobs.options import (
     Keep,
     MaxLength,
     NoText,
+    Overlap,
     Quoting,
     Ratios,
     Revision,
+    Split,
     StorageOptions,
     StoreDtype,
     TextField,
@@ -27,6 +29,7 @@ from jobs.options import (
     check_folder,
     needs_extra,
     parse_ratios,
+    parse_split,
     parse_storage_options,
     reading,
 )
@@ -67,6 +70,8 @@ def plan(
     columns: Columns = None,
     quoting: Quoting = None,
     keep: Keep = None,
+    split: Split = None,
+    overlap: Overlap = 0,
     out: Annotated[
         Path | None, typer.Option(help="Save all numbers here, for `kalm status --plan`.")
     ] = None,
@@ -92,6 +97,7 @@ def plan(
     with needs_extra("batch"):
         from jobs.plan_text import print_estimate
         from pipeline.corpus.inputs import expand_inputs
+        from pipeline.corpus.splitting import Splitter
         from pipeline.estimate.estimate import estimate
         from pipeline.estimate.flops import MODELS, Dimensions
         from pipeline.estimate.rate import Rate, measure_rate
@@ -113,6 +119,7 @@ def plan(
         ratios=parse_ratios(ratios),
         store_dtype=store_dtype,
         keep_text=not no_text,
+        split=parse_split(split, overlap, max_length),
     )
     fields = reading(id_field, text_field, title_field, columns, quoting, format, keep)
     corpus = expand_inputs(inputs, options, format)
@@ -122,6 +129,7 @@ def plan(
         fields=fields,
         seconds=time_limit,
         seed=seed,
+        split=Splitter.of(spec, tokenizer),
         storage_options=options,
     )
     rate = Rate(tokens_per_s, tokens_per_s, tokens_per_s) if tokens_per_s else None

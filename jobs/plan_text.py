@@ -37,9 +37,17 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
     peak = metric(2 * data.value + index_bytes, "B")
     work = next(w for w in facts["work"] if w["model"] == facts["model"])
     rejected = [("rejected rows", _span(facts["rejected"]))] if facts["rejected"].value else []
+    split = []
+    if spec.split:
+        lost = f"{_span(facts['lost_by_truncation'])} tokens, {facts['lost_share']:.2%} of all"
+        split = [
+            ("documents", f"{_span(facts['documents'])}, split at {spec.split[0]} tokens"),
+            ("truncation", f"would have lost {lost}, at max_length {spec.max_length}"),
+        ]
     return [
         *(("reading", line) for line in facts["readings"]),
         ("passages", _span(passages)),
+        *split,
         *rejected,
         ("tokens", f"{_span(tokens)}, {tokens.value / passages.value:,.1f} each"),
         ("truncated", f"{cut} at max_length {spec.max_length}"),

@@ -10,8 +10,9 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -38,9 +39,11 @@ from kalm_encoder.errors import InputError, TableError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.prompts import DEFAULT_INSTRUCTION, DEFAULT_SYSTEM_INSTRUCTION
-from kalm_encoder.rerank.cascade import Stage
+from kalm_encoder.rerank.cascade import Stage, coarse_ratio
+from kalm_encoder.rerank.grouping import MAX_PASSAGES, Aggregate
 from kalm_encoder.rerank.reranker import Reranker
 from kalm_encoder.table.reader import PassageTable
+from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.access import absolute
 from pipeline.messages import Executor
 from pipeline.run.driver import run
@@ -50,6 +53,8 @@ from pipeline.upkeep.truncate import truncate
 
 logger = logging.getLogger(__name__)
 
+SEARCHED_PASSAGES = 4
+"""Passages that are searched per document wanted, as several may be of one document."""
 Stages = tuple[Stage, ...]
 """A cascade, as `Reranker.rerank` takes it; one stage for a single ratio."""
 
@@ -74,6 +79,9 @@ class Experiment:
         max_length: Number of tokens to which a passage is cut.
         compute_dtype: Dtype in which encoder and decoder compute; None takes what suits the device.
         measures: Metrics as ir-measures spells them; settings are compared by the first.
+        split: Most tokens of a passage and tokens of overlap: documents are split into passages,
+            and documents are ranked and judged. None takes rows as passages.
+        aggregate: What gives the score of a document that was split: "max" or "mean_top_2".
     """
 
     collection: Collection
@@ -91,8 +99,12 @@ class Experiment:
     max_length: int = 1024
     compute_dtype: str | None = None
     measures: tuple[str, ...] = DEFAULT_MEASURES
+    split: tuple[int, int] | None = None
+    aggregate: Aggregate = "max"
 
     def __post_init__(self) -> None:
+        if self.split and self.cascades:
+            raise InputError("a cascade keeps passages, not documents: leave out --cascade")
         if self.depth < 1:
             raise InputError(f"depth {self.depth} must be at least 1")
 
@@ -120,12 +132,14 @@ def evaluate(experiment: Experiment, execute: Executor) -> Evaluation:
     # Two light columns are scanned: a filter that names a million candidates would be too long.
     # Only what is asked for is kept, as a corpus may hold far more passages than the candidates.
     wanted = relevant.union(*found.values())
-    lengths: dict[str, int] = {}
+    lengths: dict[str, list[int]] = {}  # of each passage of a candidate
     num_tokens = 0
-    for batch in table.dataset.to_batches(columns=["id", "num_tokens"]):
+    id = "doc_id" if experiment.split else "id"
+    for batch in table.dataset.to_batches(columns=[id, "num_tokens"]):
         num_tokens += pc.sum(batch["num_tokens"]).as_py() or 0
-        rows = zip(batch["id"].to_pylist(), batch["num_tokens"].to_pylist(), strict=True)
-        lengths.update((i, n) for i, n in rows if i in wanted)
+        for i, n in zip(batch[id].to_pylist(), batch["num_tokens"].to_pylist(), strict=True):
+            if i in wanted:
+                lengths.setdefault(i, []).append(n)
     first = {q: {i: s for i, s in scores.items() if i in lengths} for q, scores in found.items()}
     if not any(first.values()):
         raise InputError(
@@ -181,6 +195,7 @@ def _tables(experiment: Experiment, fingerprint: str, execute: Executor) -> dict
     place = xxhash.xxh3_64_hexdigest(files_read.encode())[:6]
     settings = f"r{'-'.join(map(str, ratios))}-l{experiment.max_length}"
     settings += f"-{experiment.compute_dtype}" if experiment.compute_dtype else ""
+    settings += "-s{}-{}".format(*experiment.split) if experiment.split else ""
     # Another collection, model or setting has tables of its own.
     stem = f"{name}-{place}-{fingerprint[:8]}-{settings}"
     base = experiment.folder / "states" / f"{stem}-{first}.lance"
@@ -188,6 +203,7 @@ def _tables(experiment: Experiment, fingerprint: str, execute: Executor) -> dict
         inputs=experiment.collection.corpus, uri=str(base), model=experiment.model,
         revision=experiment.revision, ratios=ratios, store_dtype=first,
         compute_dtype=experiment.compute_dtype, max_length=experiment.max_length,
+        split=experiment.split,
     )  # fmt: skip
     try:
         PassageTable.open(job.uri)
@@ -210,6 +226,13 @@ def _first_stage(experiment: Experiment, table: PassageTable) -> tuple[Scores, s
     """Return candidates with scores, best first; the name of the setting; and what found them."""
     queries, depth, file = experiment.collection.queries, experiment.depth, experiment.first_ranking
     if file is None:
+        if experiment.split:
+            found = {q: _documents(table, text, depth) for q, text in queries.items()}
+            return (
+                found,
+                "bm25",
+                f"BM25 of passages, top {depth} documents",
+            )
         found = {query: dict(table.search(text, depth)) for query, text in queries.items()}
         return found, "bm25", f"BM25 (Lance full-text search), top {depth}"
     scores, tag = read_ranking(file)
@@ -218,12 +241,36 @@ def _first_stage(experiment: Experiment, table: PassageTable) -> tuple[Scores, s
     return cut, tag, f"{tag} ({file.name}), top {depth}"
 
 
+def _documents(table: PassageTable, text: str, depth: int) -> dict[str, float]:
+    """Return the documents of the best passages; each has the score of its best."""
+    best: dict[str, float] = {}
+    for id, score in table.search(text, SEARCHED_PASSAGES * depth):
+        best.setdefault(id.rpartition("#")[0], score)
+    return dict(islice(best.items(), depth))
+
+
+def _read_bytes(spec: TableSpec, lengths: Sequence[int], ratio: int) -> int:
+    """Return the bytes that scoring a candidate reads; of a long document about that many.
+
+    Args:
+        spec: Spec of the table.
+        lengths: Tokens of each of its passages.
+        ratio: Ratio that is asked for.
+    """
+    read = sum(spec.read_bytes(n, ratio) for n in lengths)
+    if len(lengths) <= MAX_PASSAGES:
+        return read
+    coarse = max(coarse_ratio(spec), ratio)  # the best passages are chosen at this one
+    chosen = read * MAX_PASSAGES // len(lengths)
+    return chosen + sum(spec.read_bytes(n, coarse) for n in lengths)
+
+
 def _rank(
     experiment: Experiment,
     reranker: Reranker,
     stages: Stages,
     candidates: Scores,
-    lengths: Mapping[str, int],
+    lengths: Mapping[str, Sequence[int]],
     suffix: str,
 ) -> tuple[Ranking, Scores]:
     """Rerank the candidates of all queries with one setting; return the ranking and the margins."""
@@ -238,16 +285,18 @@ def _rank(
             instruction=experiment.instruction,
             system_instruction=experiment.system_instruction,
             cascade=stages,
+            group_by="doc_id" if experiment.split else None,
+            aggregate=experiment.aggregate,
         )
         took_ms.append(1000 * (time.perf_counter() - began))
         ranked[query] = {result.id: result.score for result in results}
         margins[query] = {result.id: result.margin for result in results}
         for ratio, keep in stages:
-            read_bytes += sum(reranker.table.spec.read_bytes(lengths[i], ratio) for i in left)
+            read_bytes += sum(_read_bytes(reranker.table.spec, lengths[i], ratio) for i in left)
             left = list(ranked[query])[:keep]
     name = "r" + ",".join(f"{ratio}:{keep}" if keep else str(ratio) for ratio, keep in stages)
     logger.info("%s: %d queries in %.0f s", name + suffix, len(ranked), sum(took_ms) / 1000)
-    scored = [lengths[i] for ids in candidates.values() for i in ids]
+    scored = [sum(lengths[i]) for ids in candidates.values() for i in ids]
     setting = SettingResult(
         name=name + suffix,
         kind="reranked" if len(stages) == 1 else "cascade",

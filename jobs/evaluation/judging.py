@@ -91,10 +91,12 @@ def examples(
 
     def candidates(ranking: Ranking, query: str) -> list[Candidate]:
         best = list(ranking.ranked[query].items())[:SHOWN_PASSAGES]
-        texts = table.texts([passage for passage, _ in best]) if best else {}
+        # A document that was split is shown by how it begins.
+        shown = {i: f"{i}#0" if table.spec.split else i for i, _ in best}
+        texts = table.texts(list(shown.values())) if best else {}
         judged = collection.judgements[query]
         return [
-            Candidate(i, rank, score, texts.get(i, ""), judged.get(i, 0) > 0)
+            Candidate(i, rank, score, texts.get(shown[i], ""), judged.get(i, 0) > 0)
             for rank, (i, score) in enumerate(best, start=1)
         ]
 
@@ -113,7 +115,9 @@ def examples(
     return [example(q) for q in helped], [example(q) for q in hurt]
 
 
-def gaps(found: Scores, first: Scores, relevant: set[str], stored: Mapping[str, int]) -> list[str]:
+def gaps(
+    found: Scores, first: Scores, relevant: set[str], stored: Mapping[str, object]
+) -> list[str]:
     """Return what there is to tell of passages that are not stored: no ranking can find them."""
     told = []
     if missing := {i for scores in found.values() for i in scores if i not in stored}:

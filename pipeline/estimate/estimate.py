@@ -54,6 +54,8 @@ def estimate(
         What `kalm plan --json` prints, with an `Estimate` for each number that has an interval.
         `passages`, `rejected`, `tokens` and `truncated` are at the planned max_length, and `cuts`
         at others. `lengths` are quantiles of the uncut passages in tokens, and the longest seen.
+        `documents` are the rows, and `lost_by_truncation` the tokens that they have beyond
+        max_length: what is lost unless they are split.
         `bytes` are those of the planned table's data files, with all its ratios, as `kalm status`
         counts them; `storage` has those of other models, dtypes and ratios. `work` says what each
         model takes to encode the corpus, and to score CANDIDATES passages of one query by ratio.
@@ -67,7 +69,11 @@ def estimate(
     def total(values: NDArray[Any]) -> Estimate:
         return sample.total(sample.per_block(values), passages)
 
-    count = total(np.ones_like(lengths))
+    def total_rows(values: NDArray[Any]) -> Estimate:
+        return sample.total(sample.per_block_of_rows(values), passages)
+
+    count, documents = total(np.ones_like(lengths)), total_rows(np.ones_like(sample.rows))
+    lost = total_rows(np.maximum(0, sample.rows - spec.max_length))
     states = {r: total(-(-cut // r)) for r in sorted({*RATIOS, *spec.ratios})}
     mean_states = {ratio: number.value / count.value for ratio, number in states.items()}
 
@@ -115,6 +121,9 @@ def estimate(
         "spec": spec,
         "exact": sample.complete and passages is None,
         "passages": count,
+        "documents": documents,
+        "lost_by_truncation": lost,
+        "lost_share": lost.value / max(1.0, total_rows(sample.rows).value),
         "rejected": sample.total(sample.rejected, passages),
         **cuts[spec.max_length],
         "lengths": {

@@ -24,6 +24,8 @@ from kalm_encoder.model.tokens import passage_ids
 from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import FieldOptions, Passage, to_rows
 from pipeline.corpus.reading import readings
+from pipeline.corpus.shards import ShardRows
+from pipeline.corpus.splitting import Splitter
 from pipeline.estimate.intervals import Estimate, ratio_estimate
 from pipeline.estimate.sources import BlockSource, open_sources
 from pipeline.run.first_look import id_field_remedy
@@ -49,6 +51,8 @@ class Sample:
         rejected: (blocks,) int64 rejects in each block.
         lengths: (passages,) int64 tokens of each rendered passage, not cut.
         block_of: (passages,) int64 number of the block of each passage.
+        rows: (rows,) int64 tokens of each rendered row, not cut: the documents, if they are split.
+        block_of_row: (rows,) int64 number of the block of each row.
         size: Bytes of text in the corpus, in the unit of `sizes`.
         complete: Whether all of the corpus was read.
         examples: Some passages and their tokens.
@@ -61,6 +65,8 @@ class Sample:
     rejected: NDArray[np.int64]
     lengths: NDArray[np.int64]
     block_of: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    block_of_row: NDArray[np.int64]
     size: float
     complete: bool
     examples: list[tuple[Passage, int]]
@@ -71,6 +77,10 @@ class Sample:
     def per_block(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the (blocks,) sums of (passages,) values."""
         return np.bincount(self.block_of, values, minlength=len(self.sizes))
+
+    def per_block_of_rows(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the (blocks,) sums of (rows,) values."""
+        return np.bincount(self.block_of_row, values, minlength=len(self.sizes))
 
     def total(self, y: NDArray[Any], passages: int | None = None) -> Estimate:
         """Estimate the total of a quantity in the corpus.
@@ -94,6 +104,7 @@ def sample_corpus(
     fields: FieldOptions,
     seconds: float,
     seed: int,
+    split: Splitter | None = None,
     storage_options: dict[str, str] | None = None,
 ) -> Sample:
     """Read and tokenise blocks of a corpus until the time is up.
@@ -104,6 +115,7 @@ def sample_corpus(
         fields: Fields that the user named.
         seconds: Time to spend; MIN_BLOCKS are read in any case.
         seed: Seed of the draw.
+        split: Cuts documents into passages; None if rows are passages.
         storage_options: Options of the object store.
 
     Raises:
@@ -121,6 +133,7 @@ def sample_corpus(
     sizes: list[float] = []
     rejected: list[int] = []
     lengths: list[list[int]] = []
+    whole: list[list[int]] = []
     examples: list[tuple[Passage, int]] = []
     ids: set[int] = set()  # hashes: a long sample has millions
     for number in rng.sample(range(starts[-1]), min(starts[-1], MAX_BLOCKS)):
@@ -131,6 +144,10 @@ def sample_corpus(
         passages, rejects = to_rows(rows, sources[i].fields, sources[i].path)
         tokens = passage_ids(tokenizer, [p.text for p in passages])[1].tolist()
         ids.update(hash(passage.id) for passage in passages)
+        whole.append(tokens)
+        if split is not None:
+            passages, rejects, _ = split(ShardRows(passages, rejects), sources[i].path)
+            tokens = passage_ids(tokenizer, [p.text for p in passages])[1].tolist()
         read[i] += 1
         sizes.append(share * sources[i].size)
         rejected.append(len(rejects))
@@ -143,7 +160,7 @@ def sample_corpus(
     finished = sum(s.in_order and read[i] >= counts[i] for i, s in enumerate(sources))
     in_order = sum(source.in_order for source in found)
     notes = []
-    if repeated := sum(map(len, lengths)) - len(ids):
+    if repeated := sum(map(len, whole)) - len(ids):
         notes = [
             f"{repeated:,} of the sampled passages repeat an id, which `kalm encode` refuses "
             f"without --on-duplicate. {id_field_remedy(source.fields for source in sources)}"
@@ -152,11 +169,15 @@ def sample_corpus(
         f"{in_order} compressed or quoted files can only be read from their start, and "
         f"{finished} were read to the end: their intervals hold if the rest is like it"
     )
+    passage_tokens, block_of = _flat(lengths)
+    row_tokens, block_of_row = _flat(whole)
     return Sample(
         sizes=np.array(sizes),
         rejected=np.array(rejected),
-        lengths=np.concatenate([np.array(block, np.int64) for block in lengths]),
-        block_of=np.repeat(np.arange(len(lengths)), [len(block) for block in lengths]),
+        lengths=passage_tokens,
+        block_of=block_of,
+        rows=row_tokens,
+        block_of_row=block_of_row,
         size=size,
         complete=complete,
         examples=examples,
@@ -164,6 +185,12 @@ def sample_corpus(
         notes=notes if complete or not in_order else [*notes, note],
         readings=readings((source.path, source.fields, source.cells) for source in found),
     )
+
+
+def _flat(blocks: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the values of all blocks in one array, and the number of the block of each."""
+    values = np.concatenate([np.array(block, np.int64) for block in blocks])
+    return values, np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
 
 
 def _bounded(sources: list[BlockSource], rng: random.Random) -> list[BlockSource]:

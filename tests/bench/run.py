@@ -10,7 +10,19 @@ from __future__ import annotations
 import argparse
 import logging
 
-from tests.bench import codecs, elastic, encode, memory, rerank, scale, serve, shapes, table, take
+from tests.bench import (
+    codecs,
+    elastic,
+    encode,
+    long_documents,
+    memory,
+    rerank,
+    scale,
+    serve,
+    shapes,
+    table,
+    take,
+)
 from tests.bench.data import FOLDER, warn_if_busy
 from tests.bench.gpu_check import check, host_ceiling
 
@@ -22,6 +34,7 @@ BENCHES = {
     "rerank": rerank.main,
     "shapes": shapes.main,
     "table": table.main,
+    "documents": long_documents.main,
     "take": take.main,
     "codecs": codecs.main,
     "scale": scale.main,

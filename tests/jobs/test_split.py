@@ -15,9 +15,12 @@ from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
 from kalm_encoder.adapters.lancedb import KaLMReranker
 from kalm_encoder.adapters.langchain import KaLMCompressor
 from kalm_encoder.errors import InputError, MissingIdsError
+from kalm_encoder.model.checkpoint import resolve
+from kalm_encoder.model.tokens import passage_ids
 from kalm_encoder.service.app import create_app
 from kalm_encoder.service.settings import Settings
 from kalm_encoder.table.location import Location
+from pipeline.corpus.passages import join_title
 from pipeline.upkeep.erase import erase
 from pipeline.upkeep.verify import verify
 from tests.conftest import WORDS
@@ -245,3 +248,36 @@ def test_a_service_and_the_frameworks_rank_documents(split_table):
     assert sorted(kept["id"].to_pylist()) == sorted(best_of)
     with pytest.raises(InputError, match="it has lang, doc_id"):
         KaLMReranker(table, group_by="title")
+
+
+def test_a_plan_counts_passages_and_says_what_truncation_would_lose(model_dir, split_table):
+    table, documents = split_table
+    how = ("--model", model_dir, "--max-length", 128, "--json", "--split", 64, "--overlap", 8)
+    plan = json.loads(kalm("plan", table.with_name("c.jsonl"), *how))
+    tokenizer = resolve(str(model_dir)).tokenizer()
+    texts = [join_title(f"T{name}", text) for name, text in documents.items()]
+    lengths = passage_ids(tokenizer, texts)[1]
+    lost = sum(max(0, n - 128) for n in lengths)
+    assert (plan["passages"]["value"], plan["documents"]["value"]) == (len(rows(table)), 4)
+    assert plan["lost_by_truncation"]["value"] == lost > 1000
+    assert plan["lost_share"] == pytest.approx(lost / sum(lengths))
+    assert plan["lengths"]["max"] <= 64 and plan["truncated"]["value"] == 0
+    assert f"{lost:,} tokens" in kalm("plan", table.with_name("c.jsonl"), *how[:4], *how[5:])
+
+
+def test_an_evaluation_judges_documents(model_dir, split_table, tmp_path):
+    """What is said once in a long document is found, and the ranking names documents."""
+    table, documents = split_table
+    queries = {f"q{i}": {"_id": f"q{i}", "text": t.split(". ")[0]} for i, t in documents.items()}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries.values()))
+    (tmp_path / "qrels.tsv").write_text("".join(f"q{i}\t{i}\t1\n" for i in documents))
+    printed = kalm(
+        "evaluate", "--corpus", table.with_name("c.jsonl"), "--queries", tmp_path / "q.jsonl",
+        "--qrels", tmp_path / "qrels.tsv", "--model", model_dir, "--ratios", 4, "--max-length", 128,
+        "--split-tokens", 64, "--overlap", 8, "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert "r4" in printed
+    for run in (tmp_path / "out/runs").glob("*.trec"):
+        ranked = [line.split()[:3:2] for line in run.read_text().splitlines()]
+        assert {document for _, document in ranked} <= set(documents)
+        assert len(ranked) == len({tuple(pair) for pair in ranked})

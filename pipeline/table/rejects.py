@@ -7,7 +7,7 @@ shard again replaces the file by the same one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,11 +34,11 @@ class RejectStore:
         paths = [path for path in self._paths() if name in (None, Path(path).stem)]
         return [reject for path in paths for reject in self._read(path)]
 
-    def drop(self, ids: set[str]) -> None:
-        """Drop the rejects with these ids, whose passages are in the table now."""
+    def drop(self, ids: set[str], places: Collection[tuple[str, int]] = ()) -> None:
+        """Drop the rejects with these ids, and those at these places, a path and a line each."""
         for path in self._paths():
             rejects = self._read(path)
-            left = [r for r in rejects if r.id not in ids]
+            left = [r for r in rejects if r.id not in ids and (r.path, r.line) not in places]
             if not left:
                 self._session.delete_file(path)
             elif left != rejects:

@@ -129,19 +129,23 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     split = _splitter(job, dataset)
     shards = [s for s in plan.shards if any(path == s.path for path, _ in wanted)]
 
-    def corpus() -> Iterator[ShardRows]:
+    def read() -> Iterator[tuple[str, ShardRows]]:
         reader = ShardReader(job.storage_options, erased_ids(job.table), split)
         for shard in shards:
             rows = reader.read(shard)
             lines = [(shard.path, passage.line) for passage in rows.passages]
-            yield rows.take([i for i, line in enumerate(lines) if line in wanted])
+            yield shard.path, rows.take([i for i, line in enumerate(lines) if line in wanted])
 
-    retried = {passage.id for rows in corpus() for passage in rows.passages}
+    def corpus() -> Iterator[ShardRows]:
+        return (rows for _, rows in read())
+
+    retried = {p.id: (path, p.line) for path, rows in read() for p in rows.passages}
     if not retried:
         return None
     changes = compare(dataset, corpus)
     summary = _apply(job, execute, claim, dataset, corpus, changes, [])
-    store.drop(retried - {reject.id for reject in store.read(_rejects_name(changes))})
+    failed = retried.keys() & {reject.id for reject in store.read(_rejects_name(changes))}
+    store.drop(retried.keys() - failed, set(retried.values()) - {retried[id] for id in failed})
     return summary
 
 

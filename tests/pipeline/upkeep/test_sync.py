@@ -232,6 +232,23 @@ def test_a_retry_drops_what_is_in_the_table_and_keeps_what_is_still_unusable(job
     assert store.read() == [unusable]
 
 
+@pytest.mark.parametrize("split", [None, (64, 8)])
+def test_a_retry_drops_rows_that_had_no_id_and_documents(model_dir, tmp_path, split):
+    file = tmp_path / "c.jsonl"
+    job = EncodeJob(
+        inputs=(str(file),), uri=str(tmp_path / "t.lance"), model=str(model_dir), split=split,
+        max_rejected=0.9,
+    )  # fmt: skip
+    rows = ['{"id": "a", "text": "one"}', '{"id": "b", "text": null}', '{"id": "c"', "{"]
+    file.write_text("\n".join(rows))
+    run(job, encode_inline)
+    file.write_text(
+        "\n".join([rows[0], rows[1].replace("null", '"two"'), rows[0].replace("a", "c")])
+    )
+    assert retry_rejects(job, encode_inline).num_rows == 2
+    assert [reject.line for reject in RejectStore(job.table).read()] == [4]
+
+
 def test_a_broken_device_rejects_nothing(model_dir, tmp_path, monkeypatch):
     """Where every passage fails the shard fails: its rows are not at fault."""
     corpus = write_corpus(tmp_path / "c.jsonl", make_texts(5))

@@ -11,6 +11,7 @@ folder, so passages that were encoded are not encoded again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.metadata import TYPES, with_checksum
 from kalm_encoder.table.rows import renamed_rows
 from kalm_encoder.table.spec import TableSpec
+from pipeline.corpus.erased import ErasedIds
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import Plan, ShardReader, ShardRows
 from pipeline.corpus.splitting import Splitter, check_no_choice
@@ -109,7 +111,7 @@ def sync(
         return changes, None
     RejectStore(job.table).write("sync", changes.rejected)
     rows = changes.surplus + (changes.missing if delete_missing or feed else [])
-    return changes, _apply(job, execute, claim, dataset, corpus, changes, rows, record)
+    return changes, _apply(job, execute, claim, dataset, corpus, changes, rows, erased, record)
 
 
 def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
@@ -129,8 +131,10 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     split = _splitter(job, dataset)
     shards = [s for s in plan.shards if any(path == s.path for path, _ in wanted)]
 
+    erased = erased_ids(job.table)
+
     def read() -> Iterator[tuple[str, ShardRows]]:
-        reader = ShardReader(job.storage_options, erased_ids(job.table), split)
+        reader = ShardReader(job.storage_options, erased, split)
         for shard in shards:
             rows = reader.read(shard)
             lines = [(shard.path, passage.line) for passage in rows.passages]
@@ -143,7 +147,7 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     if not retried:
         return None
     changes = compare(dataset, corpus)
-    summary = _apply(job, execute, claim, dataset, corpus, changes, [])
+    summary = _apply(job, execute, claim, dataset, corpus, changes, [], erased)
     failed = retried.keys() & {reject.id for reject in store.read(_rejects_name(changes))}
     store.drop(retried.keys() - failed, set(retried.values()) - {retried[id] for id in failed})
     return summary
@@ -227,6 +231,7 @@ def _apply(
     corpus: Corpus,
     changes: Changes,
     gone: list[int],
+    erased: ErasedIds,
     record: dict[str, str] | None = None,
 ) -> Summary | None:
     """Encode passages beside the table, merge rows in by id, delete rows, and publish.
@@ -239,6 +244,7 @@ def _apply(
         corpus: What the table is to hold.
         changes: What differs. Its digest names the folder in which the passages are encoded.
         gone: Stable row ids to delete.
+        erased: Ids that were erased when the corpus was read.
         record: Schema metadata by which the table remembers what was applied.
     """
     record = record or {}
@@ -251,19 +257,21 @@ def _apply(
     folder = job.table / f"{SYNCS}/{changes.digest[:16]}"
     source, encoded = folder / "delta.lance", folder / "encoded.lance"
     summary = None
-    if differ:
-        # The name holds a hash of the passages, so a delta that exists is complete.
-        schema = _delta_schema(claim.spec)
-        write_once(_delta_rows(rows_to_encode(dataset, corpus), schema), source, schema)
-        staging = replace(
-            job, inputs=(source.uri,), uri=encoded.uri, fields=_delta_fields(claim.spec),
-            limit=None, new_generation=False, on_duplicate="error", index_columns=(), split=None,
-        )  # fmt: skip
-        computed = claim.spec.compute_dtype or job.compute_dtype
-        spec = replace(claim.spec, compute_dtype=computed, split=None)  # they are split by now
-        summary = run(staging, execute, like=spec)
-        RejectStore(job.table).write(_rejects_name(changes), RejectStore(encoded).read())
-    claim.begin_change()
+    with _removed_if_erased(job, erased):
+        if differ:
+            # The name holds a hash of the passages, so a delta that exists is complete.
+            schema = _delta_schema(claim.spec)
+            write_once(_delta_rows(rows_to_encode(dataset, corpus), schema), source, schema)
+            staging = replace(
+                job, inputs=(source.uri,), uri=encoded.uri, fields=_delta_fields(claim.spec),
+                limit=None, new_generation=False, on_duplicate="error", index_columns=(),
+                split=None,
+            )  # fmt: skip
+            computed = claim.spec.compute_dtype or job.compute_dtype
+            spec = replace(claim.spec, compute_dtype=computed, split=None)  # they are split by now
+            summary = run(staging, execute, like=spec)
+            RejectStore(job.table).write(_rejects_name(changes), RejectStore(encoded).read())
+        claim.begin_change()
 
     def merged() -> Iterator[pa.RecordBatch]:
         if differ:
@@ -277,12 +285,33 @@ def _apply(
     claim.retry(lambda: claim.delete(gone))
     claim.finish(compact=False, index_columns=job.index_columns, record=record)
     publish(job.table)
-    # This also removes what abandoned syncs left. The manifests go first, so that a delta of which
-    # only a part is removed is not taken for a table.
+    _remove_staged(job)
+    return summary
+
+
+@contextmanager
+def _removed_if_erased(job: EncodeJob, erased: ErasedIds) -> Iterator[None]:
+    """Remove what is staged if that fails and more ids than these have been erased meanwhile.
+
+    The erasure could not remove what was staged after it.
+    """
+    try:
+        yield
+    except BaseException:
+        if erased_ids(job.table) != erased:
+            _remove_staged(job)
+        raise
+
+
+def _remove_staged(job: EncodeJob) -> None:
+    """Remove what syncs have staged, abandoned ones too.
+
+    The manifests go first, so that a delta of which only a part is removed is not taken for a
+    table.
+    """
     session = job.table.file_session()
     for path in sorted(session.list(SYNCS), key=lambda path: "/_versions/" not in path):
         session.delete_file(path)
-    return summary
 
 
 def _rejects_name(changes: Changes) -> str:

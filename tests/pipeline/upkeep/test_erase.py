@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kalm_encoder import PassageTable
-from kalm_encoder.errors import InputError
+from kalm_encoder.errors import InputError, KalmError
 from kalm_encoder.table.location import Location
 from pipeline.corpus.erased import ERASED_REASON
 from pipeline.run.driver import run
@@ -170,3 +170,20 @@ def test_killed_at_any_request_the_same_command_finishes_it(made, tmp_path):
             assert traces(copy, texts, states) == set()
             assert verify(uri, storage_options=s3.options).num_problems == 0
     assert killed > KILLS // 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_sync_that_an_erasure_overtakes_leaves_nothing_staged(made, late):
+    """The erasure comes before the workers write, or after them."""
+    job, folder, texts, _ = made
+
+    def overtaken(config, shards):
+        encoded = list(encode_inline(config, shards)) if late else []
+        erase(Location(job.uri), ["p3"], wait_s=0)
+        yield from encoded or encode_inline(config, shards)
+
+    write_corpus(Path(job.inputs[0]), [*texts[:3], "markerwritten", *texts[4:]])
+    with pytest.raises(KalmError):
+        sync(job, overtaken)
+    staged = folder / "_kalm" / "sync"
+    assert not [file for file in staged.rglob("*") if file.is_file()]

@@ -47,6 +47,7 @@ class Progress:
     def __init__(self, table: Location, plan: Plan, pending: Sequence[Shard]) -> None:
         self._plan, self._num_pending = plan, len(pending)
         self.before = plan.num_rows - sum(shard.rows.num_rows for shard in pending)
+        self._rows_done = self.before
         # Bytes foretell the work better than rows do, but rows of columnar files have none.
         self._by_bytes = not any(shard.file.is_columnar for shard in pending)
         self._left = sum(map(self._size, pending))
@@ -154,7 +155,7 @@ class Progress:
                 "shards": len(self._plan.shards),
                 "shards_done": len(self._plan.shards) - self._num_pending + totals.shards,
                 "rows": self._plan.num_rows,
-                "rows_done": self.before + totals.rows + totals.rejected,
+                "rows_done": self._rows_done,
                 "tokens_per_s": round(totals.tokens_per_s, 1),
                 "tokens_per_s_now": round(
                     sum(worker.tokens_per_s(now_s) for worker in self._workers.values()), 1
@@ -190,6 +191,7 @@ class Progress:
         with self._lock:
             self._uncommitted[record.shard] = record
             self._left -= size
+            self._rows_done += result.shard.rows.num_rows  # of the input: a document is one
             self.totals.add(record)
             self.totals.seconds = record.at_s
             self._workers.setdefault(record.worker or "driver", WorkerSpeed()).add(record, size)
@@ -198,7 +200,7 @@ class Progress:
             f"{self.totals.truncated:,} truncated, {self.totals.rejected:,} rejected",
             refresh=False,
         )
-        self._bar.update(record.rows + record.rejected)
+        self._bar.update(result.shard.rows.num_rows)
         if self._bar.disable and time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
             logger.info("%s", run_files.describe(self.view()))

@@ -20,8 +20,6 @@ from tests.bench.data import FOLDER, bar
 
 TEXTS, WINDOW, DEPTH = 24, 512, 10
 """Texts per document, tokens of the encoder's window, and documents that are reranked."""
-ASKED = 3
-"""One in so many questions is asked, since each scores some fifty passages."""
 SPLITS = {"truncated": None, "split 512, 64": (512, 64)}
 
 
@@ -61,6 +59,6 @@ def write_long_collection(folder: Path) -> None:
     (folder / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
     judgements = folder / "qrels" / "test.tsv"
     head, *judged = judgements.read_text(encoding="utf-8").splitlines()
-    pairs = (line.split("\t") for line in judged[::ASKED])
+    pairs = (line.split("\t") for line in judged)
     moved = [f"{query}\t{document_of[id]}\t{relevance}" for query, id, relevance in pairs]
     judgements.write_text("\n".join([head, *moved, ""]), encoding="utf-8")

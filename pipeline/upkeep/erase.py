@@ -81,7 +81,7 @@ def erase(
         "table": table.uri,
         "library_version": __version__,
         "salt": erased.salt,
-        "ids": [],
+        "ids": sorted({erased.hash(id) for id in chosen} | (begun.hashes if begun else set())),
         "rows_deleted": len(rows),
         "version": version,
         "objects_removed": sorted(before - _paths(table)),
@@ -90,7 +90,6 @@ def erase(
     }
     for erasure in erasures(table):
         if erasure["finished"] is None:
-            certificate["ids"] += erasure["ids"]
             write_erasure(table, {**certificate, "ids": erasure["ids"]})
     return certificate
 

@@ -134,7 +134,7 @@ def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeyp
 
     with monkeypatch.context() as broken:
         if step == "publish":
-            broken.setattr("pipeline.upkeep.sync.publish", kill)
+            broken.setattr("pipeline.upkeep.apply.publish", kill)
         else:
             broken.setattr(SealedTable, step, kill)
         with pytest.raises(KillError):

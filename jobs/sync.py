@@ -105,6 +105,9 @@ def sync(
     if as_json:
         print(json.dumps(counts))
         return
+    for rare in ("metadata_changed", "surplus"):
+        if not counts[rare]:
+            del counts[rare]
     print(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
     if dry_run:
         print("dry run: nothing was written")

@@ -170,12 +170,12 @@ def _checked(found: list[str], raw: bytes, cells: Cells, path: str, line: int) -
         InputError: If backslashes may escape quotes, so that rows may end elsewhere.
     """
     text = raw.decode("utf-8", "surrogateescape")
-    if cells.quoting == "csv" and _may_be_escaped(found, text):
+    if cells.quoting == "csv" and (_may_be_escaped(found, text) or _may_end_earlier(text)):
         raise InputError(
             f"{path} line {line}: a backslash stands before the closing quote of a cell, or before "
-            "a quote of a cell without quotes. Give --quoting if backslashes are ordinary "
-            "characters. If they escape quotes, as Spark writes CSV by default, write the file "
-            'again with quotes doubled: option("escape", \'"\')'
+            "a quote of a cell without quotes or over several lines. Give --quoting if backslashes "
+            "are ordinary characters. If they escape quotes, as Spark writes CSV by default, write "
+            'the file again with quotes doubled: option("escape", \'"\')'
         )
     return MIXED if _is_mixed(found, text) else found
 
@@ -192,6 +192,11 @@ def _may_be_escaped(found: list[str], text: str) -> bool:
         return False
     bare = any('\\"' in cell for cell in _bare(found, text))
     return bare or any(cell.endswith("\\") and _quoted(cell) in text for cell in found)
+
+
+def _may_end_earlier(text: str) -> bool:
+    """Return whether a record over several lines would be one line if backslashes escape quotes."""
+    return '\\""' in text and "\n" in text.rstrip("\r\n")
 
 
 def _bare(found: list[str], text: str) -> list[str]:

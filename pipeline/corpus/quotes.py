@@ -45,6 +45,8 @@ def record_starts(raw: bytes, cells: Cells, *, is_start: bool) -> NDArray[np.int
     starts = np.concatenate([[0], ends])
     spans = np.diff(np.searchsorted(lines, starts, "right")) > 1
     if spans.any():
+        if cells.quoting == "csv" and (characters[quotes - 1] == BACKSLASH).any():
+            return None
         delimiters = np.flatnonzero(characters == ord(cells.delimiter))
         outside = delimiters[np.searchsorted(quotes, delimiters) % 2 == 0]
         num_cells = np.diff(np.searchsorted(outside, starts)) + 1

@@ -101,6 +101,10 @@ def test_a_backslash_before_a_closing_quote_is_not_guessed_at(read):
     content = 'id,text\n1,"\\"\n2,\\""\n'  # by Spark: one row, whose text has a line break
     with pytest.raises(InputError, match=r"c.csv line 2: .*backslash.*--quoting.*Spark"):
         read("c.csv", content)
+    over_lines = 'id,text\n1,"\\""\n2,"\n'  # by RFC 4180 one row, by Spark the start of two
+    with pytest.raises(InputError, match=r"c.csv line 2: .*backslash.*over several lines"):
+        read("c.csv", over_lines)
+    assert read("c.csv", over_lines, quoting=True)[0] == {"1": '\\"\n2,'}
     assert read("c.csv", 'id,text\n1,"C:\\"\n', quoting=True)[0] == {"1": "C:\\"}
     code = 'id,text\n1,"print(\\""hi\\"")"\n2,C:\\\n'
     assert read("c.csv", code)[0] == {"1": 'print(\\"hi\\")', "2": "C:\\"}

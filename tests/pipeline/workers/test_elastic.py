@@ -116,7 +116,7 @@ def test_a_node_that_leaves_costs_its_own_shards_alone(cluster, start, tmp_path,
     assert done == Counter(range(60))
     runs = Counter(path.name.split("-")[1] for path in tmp_path.glob("run-*"))
     twice = [number for number, count in runs.items() if count > 1]
-    assert 1 <= len(twice) <= IN_FLIGHT
+    assert len(twice) <= IN_FLIGHT  # none, if the node left just when it had no shard
     assert all((tmp_path / f"run-{number}-{leaves.node_id}").exists() for number in twice)
     assert all((tmp_path / f"run-{number}-{stays.node_id}").exists() for number in twice)
     assert "a worker died" not in caplog.text  # preemption is no worker's fault

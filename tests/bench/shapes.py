@@ -17,6 +17,7 @@ from kalm_encoder.model import onednn
 from kalm_encoder.model.checkpoint import DEMO_NAME, resolve
 from kalm_encoder.model.in_flight import PassageTokens
 from pipeline.estimate.flops import Dimensions
+from pipeline.workers.device_threads import keep_freed_memory
 from tests.bench.data import QUERY, bar, encode, nano_checkpoint, passages_of, spread, timed
 from tests.bench.forwards import RATIO, in_memory, own_forward, random_encoder
 
@@ -38,6 +39,7 @@ def many_kv_heads() -> str:
     """
     tokenizer, threads = resolve(DEMO_NAME).tokenizer(), torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     cpu, medians = torch.device("cpu"), []
     for kv_heads in KV_HEADS:
         for head_dim in HEAD_DIMS:

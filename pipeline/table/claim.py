@@ -38,6 +38,11 @@ ATTEMPTS = 10
 """How often a commit, or a store that does not answer, is tried before the process gives up."""
 
 
+def metadata_of(dataset: lance.LanceDataset) -> dict[str, str]:
+    """Return the schema metadata of a version of a table."""
+    return {k.decode(): v.decode() for k, v in (dataset.schema.metadata or {}).items()}
+
+
 class TableClaim:
     """A process's claim to one table, through which it commits.
 
@@ -75,8 +80,7 @@ class TableClaim:
     def move_to(self, dataset: lance.LanceDataset) -> None:
         """Continue from a version of which only the schema metadata need be read."""
         self.dataset = dataset
-        metadata = dataset.schema.metadata or {}
-        self.metadata: dict[str, str] = {k.decode(): v.decode() for k, v in metadata.items()}
+        self.metadata = metadata_of(dataset)
 
     def take_over(self, metadata: dict[str, str] | None = None, *, unchanged: bool = False) -> None:
         """Claim the table, which fences off its holder, and change metadata in the same commit.

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
 from kalm_encoder.table.spec import TableSpec
-from pipeline.table.claim import COMPLETE, EPOCH, LOADING, STATE
+from pipeline.table.claim import COMPLETE, EPOCH, LOADING, STATE, metadata_of
 from pipeline.table.ledger import EMPTY_SHARDS, GENERATION, NUM_ROWS, NUM_SHARDS, PLAN
 
 
@@ -24,7 +24,7 @@ def table_facts(table: Location) -> dict[str, Any]:
     """
     dataset = table.dataset()
     spec = TableSpec.from_metadata(dataset.schema.metadata, table.uri)
-    metadata = {k.decode(): v.decode() for k, v in dataset.schema.metadata.items()}
+    metadata = metadata_of(dataset)
     fragments = [f.metadata for f in dataset.get_fragments()]
     rows = dataset.count_rows()
     tokens = pc.sum(dataset.to_table(columns=["num_tokens"])["num_tokens"]).as_py() or 0

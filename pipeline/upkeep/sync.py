@@ -22,6 +22,7 @@ from pipeline.corpus.splitting import Splitter, check_no_choice
 from pipeline.messages import Executor
 from pipeline.run.driver import Summary, log_readings
 from pipeline.run.job import EncodeJob, plan_job
+from pipeline.table.claim import metadata_of
 from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import SealedTable, check_index_columns
 from pipeline.table.rejects import RejectStore
@@ -67,7 +68,7 @@ def sync(
     plan = _plan(job, dataset, is_feed)
     log_readings(plan)
     split = _splitter(job, dataset, on_duplicate)
-    metadata = {k.decode(): v.decode() for k, v in dataset.schema.metadata.items()}
+    metadata = metadata_of(dataset)
     erased, feed = erased_ids(job.table), None
     if is_feed:
         feed = read_feed(plan, metadata, job.storage_options)

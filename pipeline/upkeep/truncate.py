@@ -24,6 +24,7 @@ from pipeline.corpus.shards import Plan, Shard
 from pipeline.messages import Outcome, ShardResult, WorkerConfig
 from pipeline.run.driver import Summary, load
 from pipeline.run.job import TableJob
+from pipeline.table.claim import metadata_of
 from pipeline.table.erasures import erasures, write_erasure
 from pipeline.table.finish import indexed_columns
 from pipeline.table.fragments import write_fragment
@@ -69,7 +70,7 @@ def truncate(
     if address(source) == address(to):
         raise InputError("a table cannot be truncated into itself: give --to another place")
     plan = _plan(table, source, shard_size)
-    metadata = {k.decode(): v.decode() for k, v in table.dataset.schema.metadata.items()}
+    metadata = metadata_of(table.dataset)
     columns = tuple(indexed_columns(metadata))
     job = TableJob(uri=to, storage_options=storage_options, index_columns=columns)
 

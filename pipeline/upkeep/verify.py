@@ -24,7 +24,7 @@ from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import plan_shards
 from pipeline.corpus.splitting import Splitter
-from pipeline.table.claim import COMPLETE, STATE
+from pipeline.table.claim import COMPLETE, STATE, metadata_of
 from pipeline.table.duplicates import repeated_rows
 from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import ROWS
@@ -194,7 +194,7 @@ def _bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:
 
 def _check_count(table: PassageTable, report: Report) -> None:
     """Compare the number of rows with the one that was recorded when the table was finished."""
-    metadata = {k.decode(): v.decode() for k, v in table.dataset.schema.metadata.items()}
+    metadata = metadata_of(table.dataset)
     if metadata.get(STATE) != COMPLETE:
         report.add("complete", f"version {table.version} is {metadata.get(STATE)}")
     elif report.rows != int(metadata[ROWS]):

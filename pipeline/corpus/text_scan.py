@@ -102,9 +102,22 @@ class TextFile:
         yield from parse_all(io.BytesIO(raw), rows.cells, self.path, rows.first_line)
 
 
-def line_chunks(stream: Any, size: int = READ_BYTES, blank: bytes = BLANK) -> Iterator[Chunk]:
-    """Yield a stream in chunks of about `size` bytes, where each line is a record."""
-    while raw := stream.read(size) + stream.readline():
+def line_chunks(
+    stream: Any, size: int = READ_BYTES, blank: bytes = BLANK, length: int | None = None
+) -> Iterator[Chunk]:
+    """Yield a stream in chunks of about `size` bytes, where each line is a record.
+
+    Args:
+        stream: The stream, at the start of a line.
+        size: Number of bytes read at once.
+        blank: Characters that a blank line may have.
+        length: Only the lines that begin within so many bytes are read; None reads all.
+    """
+    left = sys.maxsize if length is None else length
+    while left > 0 and (raw := stream.read(min(size, left))):
+        if not raw.endswith(b"\n"):
+            raw += stream.readline()
+        left -= len(raw)
         ends = np.flatnonzero(np.frombuffer(raw, np.uint8) == NEWLINE) + 1
         rest = [] if raw.endswith(b"\n") else [len(raw)]
         starts = np.concatenate([[0], ends, rest]).astype(np.int64)

@@ -30,6 +30,7 @@ CANDIDATES, SHOWN = 50, 3
 
 
 def demo(
+    context: typer.Context,
     folder: Annotated[Path, typer.Option(help="Folder for the corpus and the table.")] = Path(
         "demo"
     ),
@@ -51,7 +52,7 @@ def demo(
         corpus.with_suffix(".part").write_text("".join(lines), encoding="utf-8")
         corpus.with_suffix(".part").rename(corpus)
         print(f"{len(lines):,} docstrings in {corpus}")
-    encode([str(corpus)], to=str(table), model=DEMO_NAME, ratios="4,32", workers=workers)
+    encode(context, [str(corpus)], to=str(table), model=DEMO_NAME, ratios="4,32", workers=workers)
     reranker = Reranker.open(str(table))
     for question in QUESTIONS:
         _answer(reranker, question)

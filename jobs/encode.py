@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def encode(
+    context: typer.Context,
     inputs: Annotated[
         list[str],
         typer.Argument(
@@ -87,7 +88,9 @@ def encode(
     storage_option: options.StorageOptions = None,
 ) -> None:
     """Encode passages into a Lance table. Run the same command again to resume."""
-    execute = options.executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
+    execute = options.executor(
+        context, workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker
+    )
     from pipeline.run.driver import run
     from pipeline.run.job import EncodeJob
 

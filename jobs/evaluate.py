@@ -36,6 +36,7 @@ DEMO_RATIOS = "1,2,4,8,16,32,64"
 
 
 def evaluate(
+    context: typer.Context,
     folder: Annotated[
         Path | None, typer.Argument(help="Collection: corpus.jsonl, queries.jsonl, qrels/*.tsv.")
     ] = None,
@@ -104,7 +105,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Rank with every ratio, store dtype and cascade asked for, and judge each ranking."""
-    execute = executor(workers, None, address)
+    execute = executor(context, workers, None, address)
     with needs_extra("batch,eval"):
         from jobs.evaluation import experiment as experiments
         from jobs.evaluation.collection import read_files, read_folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -391,21 +392,29 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def executor(
+    context: typer.Context,
     workers: int | None,
     cpus_per_worker: int | None,
     address: str | None,
     *,
     gpus_per_worker: float | None = None,
+    is_step: bool = False,
 ) -> Executor:
-    """Return the function that encodes shards: on Ray, or in this process if `workers` is 0.
+    """Return what does the work: on Ray, or in this process if `workers` is 0.
+
+    Where Ray is not installed, what needs no model (`is_step`) runs in this process, unless workers
+    were asked for. All steps of a command share one connection to Ray, which ends with the command.
 
     Raises:
         InputError: If the libraries for encoding are not installed.
     """
     with needs_extra("batch"):
-        from pipeline.workers.local import encode_inline
+        from pipeline.workers.local import in_process
 
         if workers == 0:
-            return encode_inline
-        from pipeline.workers.on_ray.actor import RayOptions, on_ray
-    return on_ray(RayOptions(address, workers, cpus_per_worker, gpus_per_worker))
+            return in_process
+        if is_step and not (workers or address or find_spec("ray")):
+            return in_process
+        from pipeline.workers.on_ray.actor import OnRay, RayOptions
+    on_ray = OnRay(RayOptions(address, workers, cpus_per_worker, gpus_per_worker))
+    return context.with_resource(on_ray)

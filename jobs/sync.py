@@ -13,6 +13,7 @@ from kalm_encoder.errors import InputError
 
 
 def sync(
+    context: typer.Context,
     inputs: Annotated[
         list[str], typer.Argument(help="All files of the corpus: paths, folders, URLs or globs.")
     ],
@@ -66,7 +67,9 @@ def sync(
 
     Metadata columns are those that the table has; where they changed alone, nothing is encoded.
     """
-    execute = options.executor(workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker)
+    execute = options.executor(
+        context, workers, cpus_per_worker, address, gpus_per_worker=gpus_per_worker
+    )
     from kalm_encoder.table.spec import TableSpec
     from pipeline.run.job import EncodeJob
     from pipeline.upkeep.sync import sync as bring_up_to_date

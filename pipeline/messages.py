@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from kalm_encoder.table.location import Location
-from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.erased import ErasedIds
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard
-from pipeline.logs import LogOptions
+from pipeline.logs import LogOptions, current
 
+STEP_IN_FLIGHT = 2
+"""Units per worker at once of a work without a model: one is read while the other is worked on."""
 IN_FLIGHT = 3
 """Least shards per worker at once: one is read or tokenised, one is on the device, one is written.
 A CPU worker has no more, because its forwards take nearly all of its time."""
@@ -26,29 +28,124 @@ def shards_in_flight(cpus: int, *, on_gpu: bool) -> int:
     return max(IN_FLIGHT, cpus) if on_gpu else IN_FLIGHT
 
 
+class Unit(Protocol):
+    """A part of some work that one worker does at a time; a shard is one."""
+
+    @property
+    def number(self) -> int:
+        """Position among the units of the work, from 0."""
+
+    @property
+    def id(self) -> str:
+        """Its name in log lines and messages."""
+
+    @property
+    def path(self) -> str:
+        """What units have in common that one worker should do; "" if nothing."""
+
+    @property
+    def size(self) -> int:
+        """How much there is to do, in `measure`."""
+
+    @property
+    def measure(self) -> str:
+        """The measure of `size`: only sizes in the same measure can be compared."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether units of the same path are cheap only in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A unit of a step that touches all rows of a table or a corpus.
+
+    Attributes:
+        number: Position among the parts of the step, from 0.
+        what: What the step is to do here; it says what that means.
+        size: How much that is, such as rows or bytes.
+    """
+
+    number: int
+    what: Any
+    size: int = 1
+
+    @property
+    def id(self) -> str:
+        """Its name in log lines and messages."""
+        return f"part-{self.number:06d}"
+
+    @property
+    def path(self) -> str:
+        """No two parts belong together."""
+        return ""
+
+    @property
+    def measure(self) -> str:
+        """All parts of a step have one measure."""
+        return ""
+
+    @property
+    def is_packed(self) -> bool:
+        """Parts may be done in any order."""
+        return False
+
+
 @dataclass(frozen=True)
-class WorkerConfig:
-    """The settings that every worker needs to encode any shard of a job.
+class Place:
+    """What a worker may use of its node.
+
+    Attributes:
+        cpus: Number of CPUs. None leaves the choice to the libraries.
+        gpu: Share of a GPU; 0 for none. None takes the first GPU, if there is one.
+    """
+
+    cpus: int | None = None
+    gpu: float | None = None
+
+
+class Task(ABC):
+    """Work that is loaded in the process of a worker. Several threads may call `do`."""
+
+    @abstractmethod
+    def do(self, unit: Any) -> Any:
+        """Do one unit and return its result, which names the unit and travels to the driver."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU, so that the CPUs only have to keep up."""
+        return False
+
+    def stop(self) -> None:  # noqa: B027 - most tasks have nothing to stop
+        """Let the units under way fail soon; no more can be done."""
+
+    def device_is_lost(self) -> bool:
+        """Return whether every other unit would fail too, as on a GPU after some errors."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(ABC):
+    """Something to do on workers, unit by unit. It travels to each of them.
 
     Attributes:
         table: Address of the table. Its storage options serve for the inputs too; they are passed
             in memory and never written.
-        spec: Spec of the table. Its fingerprint must be that of the model this worker finds.
-        token_budget: Number of tokens per forward pass. None chooses it from the device and its
-            free memory.
-        erased: Ids that may not come back to the table.
-        threads: Number of CPU threads of the model. None leaves torch's own choice.
-        gpu_share: Share of a GPU's memory that this worker may use.
         logs: How a worker logs, and the id of the run.
+        loads_model: Whether a worker loads a model, so that it wants a GPU if there is one.
     """
 
     table: Location
-    spec: TableSpec
-    token_budget: int | None = None
-    threads: int | None = None
-    erased: ErasedIds = field(default_factory=ErasedIds)
-    gpu_share: float = 1.0
-    logs: LogOptions = field(default_factory=LogOptions)
+    logs: LogOptions = field(default_factory=current)
+    loads_model: ClassVar[bool] = False
+
+    @abstractmethod
+    def start(self, place: Place) -> Task:
+        """Load in this process what all units need.
+
+        Raises:
+            KalmError: If that cannot be loaded; this ends the run.
+        """
 
 
 @dataclass(frozen=True)
@@ -83,16 +180,17 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
-class ShardFailure:
-    """A shard that was given up after some attempts, with the last reason."""
+class Failure:
+    """A unit that was given up after some attempts, with the last reason."""
 
-    shard: Shard
+    unit: Unit
     attempts: int
     reason: str
 
 
-Outcome = ShardResult | ShardFailure | None
-"""An executor yields these; None says that nothing was ready for a while."""
+Outcome = Any
+"""What an executor yields: the result of a unit as `Task.do` returned it; a Failure; or None, which
+says that nothing was ready for a while."""
 
-Executor = Callable[[WorkerConfig, Sequence[Shard]], Generator[Outcome]]
-"""Encodes shards and yields their outcomes in any order."""
+Executor = Callable[[Work, Sequence[Unit]], Generator[Outcome]]
+"""Does units of a work and yields their outcomes in any order."""

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from kalm_encoder import PassageEncoder, QueryDecoder
 from pipeline.run.driver import Summary, run
 from pipeline.run.job import EncodeJob
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.support import programs
 from tests.support.random_model import make_checkpoint
 
@@ -77,7 +77,7 @@ def write_corpus(path: Path, texts: list[str], *, prefix: str = "p") -> Path:
 def encode_table(model_dir: Path, corpus: Path, uri: Path, **options) -> Summary:
     """Encode a corpus in this process."""
     job = EncodeJob(inputs=(str(corpus),), uri=str(uri), model=str(model_dir), **options)
-    return run(job, encode_inline)
+    return run(job, in_process)
 
 
 @pytest.fixture(scope="session")

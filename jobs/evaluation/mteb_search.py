@@ -28,7 +28,7 @@ from kalm_encoder.table.reader import PassageTable
 from pipeline.messages import Executor
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -48,7 +48,7 @@ class KaLMSearch:
         on_missing: What becomes of candidates that were not encoded: error, drop or last.
         instructions: Instructions by mteb's task name; one found here replaces `instruction`. The
             instruction of a query itself replaces both.
-        execute: `encode_inline`, or `on_ray(options)` of `pipeline.workers.on_ray.actor`.
+        execute: `in_process`, or `OnRay(options)` of `pipeline.workers.on_ray.actor`.
         encoding: Settings of every `EncodeJob`: revision, ratios, store_dtype, compute_dtype, …
     """
 
@@ -62,7 +62,7 @@ class KaLMSearch:
         system_instruction: str | None = None,
         instructions: Mapping[str, str] | None = None,
         on_missing: OnMissing = "error",
-        execute: Executor = encode_inline,
+        execute: Executor = in_process,
         **encoding: Any,
     ) -> None:
         self._job = EncodeJob(inputs=(), uri="", model=model, **encoding)

@@ -66,6 +66,21 @@ class Shard:
         return self.file.path
 
     @property
+    def size(self) -> int:
+        """Bytes of a text file, or rows of a columnar one."""
+        return self.rows.length
+
+    @property
+    def measure(self) -> str:
+        """What `size` counts."""
+        return "rows" if self.file.is_columnar else "bytes"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its file is only read from the start."""
+        return self.file.is_packed
+
+    @property
     def id(self) -> str:
         """Position and content, such as `000012-9f3c…`."""
         return f"{self.number:06d}-{self.rows.content[:12]}"

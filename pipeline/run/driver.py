@@ -16,9 +16,10 @@ from kalm_encoder.model import checkpoint
 from kalm_encoder.model.tokens import check_max_length
 from kalm_encoder.table.spec import SPLIT_COLUMNS, TableSpec
 from pipeline import logs
+from pipeline.corpus.erased import ErasedIds
 from pipeline.corpus.shards import Plan
 from pipeline.corpus.splitting import check_no_choice
-from pipeline.messages import Executor, Outcome, ShardFailure, WorkerConfig
+from pipeline.messages import Executor, Failure, Outcome, Work
 from pipeline.run.first_look import first_look, id_field_remedy
 from pipeline.run.job import EncodeJob, TableJob, plan_job
 from pipeline.run.kept_plan import KeptPlan
@@ -32,16 +33,19 @@ from pipeline.table.ledger import REJECTED, Ledger
 from pipeline.table.preflight import check_writable
 from pipeline.table.publish import publish
 from pipeline.table.rejects import RejectStore
+from pipeline.table.steps import SHOWN_FAILURES, Steps
+from pipeline.workers.encode_work import EncodeWork
 
 logger = logging.getLogger(__name__)
+
+WorkOf = Callable[[TableSpec, ErasedIds], Work]
+"""Makes a work from the spec of the table and the ids that may not come back to it."""
 
 MEND_LATER = (
     "Others are encoded already. To keep them, run again with a higher --max-rejected, then mend "
     "the rejected rows in their files and add --retry-rejects. To begin anew with mended files, "
     "add --new-generation"
 )
-SHOWN_FAILURES = 20
-"""Failed shards that an error names; the log names all of them."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ def load(
     spec: TableSpec,
     execute: Executor,
     begun: Callable[[Ledger], None] = lambda ledger: None,
+    work: WorkOf | None = None,
 ) -> Summary:
     """Make a table hold what a plan says. This is what `run` does once plan and spec are known.
 
@@ -144,7 +149,9 @@ def load(
         job: Which table, and how it is filled.
         plan: The shards that the table is to hold.
         spec: What the table records of the model and the settings.
-        execute: The function that makes fragments of shards.
+        execute: The function that does the work on shards.
+        work: Makes the work that writes a shard as a fragment, from the spec of the table and the
+            erased ids. None encodes.
         begun: What is to happen once the table is begun or taken over, before anything is encoded.
 
     Raises:
@@ -161,20 +168,16 @@ def load(
         job.uri, plan.num_rows, len(plan.shards), len(ledger.done), len(pending),
     )  # fmt: skip
     settings = replace(ledger.spec, model=spec.model, revision=spec.revision)
-    config = WorkerConfig(
-        job.table,
-        replace(settings, compute_dtype=settings.compute_dtype or spec.compute_dtype),
-        token_budget=job.token_budget,
-        erased=erased_ids(job.table),
-        logs=logs.current(),
-    )
+    settings = replace(settings, compute_dtype=settings.compute_dtype or spec.compute_dtype)
+    erased = erased_ids(job.table)
     with Progress(job.table, plan, pending) as progress:
         if pending:
-            with contextlib.closing(execute(config, pending)) as outcomes:
-                allowed = int(job.max_rejected * plan.num_rows) + len(config.erased.hashes)
+            make = work or _encoding(job)
+            with contextlib.closing(execute(make(settings, erased), pending)) as outcomes:
+                allowed = int(job.max_rejected * plan.num_rows) + len(erased.hashes)
                 _commit_all(job, plan, ledger, progress, outcomes, allowed)
         progress.encoded()
-        live = _finish(job, plan, ledger)
+        live = _finish(job, plan, ledger, Steps(execute, progress.step))
     rejected = int(ledger.metadata[REJECTED])
     rows = job.table.dataset().count_rows()
     return Summary(
@@ -186,6 +189,15 @@ def load(
         shards_encoded=len(pending),
         totals=progress.totals,
     )
+
+
+def _encoding(job: TableJob) -> WorkOf:
+    """Return what makes the work of encoding for a job."""
+
+    def make(spec: TableSpec, erased: ErasedIds) -> Work:
+        return EncodeWork(table=job.table, spec=spec, token_budget=job.token_budget, erased=erased)
+
+    return make
 
 
 def _commit_all(
@@ -202,14 +214,14 @@ def _commit_all(
     if not ledger.done:
         rejects.clear()  # what is there comes from an earlier attempt, with other input
         progress.files.forget_earlier()
-    failures: list[ShardFailure] = []
+    failures: list[Failure] = []
     committer = Committer(ledger, job.commit_every_s, progress.committed)
     try:
         for outcome in progress.received(outcomes):
-            if isinstance(outcome, ShardFailure):
+            if isinstance(outcome, Failure):
                 failures.append(outcome)
-                with logs.in_shard(outcome.shard.id):
-                    logger.error("gave up shard %s: %s", outcome.shard.id, outcome.reason)
+                with logs.in_shard(outcome.unit.id):
+                    logger.error("gave up shard %s: %s", outcome.unit.id, outcome.reason)
             elif outcome is not None:
                 ledger.admit(outcome)
                 rejects.write(outcome.shard.id, outcome.rejects)
@@ -225,14 +237,14 @@ def _commit_all(
     finally:
         committer.commit()
     if failures:
-        lines = [f"{f.shard.path} shard {f.shard.id}: {f.reason}" for f in failures]
+        lines = [f"{f.unit.path} shard {f.unit.id}: {f.reason}" for f in failures]
         raise IncompleteError(
             f"{len(failures)} of {len(plan.shards)} shards failed, all others are in {job.uri}. "
             "Mend the cause and run the same command again.\n" + "\n".join(lines[:SHOWN_FAILURES])
         )
 
 
-def _finish(job: TableJob, plan: Plan, ledger: Ledger) -> bool:
+def _finish(job: TableJob, plan: Plan, ledger: Ledger, steps: Steps) -> bool:
     """Seal, finish and publish; each step is skipped where done. Returns whether it is live."""
     if not ledger.sealed:
         if job.on_duplicate == "error":
@@ -240,7 +252,7 @@ def _finish(job: TableJob, plan: Plan, ledger: Ledger) -> bool:
         # A document has many rows, so that those of the table do not tell how many were rejected.
         rejected = len(RejectStore(job.table).read()) if ledger.spec.split else None
         ledger.seal(job.on_duplicate, rejected)
-    SealedTable(job.table).finish(index_columns=job.index_columns)
+    SealedTable(job.table).finish(steps, index_columns=job.index_columns)
     if ledger.generation == 1 or ledger.is_live():
         publish(job.table)
         return True

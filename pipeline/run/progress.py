@@ -60,6 +60,7 @@ class Progress:
         self._began = self._logged = time.monotonic()
         self._began_at = datetime.now(UTC)
         self._run = logs.current().run
+        self._step: dict[str, str | int] | None = None
         self._bar = tqdm(
             total=plan.num_rows,
             initial=self.before,
@@ -135,6 +136,11 @@ class Progress:
         self._state = run_files.FINISHING
         self._bar.close()
 
+    def step(self, name: str, done: int, total: int) -> None:
+        """Note how far a step after encoding is."""
+        with self._lock:
+            self._step = {"name": name, "parts": total, "parts_done": done}
+
     def view(self) -> dict[str, Any]:
         """Return the run view, as JSON takes it."""
         with self._lock:
@@ -166,6 +172,7 @@ class Progress:
                 "commits": len(self._commits),
                 "commit_s": round(sum(commit["seconds"] for commit in self._commits), 2),
                 "results_s": round(waited_s, 2),
+                "step": self._step,
                 "eta_s": ends and {name: round(s, 1) for name, s in vars(ends).items()},
                 "num_workers": len(self._workers),
                 "workers": [

@@ -18,6 +18,7 @@ from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, Tab
 from pipeline.table.duplicates import repeated_rows
 from pipeline.table.fragments import open_to_write
 from pipeline.table.ledger import ON_DUPLICATE, PLAN
+from pipeline.table.steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class SealedTable(TableClaim):
 
     def finish(
         self,
+        steps: Steps,
         *,
         compact: bool = True,
         index_columns: Sequence[str] = (),
@@ -79,6 +81,7 @@ class SealedTable(TableClaim):
         """Bring the table to COMPLETE: drop repeated ids, compact, index.
 
         Args:
+            steps: How the steps are done.
             compact: Whether small fragments are merged.
             index_columns: Metadata columns to index, beside those that are indexed already.
             record: Schema metadata to write in the same commit that makes it complete.

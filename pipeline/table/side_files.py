@@ -24,6 +24,8 @@ SYNCS = "_kalm/sync"
 """Folder in which a sync encodes what changed, before it is merged into the table."""
 ERASED = "_kalm/erased"
 """Folder of the erased ids, one file per erasure."""
+STEPS = "_kalm/steps"
+"""Folder of what the workers of a step exchange; it is removed when the step is done."""
 PROBES = "_kalm/probes"
 """Folder in which the store is tried."""
 STORE_ERRORS = OSError, RuntimeError, ValueError

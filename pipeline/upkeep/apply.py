@@ -32,6 +32,7 @@ from pipeline.table.fragments import write_once
 from pipeline.table.publish import publish, publish_rest
 from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import SYNCS
+from pipeline.table.steps import Steps
 from pipeline.upkeep.compare import Changes, Corpus, rows_to_encode, rows_to_update
 
 NO_TITLE = "_no_title"
@@ -100,7 +101,7 @@ def apply_changes(
         schema = dataset.schema
         claim.retry(lambda: claim.upsert(pa.RecordBatchReader.from_batches(schema, merged())))
     claim.retry(lambda: claim.delete(gone))
-    claim.finish(compact=False, index_columns=job.index_columns, record=record)
+    claim.finish(Steps(execute), compact=False, index_columns=job.index_columns, record=record)
     publish(job.table)
     _remove_staged(job)
     return summary

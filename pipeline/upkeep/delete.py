@@ -12,9 +12,12 @@ from kalm_encoder.errors import MissingIdsError
 from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
+from pipeline.messages import Executor
 from pipeline.table.claim import COMPLETE
 from pipeline.table.finish import SealedTable
 from pipeline.table.publish import publish, publish_rest
+from pipeline.table.steps import Steps
+from pipeline.workers.local import in_process
 
 IDS_AT_ONCE = 10_000
 """Most ids that one query looks up."""
@@ -39,7 +42,7 @@ def delete(table: Location, ids: Sequence[str]) -> int:
             return len(missing)
     claim.begin_change()
     claim.retry(lambda: claim.delete(list(found.values())))
-    claim.finish(compact=False)
+    claim.finish(Steps(in_process), compact=False)
     publish(table)
     return len(found)
 
@@ -64,9 +67,9 @@ def passages_and_documents(dataset: lance.LanceDataset, ids: Collection[str]) ->
     return {*ids, *rows["id"].to_pylist(), *rows["doc_id"].to_pylist()}
 
 
-def compact(table: Location) -> None:
+def compact(table: Location, execute: Executor = in_process) -> None:
     """Merge small fragments, bring the indexes up to date, and publish."""
     claim = SealedTable(table)
     claim.begin_change(rows=False)
-    claim.finish()
+    claim.finish(Steps(execute))
     publish(table)

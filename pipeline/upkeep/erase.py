@@ -26,7 +26,9 @@ from pipeline.table.ledger import GENERATION
 from pipeline.table.publish import PREVIOUS_TAG, publish, set_tag
 from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import KALM, SYNCS
+from pipeline.table.steps import Steps
 from pipeline.upkeep.delete import passages_and_documents, row_ids_of
+from pipeline.workers.local import in_process
 
 OF_LANCE = ("_refs/tags/", "_versions/latest_version_hint.json")
 """Files of Lance that belong to no version; they hold names and numbers."""
@@ -69,7 +71,7 @@ def erase(
         rows |= _rows_of(claim.dataset, begun)
     claim.retry(lambda: claim.delete(list(rows.values())))
     claim.retry(claim.purge)
-    claim.finish(compact=False)
+    claim.finish(Steps(in_process), compact=False)
     version = publish(table)
     set_tag(table, PREVIOUS_TAG, version)
     time.sleep(wait_s)

@@ -6,8 +6,7 @@ same as when a corpus is encoded.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import lance
 
@@ -16,18 +15,20 @@ from kalm_encoder.matryoshka import PackedStates
 from kalm_encoder.table.location import Location, address
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import build_rows, read_metadata, read_rows
-from kalm_encoder.table.spec import FORMAT_VERSION
+from kalm_encoder.table.spec import FORMAT_VERSION, TableSpec
 from kalm_encoder.version import __version__
+from pipeline.corpus.erased import ErasedIds
 from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Plan, Shard
-from pipeline.messages import Outcome, ShardResult, WorkerConfig
+from pipeline.messages import Executor, Place, ShardResult, Task, Work
 from pipeline.run.driver import Summary, load
 from pipeline.run.job import TableJob
 from pipeline.table.claim import metadata_of
 from pipeline.table.erasures import erasures, write_erasure
 from pipeline.table.finish import indexed_columns
 from pipeline.table.fragments import write_fragment
+from pipeline.workers.local import in_process
 
 
 def truncate(
@@ -38,6 +39,7 @@ def truncate(
     store_dtype: str | None = None,
     shard_size: int = 10_000,
     storage_options: dict[str, str] | None = None,
+    execute: Executor = in_process,
 ) -> Summary:
     """Write the live rows of a table into another at coarser ratios or in another dtype.
 
@@ -48,6 +50,7 @@ def truncate(
         store_dtype: "float16", "float32", "int8" or "int4". None keeps it.
         shard_size: Rows per shard.
         storage_options: Options of the store of both tables.
+        execute: Does the shards: in this process or on Ray workers.
 
     Raises:
         InputError: If a ratio cannot be made, or there is nothing to do.
@@ -74,12 +77,12 @@ def truncate(
     columns = tuple(indexed_columns(metadata))
     job = TableJob(uri=to, storage_options=storage_options, index_columns=columns)
 
-    def execute(config: WorkerConfig, pending: Sequence[Shard]) -> Generator[Outcome]:
-        target = job.table.dataset()
-        for shard in pending:
-            yield _convert(table, shard, config, target)
+    def work(new: TableSpec, erased: ErasedIds) -> Work:
+        return TruncateWork(
+            table=job.table, spec=new, source=address(source), version=table.version
+        )
 
-    summary = load(job, plan, spec, execute)
+    summary = load(job, plan, spec, execute, work=work)
     for erasure in erasures(Location(source, storage_options)):
         write_erasure(job.table, erasure)
     return summary
@@ -98,28 +101,63 @@ def _plan(table: PassageTable, source: str, shard_size: int) -> Plan:
     return Plan(tuple(shards))
 
 
-def _convert(
-    table: PassageTable, shard: Shard, config: WorkerConfig, target: lance.LanceDataset
-) -> ShardResult:
-    """Read one shard of the source, verify it, and write it as the target's spec says."""
-    old, new = table.spec, config.spec
-    finest = new.ratios[0]
-    stored = old.source_ratio(finest)
-    columns = ["id", "text_hash", "num_tokens", "truncated"]
-    columns += [f"states_r{stored}", f"checksum_r{stored}", *(["text"] if old.keep_text else [])]
-    columns += old.metadata_names
-    rows = table.dataset.to_table(
-        columns=columns, offset=shard.rows.start, limit=shard.rows.num_rows
-    )
-    passages = read_rows(old, rows, finest, uri=table.uri)
-    ids, packed = list(passages), PackedStates.of(list(passages.values()))
-    texts = rows["text"].to_pylist() if old.keep_text else [""] * len(ids)
-    made = build_rows(
-        new, ids, texts, packed, shard.id,
-        hashes=rows["text_hash"].to_pylist(), metadata=read_metadata(old, rows, uri=table.uri),
-    )  # fmt: skip
-    tokens = int(packed.num_tokens.sum())
-    return ShardResult(
-        shard, write_fragment(made, target), num_rows=len(ids), num_tokens=tokens,
-        padded_tokens=tokens, num_truncated=int(packed.truncated.sum()),
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class TruncateWork(Work):
+    """Shards of one table to write into another.
+
+    Attributes:
+        spec: Spec of the new table.
+        source: Address of the table that is read.
+        version: Its version.
+    """
+
+    spec: TableSpec
+    source: str
+    version: int
+
+    def start(self, place: Place) -> TruncateTask:
+        """Open both tables."""
+        source = PassageTable.open(
+            self.source, version=self.version, storage_options=self.table.options
+        )
+        return TruncateTask(source, self.spec, self.table.dataset())
+
+
+class TruncateTask(Task):
+    """Both tables, opened."""
+
+    def __init__(self, source: PassageTable, spec: TableSpec, target: lance.LanceDataset) -> None:
+        self._source, self._spec, self._target = source, spec, target
+
+    def do(self, unit: Shard) -> ShardResult:
+        """Read one shard, verify it, and write it as the new table's spec says.
+
+        Raises:
+            CorruptRowError: If a row is not what was written.
+        """
+        table, shard = self._source, unit
+        old, new = table.spec, self._spec
+        finest = new.ratios[0]
+        stored = old.source_ratio(finest)
+        columns = ["id", "text_hash", "num_tokens", "truncated"]
+        columns += [
+            f"states_r{stored}",
+            f"checksum_r{stored}",
+            *(["text"] if old.keep_text else []),
+        ]
+        columns += old.metadata_names
+        rows = table.dataset.to_table(
+            columns=columns, offset=shard.rows.start, limit=shard.rows.num_rows
+        )
+        passages = read_rows(old, rows, finest, uri=table.uri)
+        ids, packed = list(passages), PackedStates.of(list(passages.values()))
+        texts = rows["text"].to_pylist() if old.keep_text else [""] * len(ids)
+        made = build_rows(
+            new, ids, texts, packed, shard.id,
+            hashes=rows["text_hash"].to_pylist(), metadata=read_metadata(old, rows, uri=table.uri),
+        )  # fmt: skip
+        tokens = int(packed.num_tokens.sum())
+        return ShardResult(
+            shard, write_fragment(made, self._target), num_rows=len(ids), num_tokens=tokens,
+            padded_tokens=tokens, num_truncated=int(packed.truncated.sum()),
+        )  # fmt: skip

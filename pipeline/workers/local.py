@@ -1,4 +1,4 @@
-"""The executor without Ray: it encodes shards in this process."""
+"""The executor without Ray: it does the units of a work in this process."""
 
 from __future__ import annotations
 
@@ -9,35 +9,42 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from pipeline import logs
-from pipeline.corpus.shards import Shard
-from pipeline.messages import Outcome, ShardFailure, WorkerConfig, shards_in_flight
-from pipeline.workers.shard_encoder import ShardEncoder
+from pipeline.messages import (
+    STEP_IN_FLIGHT,
+    Failure,
+    Outcome,
+    Place,
+    Unit,
+    Work,
+    shards_in_flight,
+)
 
 
-def encode_inline(config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
-    """Encode shards in this process and yield them in order; they overlap as in a Ray worker.
+def in_process(work: Work, units: Sequence[Unit]) -> Generator[Outcome]:
+    """Do units in this process and yield their outcomes in order; they overlap as in a Ray worker.
 
     Raises:
-        KalmError: If the encoder cannot be loaded.
+        KalmError: If the work cannot be loaded.
     """
-    encoder = ShardEncoder(config)
+    task = work.start(Place())
 
-    def attempt(shard: Shard) -> Outcome:
+    def attempt(unit: Unit) -> Outcome:
         try:
-            with logs.in_shard(shard.id):
-                return encoder.encode(shard)
-        except Exception as error:  # any error belongs to its shard; the others go on
-            return ShardFailure(shard, 1, f"{type(error).__name__}: {error}")
+            with logs.in_shard(unit.id):
+                return task.do(unit)
+        except Exception as error:  # any error belongs to its unit; the others go on
+            return Failure(unit, 1, f"{type(error).__name__}: {error}")
 
-    waiting = iter(shards)
-    on_gpu = encoder.encoder.device.type == "cuda"
-    count = shards_in_flight(len(os.sched_getaffinity(0)), on_gpu=on_gpu)
-    with ThreadPoolExecutor(count, "shard") as pool:
-        running = deque(pool.submit(attempt, shard) for shard in islice(waiting, count))
+    waiting = iter(units)
+    count = STEP_IN_FLIGHT
+    if work.loads_model:
+        count = shards_in_flight(len(os.sched_getaffinity(0)), on_gpu=task.on_gpu)
+    with ThreadPoolExecutor(count, "unit") as pool:
+        running = deque(pool.submit(attempt, unit) for unit in islice(waiting, count))
         try:
             while running:
                 outcome = running.popleft().result()
-                running.extend(pool.submit(attempt, shard) for shard in islice(waiting, 1))
+                running.extend(pool.submit(attempt, unit) for unit in islice(waiting, 1))
                 yield outcome
         finally:
-            encoder.stop()
+            task.stop()

@@ -20,16 +20,20 @@ from kalm_encoder.model import checkpoint
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
 from kalm_encoder.table.codecs import FloatCodec
+from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
+from kalm_encoder.table.spec import TableSpec
+from pipeline.corpus.erased import NONE_ERASED, ErasedIds
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard, ShardReader, ShardRows
 from pipeline.corpus.splitting import Splitter
-from pipeline.messages import ShardResult, WorkerConfig
+from pipeline.messages import Place, ShardResult, Task
 from pipeline.table.fragments import open_to_write, write_fragment
 from pipeline.workers.device_threads import DeviceThreads, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
+ANYWHERE = Place()
 BATCHES_AHEAD = 2
 """Batches a GPU has before the first of them must be done. With two it never waits for the host;
 more would only hold memory."""
@@ -38,26 +42,40 @@ more would only hold memory."""
 class _PerThread(threading.local):
     """A reader for each thread that uses it: threads cannot share a position in a file."""
 
-    def __init__(self, config: WorkerConfig, split: Splitter | None) -> None:
-        self.reader = ShardReader(config.table.options, config.erased, split)
+    def __init__(
+        self, options: dict[str, str] | None, erased: ErasedIds, split: Splitter | None
+    ) -> None:
+        self.reader = ShardReader(options, erased, split)
 
 
-class ShardEncoder:
+class ShardEncoder(Task):
     """A loaded encoder and an open table: what a worker process holds.
 
-    Several threads may call `encode`, so that reading, tokenising and writing overlap. The
+    Several threads may call `do`, so that reading, tokenising and writing overlap. The
     model is loaded and run in device threads of its own.
 
     Args:
-        config: What any shard of the job needs.
-        device: Device of the encoder. None takes the first GPU, else the CPU.
+        table: Address of the table. Its storage options serve for the inputs too.
+        spec: Its spec. The fingerprint must be that of the model that is found here.
+        place: CPUs and GPU to use.
+        token_budget: Number of tokens per forward pass. None chooses it from the device and its
+            free memory.
+        erased: Ids that may not come back to the table.
 
     Raises:
         MismatchError: If the model on this machine is not that of the table.
     """
 
-    def __init__(self, config: WorkerConfig, device: str | None = None) -> None:
-        self.spec = spec = config.spec
+    def __init__(
+        self,
+        table: Location,
+        spec: TableSpec,
+        place: Place = ANYWHERE,
+        *,
+        token_budget: int | None = None,
+        erased: ErasedIds = NONE_ERASED,
+    ) -> None:
+        self.spec = spec
         files = checkpoint.resolve(spec.model, spec.revision)
         if files.fingerprint != spec.fingerprint:
             raise MismatchError(
@@ -65,21 +83,22 @@ class ShardEncoder:
                 f"the model {spec.model} on this worker has fingerprint {files.fingerprint}, the "
                 f"table {spec.fingerprint}: put the same files on every node",
             )
-        place = checkpoint.choose_device(device)
-        if place.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(config.gpu_share)
+        wanted = None if place.gpu is None else "cuda" if place.gpu else "cpu"
+        device = checkpoint.choose_device(wanted)
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(place.gpu or 1.0)
         keep_freed_memory()
-        self._threads = DeviceThreads(place, config.threads)
+        self._threads = DeviceThreads(device, None if device.type == "cuda" else place.cpus)
         self.encoder = self._threads.submit(
             lambda: PassageEncoder(
                 files,
-                device=place,
+                device=device,
                 dtype=spec.compute_dtype,
                 max_length=spec.max_length,
-                token_budget=config.token_budget,
+                token_budget=token_budget,
             )
         ).result()
-        if place.type == "cuda":
+        if device.type == "cuda":
             self.encoder.use_fast_tokenizer()
         # Coarser ratios are made from float32, and so are the integers of a codec.
         as_stored = len(spec.ratios) == 1 and isinstance(spec.codec, FloatCodec)
@@ -90,12 +109,12 @@ class ShardEncoder:
             limit=spec.codec.limit,
         )
         self._on_gpu: deque[BatchInFlight] = deque()
-        self._dataset = open_to_write(config.table)
-        self._own = _PerThread(config, Splitter.of(spec, self.encoder.tokenizer))
+        self._dataset = open_to_write(table)
+        self._own = _PerThread(table.options, erased, Splitter.of(spec, self.encoder.tokenizer))
         budget = self.encoder.token_budget
-        logger.info("loaded %s on %s, %d tokens per forward pass", spec.model, place, budget)
+        logger.info("loaded %s on %s, %d tokens per forward pass", spec.model, device, budget)
 
-    def encode(self, shard: Shard) -> ShardResult:
+    def do(self, unit: Shard) -> ShardResult:
         """Encode one shard into one uncommitted fragment.
 
         Raises:
@@ -104,7 +123,7 @@ class ShardEncoder:
             CancelledError: If `stop` was called while batches waited.
             OSError: If the store refused the write.
         """
-        times = [time.monotonic()]
+        shard, times = unit, [time.monotonic()]
         rows = self._own.reader.read(shard)
         times.append(time.monotonic())
         tokens = self.encoder.tokenise([p.text for p in rows.passages])
@@ -130,6 +149,11 @@ class ShardEncoder:
             worker=f"{socket.gethostname()}:{os.getpid()}",
             compute_dtype=self.encoder.compute_dtype,
         )
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model is on a GPU."""
+        return self.encoder.device.type == "cuda"
 
     def stop(self) -> None:
         """Let the shards under way fail at their next batch; no more can be encoded."""

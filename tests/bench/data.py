@@ -18,7 +18,7 @@ from jobs.demo import standard_library_docs
 from pipeline.estimate.flops import MODELS, Dimensions
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.support.random_model import TINY, make_checkpoint
 
 FOLDER = Path("bench-data")
@@ -93,7 +93,7 @@ def job_of(name: str, texts: Sequence[str], model: str, **options: Any) -> Encod
 def encode(name: str, texts: Sequence[str], model: str, **options: Any) -> str:
     """Encode passages into a fresh table; return its address."""
     job = job_of(name, texts, model, **options)
-    run(job, encode_inline)
+    run(job, in_process)
     return job.uri
 
 

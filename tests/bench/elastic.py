@@ -9,54 +9,56 @@ import os
 import secrets
 import sys
 import tempfile
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
 
+import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from kalm_encoder.table.location import Location
-from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
-from pipeline.workers.on_ray import actor as workers
-from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
+from pipeline.messages import IN_FLIGHT, Place, ShardResult, Task, Work
+from pipeline.workers.on_ray.actor import OnRay, RayOptions
 from tests.bench.data import bar
 
 WORKERS_PER_NODE, SHARD_S, SHARDS = 2, 0.2, 600
-SPEC = TableSpec(model="none", revision=None, fingerprint="", dim=1, max_length=1, ratios=(1,))
 
 
-class Sleeping(Worker):
+class Sleeping(Work):
     """Takes SHARD_S for each shard, one shard at a time, and notes each run as a file."""
 
-    def load(self, config: WorkerConfig) -> None:
-        import threading
+    loads_model = True
 
-        self._device = threading.Lock()
-        self._folder = Path(config.table.uri)
+    def start(self, place: Place) -> Sleep:
+        return Sleep(Path(self.table.uri))
 
-    def encode(self, shard: Shard) -> ShardResult:
-        (self._folder / f"{shard.number}-{os.getpid()}").touch()
+
+class Sleep(Task):
+    def __init__(self, folder: Path) -> None:
+        self._device, self._folder = threading.Lock(), folder
+
+    def do(self, unit: Shard) -> ShardResult:
+        (self._folder / f"{unit.number}-{os.getpid()}").touch()
         with self._device:
             time.sleep(SHARD_S)
-        return ShardResult(shard, None, 1, worker=f"{self.node()}:{os.getpid()}")
+        node = ray.get_runtime_context().get_node_id()
+        return ShardResult(unit, None, 1, worker=f"{node}:{os.getpid()}")
 
 
 def main() -> list[str]:
     # The workers get our packages, not this one.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    workers.Worker = Sleeping
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         before, after, twice = _join_and_leave(cluster)
     finally:
         cluster.shutdown()
-        workers.Worker = Worker
     print(
         f"shards/s with one node of {WORKERS_PER_NODE} workers {before:.2f}, with two {after:.2f}"
     )
@@ -82,7 +84,7 @@ def _join_and_leave(cluster: Cluster) -> tuple[float, float, int]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         options = RayOptions(address=cluster.address, cpus_per_worker=1)
-        with closing(on_ray(options)(WorkerConfig(Location(folder), SPEC), shards)) as outcomes:
+        with closing(OnRay(options)(Sleeping(table=Location(folder)), shards)) as outcomes:
             before = _rate(outcomes, WORKERS_PER_NODE)
             joined = cluster.add_node(num_cpus=WORKERS_PER_NODE)
             after = _rate(outcomes, 2 * WORKERS_PER_NODE)

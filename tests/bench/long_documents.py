@@ -15,7 +15,7 @@ from jobs.demo_training.held_out import write_collection
 from jobs.evaluation.collection import read_folder
 from jobs.evaluation.experiment import Experiment, evaluate
 from kalm_encoder.model.checkpoint import DEMO_NAME
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.bench.data import FOLDER, bar
 
 TEXTS, WINDOW, DEPTH = 24, 512, 10
@@ -33,7 +33,7 @@ def main() -> list[str]:
                 collection=read_folder(folder / "collection"), model=DEMO_NAME,
                 folder=folder / "out", ratios=(4,), depth=DEPTH, max_length=WINDOW, split=split,
             ),
-            encode_inline,
+            in_process,
         )  # fmt: skip
         for setting in found.settings:
             low, high = setting.intervals["nDCG@10"]

@@ -24,10 +24,12 @@ import psutil
 from kalm_encoder.matryoshka import PackedStates, PassageStates
 from kalm_encoder.table.rows import build_rows
 from pipeline.corpus.shards import Shard, ShardReader
-from pipeline.messages import Outcome, ShardResult, WorkerConfig
+from pipeline.messages import Outcome, ShardResult, Work
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.table.fragments import write_fragment
+from pipeline.workers.encode_work import EncodeWork
+from pipeline.workers.local import in_process
 from tests.bench.data import FOLDER, bar
 
 CURVE = (1_000, 10_000)
@@ -88,21 +90,22 @@ class _Fake:
         self.given = 0
         self.memory = _Memory()
 
-    def __call__(self, config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
+    def __call__(self, work: Work, shards: Sequence[Shard]) -> Generator[Outcome]:
+        if not isinstance(work, EncodeWork):
+            yield from in_process(work, shards)
+            return
         self.first = time.perf_counter()
-        dataset = lance.dataset(
-            config.table.uri, version=1
-        )  # empty: a worker's is not the driver's
+        dataset = lance.dataset(work.table.uri, version=1)  # empty: a worker's is not the driver's
         reader = ShardReader()
         for shard in shards:
             if shard.number == self._stop_at:
                 self._ended()
                 raise KeyboardInterrupt
             passages = reader.read(shard).passages
-            state = PassageStates(np.zeros((1, config.spec.dim), np.float32), 4, False)
+            state = PassageStates(np.zeros((1, work.spec.dim), np.float32), 4, False)
             states = PackedStates.of([state])
             rows = build_rows(
-                config.spec, [p.id for p in passages], [p.text for p in passages], states, shard.id
+                work.spec, [p.id for p in passages], [p.text for p in passages], states, shard.id
             )
             seconds = dict.fromkeys(("read", "tokenise", "idle", "forward", "pool", "write"), 0.001)
             result = ShardResult(

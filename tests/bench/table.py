@@ -18,7 +18,7 @@ from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.truncate import truncate
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.bench.data import (
     FOLDER,
     QUERY,
@@ -60,7 +60,7 @@ def random_texts(count: int) -> list[str]:
 
 def _encode_many_shards(job: EncodeJob) -> None:
     """Print the versions, files and memory of a job of many shards."""
-    seconds = timed(lambda: run(job, encode_inline))
+    seconds = timed(lambda: run(job, in_process))
     dataset = lance.dataset(job.uri)
     files = sum(path.is_file() for path in Path(job.uri).rglob("*"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -101,7 +101,7 @@ def _encoded_by_sync(job: EncodeJob, texts: list[str]) -> float:
 
     PassageEncoder.start = counting
     began = time.perf_counter()
-    changes, _ = sync(job, encode_inline)
+    changes, _ = sync(job, in_process)
     PassageEncoder.start = start
     print(
         f"sync of {PASSAGES} passages: {changes.unchanged} unchanged, {changes.changed} changed, "

@@ -28,7 +28,7 @@ from pipeline.run.job import EncodeJob
 from pipeline.table.rejects import RejectStore
 from pipeline.upkeep.delete import delete
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 
 ODD_IDS = ["a\0b", "line\nbreak", 'it\'s "quoted"', "x" * 10_240, "') OR 1=1 --", "漢字", " "]
@@ -219,13 +219,13 @@ def test_a_file_that_changes_between_plan_and_read(model_dir, good, tmp_path, wh
             good.write_bytes(original.replace(b"p9", b"q9"))
         else:
             good.unlink()
-        yield from encode_inline(config, shards)
+        yield from in_process(config, shards)
 
     with pytest.raises(IncompleteError, match=r"changed after it was planned|No such file") as seen:
         run(job, meddle)
     assert seen.value.exit_code == 1
     good.write_bytes(original)
-    assert run(job, encode_inline).num_rows == 12
+    assert run(job, in_process).num_rows == 12
 
 
 @pytest.mark.parametrize("target", ["file.txt/t.lance", "/proc/none/t.lance"])
@@ -329,4 +329,4 @@ def test_a_failed_first_attempt_does_not_block_the_place(encode, good, model_dir
     job = EncodeJob(inputs=(str(good),), uri=str(tmp_path / "t.lance"), model=str(model_dir))
     with pytest.raises(IncompleteError):
         run(job, fails)
-    assert run(replace(job, ratios=(8,)), encode_inline).num_rows == 12
+    assert run(replace(job, ratios=(8,)), in_process).num_rows == 12

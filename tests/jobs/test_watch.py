@@ -20,7 +20,7 @@ from pipeline.run.job import EncodeJob
 from pipeline.run.records import read_records
 from pipeline.run.run_files import RunFiles, read_view
 from pipeline.table.side_files import RUN_VIEW
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.commands import HANG_S, Command, kalm
 from tests.support.s3_server import serve
@@ -107,7 +107,7 @@ def test_a_run_says_how_it_ended(small, model_dir, tmp_path):
 
     def ends(error):
         def execute(config, shards):
-            yield from encode_inline(config, shards[:1])
+            yield from in_process(config, shards[:1])
             raise error
 
         with pytest.raises(type(error)):
@@ -119,10 +119,10 @@ def test_a_run_says_how_it_ended(small, model_dir, tmp_path):
     assert (failed["state"], failed["reason"]) == ("failed", "2 shards failed")
     # One that was fenced off is silent: another speaks there by then.
     assert ends(FencedError("another command took it"))["state"] == "encoding"
-    assert run(job, encode_inline).live
+    assert run(job, in_process).live
     assert read_view(Location(uri))["state"] == "complete"
     before = read_view(Location(uri))
-    run(job, encode_inline)  # nothing to do, nothing to say
+    run(job, in_process)  # nothing to do, nothing to say
     assert read_view(Location(uri)) == before
 
 

@@ -19,7 +19,7 @@ from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.run.records import read_records
 from pipeline.run.run_files import read_view
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 from tests.support.commands import HANG_S, kalm
 
@@ -122,7 +122,7 @@ def test_a_failing_passage_is_logged_with_its_shard(
     caplog.handler.setFormatter(JsonFormatter())
     uri = str(tmp_path / "t.lance")
     job = EncodeJob(inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=10)
-    assert run(job, encode_inline).num_rows == 60
+    assert run(job, in_process).num_rows == 60
     told = [json.loads(one) for one in caplog.text.splitlines() if "trying its halves" in one]
     assert told and all(line["shard"] for line in told)
     assert {line["run"] for line in told} == {r.run for r in read_records(Location(uri))}

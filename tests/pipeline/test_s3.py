@@ -19,7 +19,7 @@ from pipeline.upkeep.delete import compact, delete
 from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 from tests.support.commands import kalm
 from tests.support.s3_server import serve
@@ -47,16 +47,16 @@ def test_a_table_lives_on_s3_from_encode_to_gc(s3, model_dir):
         inputs=(corpus,), uri=TABLE, model=str(model_dir), shard_size=10, max_rejected=0.1,
         storage_options=s3.options,
     )  # fmt: skip
-    summary = run(job, encode_inline)
+    summary = run(job, in_process)
     assert (summary.num_rows, summary.num_rejected, summary.live) == (40, 1, True)
-    assert run(job, encode_inline).shards_encoded == 0
+    assert run(job, in_process).shards_encoded == 0
     table = PassageTable.open(TABLE, storage_options=s3.options)
     assert len(table.take([f"p{i}" for i in range(40)])) == 40
     assert [r.line for r in RejectStore(Location(TABLE, s3.options)).read()] == [41]
     assert verify(TABLE, storage_options=s3.options).num_problems == 0
 
     put_corpus(s3, "c.jsonl", ["changed", *texts[1:], "new"])
-    changes, _ = sync(job, encode_inline)
+    changes, _ = sync(job, in_process)
     assert (changes.unchanged, changes.changed, changes.new, changes.missing) == (39, 1, 1, [])
     assert delete(Location(TABLE, s3.options), ["p3"]) == 1
     compact(Location(TABLE, s3.options))
@@ -141,7 +141,7 @@ def test_a_store_without_conditional_writes_is_refused(model_dir, tmp_path):
             inputs=(str(corpus),), uri=TABLE, model=str(model_dir), storage_options=s3.options
         )
         with pytest.raises(InputError, match="no conditional writes"):
-            run(job, encode_inline)
+            run(job, in_process)
         assert not (s3.folder / "bucket" / "tables" / "t.lance" / "_versions").exists()
 
 
@@ -163,7 +163,7 @@ def test_moto_agrees(model_dir, tmp_path):
             inputs=(str(corpus),), uri=TABLE, model=str(model_dir), shard_size=5,
             storage_options=options,
         )  # fmt: skip
-        assert run(job, encode_inline).num_rows == 12
+        assert run(job, in_process).num_rows == 12
         assert verify(TABLE, storage_options=options).num_problems == 0
     finally:
         server.stop()
@@ -181,7 +181,7 @@ def test_lost_replies_and_errors_change_nothing(s3, model_dir):
         {"action": "error503", "match": "^(PUT|GET)", "probability": 0.05, "count": 20},
         {"action": "drop", "match": "^PUT", "probability": 0.05, "count": 5},
     )
-    run(job, encode_inline)
+    run(job, in_process)
     faults = s3.stats()["faults"]
     s3.faults()
     assert faults["lost_reply"] == 4, json.dumps(faults)

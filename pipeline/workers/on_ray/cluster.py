@@ -22,7 +22,7 @@ import ray
 
 from kalm_encoder.errors import InputError
 from pipeline import logs
-from pipeline.messages import shards_in_flight
+from pipeline.messages import STEP_IN_FLIGHT, shards_in_flight
 
 CONNECT_TIMEOUT_S = 10.0
 """How long a cluster may take to accept a connection before it counts as absent."""
@@ -45,7 +45,7 @@ class RayOptions:
             GPU. None takes up to 4 for a CPU worker, and up to 16 for a whole GPU, at most its
             share of the CPUs of its node.
         gpus_per_worker: GPUs per worker, from 0 (CPUs alone) to 1. None takes 1 if there is any.
-        shard_timeout_s: Time after which a worker that has not finished a shard is replaced.
+        unit_timeout_s: Time after which a worker that has not finished a unit is replaced.
         start_timeout_s: Time after which the run ends if no worker at all has become ready.
     """
 
@@ -53,7 +53,7 @@ class RayOptions:
     num_workers: int | None = None
     cpus_per_worker: int | None = None
     gpus_per_worker: float | None = None
-    shard_timeout_s: float = 3600.0
+    unit_timeout_s: float = 3600.0
     start_timeout_s: float = 600.0
 
 
@@ -139,10 +139,13 @@ class WorkerResources:
 
     cpus: int
     gpus: float
+    loads_model: bool = True
 
     @property
     def in_flight(self) -> int:
-        """Number of shards that the worker has at once."""
+        """Number of units that the worker has at once."""
+        if not self.loads_model:
+            return STEP_IN_FLIGHT
         return shards_in_flight(self.cpus, on_gpu=self.gpus > 0)
 
     def room(self, nodes: Nodes) -> int:
@@ -163,15 +166,17 @@ def alive_nodes() -> Nodes:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def worker_resources(options: RayOptions, nodes: Nodes) -> WorkerResources:
-    """Choose what a worker asks for.
+def worker_resources(
+    options: RayOptions, nodes: Nodes, *, loads_model: bool = True
+) -> WorkerResources:
+    """Choose what a worker asks for. One that loads no model asks for no GPU and for one CPU.
 
     Raises:
         InputError: If an option makes no sense, or no node of the cluster can hold one worker.
     """
     if options.num_workers is not None and options.num_workers < 1:
         raise InputError(f"--workers {options.num_workers} must be at least 1 on Ray")
-    gpus = options.gpus_per_worker
+    gpus = options.gpus_per_worker if loads_model else 0.0
     if gpus is None:
         gpus = float(any(node.get("GPU", 0) >= 1 for node in nodes.values()))
     if not 0 <= gpus <= 1:
@@ -180,10 +185,11 @@ def worker_resources(options: RayOptions, nodes: Nodes) -> WorkerResources:
             "more workers use more GPUs"
         )
     cpus = options.cpus_per_worker
-    cpus = _default_cpus(nodes, gpus) if cpus is None else cpus
+    if cpus is None:
+        cpus = _default_cpus(nodes, gpus) if loads_model else 1
     if cpus < 1:
         raise InputError(f"--cpus-per-worker {cpus} must be at least 1")
-    resources = WorkerResources(cpus, gpus)
+    resources = WorkerResources(cpus, gpus, loads_model)
     if not resources.room(nodes):
         kinds = Counter((n.get("CPU", 0), n.get("GPU", 0)) for n in nodes.values())
         has = ", ".join(f"{count} of {c:g} CPUs and {g:g} GPUs" for (c, g), count in kinds.items())

@@ -42,8 +42,10 @@ class RunMetrics:
         )
         self._workers = Gauge("kalm_encode_workers", "Workers that are ready.", ("table",))
 
-    def add(self, result: ShardResult) -> None:
-        """Count a shard."""
+    def add(self, result: object) -> None:
+        """Count a shard that was encoded; the results of other work are not counted."""
+        if not isinstance(result, ShardResult) or result.compute_dtype is None:
+            return
         tags = {**self._tags, "worker": result.worker}
         for name, (_, count) in COUNTS.items():
             if number := count(result):  # Ray refuses to add nothing

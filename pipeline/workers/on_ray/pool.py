@@ -1,6 +1,6 @@
 """Which workers exist: Ray actors that come and go with the nodes of the cluster.
 
-Does not know shards: the dispatcher decides which worker gets which.
+Does not know units: the dispatcher decides which worker gets which.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from kalm_encoder.errors import KalmError
-from pipeline.messages import ShardResult, WorkerConfig
+from pipeline.messages import Work
 from pipeline.workers.on_ray.cluster import RayOptions, alive_nodes, worker_resources
 
 logger = logging.getLogger(__name__)
@@ -42,14 +42,14 @@ class WorkerHandle:
     Attributes:
         actor: Ray handle of the actor.
         node: Id of its node; "" until it is placed.
-        path: File of the shard that it was given last.
-        tasks: Calls of `encode` under way.
+        path: Path of the unit that it was given last.
+        tasks: Calls of `do` under way.
     """
 
     actor: Any
     node: str = ""
     path: str = ""
-    tasks: set[Future[ShardResult]] = field(default_factory=set)
+    tasks: set[Future[Any]] = field(default_factory=set)
 
 
 class WorkerPool:
@@ -62,25 +62,23 @@ class WorkerPool:
     Args:
         worker: Class of the actors.
         options: What the workers ask for, and how many there are.
-        config: What each worker loads.
+        work: What each worker loads.
         answers: Where the answers to calls arrive.
 
     Attributes:
         nodes: Nodes that were alive at the last look.
         workers: All workers, ready or not.
         ready: The workers that are loaded.
-        deaths: Nodes of the workers that died. Clear it when a shard is done: workers can work.
+        deaths: Nodes of the workers that died. Clear it when a unit is done: workers can work.
 
     Raises:
         InputError: If no node can hold one worker.
     """
 
-    def __init__(
-        self, worker: type, options: RayOptions, config: WorkerConfig, answers: Answers
-    ) -> None:
-        self._options, self._config, self._answers = options, config, answers
+    def __init__(self, worker: type, options: RayOptions, work: Work, answers: Answers) -> None:
+        self._options, self._work, self._answers = options, work, answers
         self.nodes = alive_nodes()
-        self._resources = worker_resources(options, self.nodes)
+        self._resources = worker_resources(options, self.nodes, loads_model=work.loads_model)
         self._actor = ray.remote(worker).options(
             num_cpus=self._resources.cpus,
             num_gpus=self._resources.gpus,
@@ -96,19 +94,19 @@ class WorkerPool:
 
     @property
     def in_flight(self) -> int:
-        """Number of shards that each worker has at once."""
+        """Number of units that each worker has at once."""
         return self._resources.in_flight
 
     @property
     def size(self) -> int:
-        """Number of workers that are wanted if there are shards for all."""
+        """Number of workers that are wanted if there are units for all."""
         return self._options.num_workers or self._resources.room(self.nodes)
 
-    def adjust(self, num_shards: int) -> None:
+    def adjust(self, num_units: int) -> None:
         """Start workers that are wanted, and give up those without a node that no longer are.
 
         Args:
-            num_shards: Number of unfinished shards; more workers are not needed.
+            num_units: Number of unfinished units; more workers are not needed.
 
         Raises:
             KalmError: If no worker has been ready for too long.
@@ -124,7 +122,7 @@ class WorkerPool:
         if now - self._looked_at >= LOOK_EVERY_S:
             self._looked_at = now
             self._look()
-        surplus = len(self.workers) - min(self.size, num_shards)
+        surplus = len(self.workers) - min(self.size, num_units)
         for _ in range(-surplus):
             worker = WorkerHandle(self._actor.remote())
             self.workers.add(worker)
@@ -158,7 +156,7 @@ class WorkerPool:
             self.ready.add(worker)
         else:
             worker.node = answer
-            self._starting[call(self._answers, worker.actor.load, self._config)] = worker
+            self._starting[call(self._answers, worker.actor.load, self._work)] = worker
 
     def remove(self, worker: WorkerHandle, reason: str) -> None:
         """Forget a dead worker, and find out whether its node is gone too.
@@ -177,6 +175,11 @@ class WorkerPool:
         deaths = sum(not node or node in self.nodes for node in self.deaths)
         if deaths > 2 * len(self.workers) + 5:
             raise KalmError(f"workers keep dying, the last because: {reason}")
+
+    def close(self) -> None:
+        """End all workers, so that what they held is free for the next step."""
+        for worker in list(self.workers):
+            self._drop(worker)
 
     def _drop(self, worker: WorkerHandle) -> None:
         ray.kill(worker.actor)

@@ -34,10 +34,12 @@ from kalm_encoder.model import encoder as encoder_module
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import BatchInFlight, PassageTokens
 from pipeline.corpus.shards import Shard, ShardReader
-from pipeline.messages import Outcome, ShardResult, WorkerConfig
+from pipeline.messages import Outcome, ShardResult, Unit, Work
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.workers import device_threads, shard_encoder
+from pipeline.workers.encode_work import EncodeWork
+from pipeline.workers.local import in_process
 from pipeline.workers.shard_encoder import ShardEncoder
 from tests.bench.data import bar, spread, write_corpus
 from tests.bench.forwards import RATIO, ms_marco_lengths
@@ -94,15 +96,18 @@ class Ceiling:
     tokenise_s: list[float] = field(default_factory=list)
     stages: Counter[str] = field(default_factory=Counter)
 
-    def execute(self, config: WorkerConfig, shards: Sequence[Shard]) -> Generator[Outcome]:
-        encoder, reader = ShardEncoder(config), ShardReader()
+    def execute(self, work: Work, shards: Sequence[Unit]) -> Generator[Outcome]:
+        if not isinstance(work, EncodeWork):
+            yield from in_process(work, shards)
+            return
+        encoder, reader = ShardEncoder(work.table, work.spec), ShardReader()
         encoder.encoder.use_fast_tokenizer()  # as beside a GPU
-        self._warm_up(encoder, shards, Path(config.table.uri, "data"))
+        self._warm_up(encoder, shards, Path(work.table.uri, "data"))
         rounds = min(ROUNDS, len(shards))
         for chosen in (shards[i::rounds] for i in range(rounds)):
             texts = [[p.text for p in reader.read(shard)[0]] for shard in chosen]
             _, _, alone = self._measure(encoder.encoder.tokenise, texts)
-            results, wall, cpu = self._measure(encoder.encode, chosen)
+            results, wall, cpu = self._measure(encoder.do, chosen)
             self.tokens.append(sum(result.num_tokens for result in results))
             self.tokenise_s.append(alone)
             self.wall_s.append(wall)
@@ -118,7 +123,7 @@ class Ceiling:
         time of its CPU: several times what the write itself takes.
         """
         before = set(folder.glob("*"))
-        self._measure(encoder.encode, shards)
+        self._measure(encoder.do, shards)
         for file in set(folder.glob("*")) - before:
             file.unlink()
 

@@ -15,7 +15,7 @@ from kalm_encoder.table.location import Location
 from pipeline.run.job import EncodeJob
 from pipeline.table.publish import publish
 from pipeline.upkeep.sync import sync
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.random_model import make_checkpoint
 from tests.support.serving import wait_until
@@ -30,7 +30,7 @@ def moving(model_dir, tmp_path, monkeypatch):
     live = LiveTable(Settings(str(uri), refresh_s=1000))
     live.load()
     write_corpus(corpus, ["another text", *make_texts(5)[1:]])
-    sync(EncodeJob(inputs=(str(corpus),), uri=str(uri), model=str(model_dir)), encode_inline)
+    sync(EncodeJob(inputs=(str(corpus),), uri=str(uri), model=str(model_dir)), in_process)
     real = answers.score_candidates
 
     def score_candidates(*arguments):

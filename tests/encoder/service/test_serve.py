@@ -15,7 +15,7 @@ from kalm_encoder.table.row_index import RowIndex
 from pipeline.run.job import EncodeJob
 from pipeline.table.publish import publish, rollback
 from pipeline.upkeep.sync import sync
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.commands import HANG_S
 from tests.support.random_model import make_checkpoint
@@ -337,7 +337,7 @@ def test_the_live_tag_is_followed(model_dir, tmp_path):
         assert client.post("/rerank", json=ask).status_code == 422
         write_corpus(corpus, TEXTS[:21])
         job = EncodeJob(inputs=(str(corpus),), uri=str(table), model=str(model_dir))
-        sync(job, encode_inline)
+        sync(job, in_process)
         stop = threading.Event()
         codes = []
 

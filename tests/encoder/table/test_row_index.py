@@ -16,7 +16,7 @@ from kalm_encoder.table.spec import TableSpec
 from pipeline.run.job import EncodeJob
 from pipeline.upkeep.delete import compact, delete
 from pipeline.upkeep.sync import sync
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.golden import write
 
@@ -105,7 +105,7 @@ def test_a_version_is_indexed_after_deletes_compaction_and_sync(model_dir, tmp_p
     assert caught.value.ids == ["p0", "p13", "p59"]
     texts = [*texts[:20], *(f"{text} again" for text in texts[20:]), *make_texts(5, seed=9)]
     write_corpus(corpus, texts)
-    sync(EncodeJob(inputs=(str(corpus),), uri=str(uri), model=str(model_dir)), encode_inline)
+    sync(EncodeJob(inputs=(str(corpus),), uri=str(uri), model=str(model_dir)), in_process)
     assert_same(uri, asked)
     assert_same(uri, asked[:65])
     compact(Location(str(uri)))

@@ -19,7 +19,7 @@ from jobs.evaluation.results import Evaluation
 from kalm_encoder import Reranker
 from kalm_encoder.errors import InputError
 from kalm_encoder.rerank.fusion import fuse
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import SCRIPTS, make_texts, write_corpus
 from tests.jobs.test_end_to_end import kalm
 
@@ -49,7 +49,7 @@ def evaluated(folder, model_dir, tmp_path_factory):
         collection=read_folder(folder), model=str(model_dir), folder=out, ratios=(2, 8),
         store_dtypes=("float16", "int8"), cascades=(((8, 5), (2, None)),), depth=20,
     )  # fmt: skip
-    return experiment, evaluate(experiment, encode_inline)
+    return experiment, evaluate(experiment, in_process)
 
 
 def test_every_setting_asked_for_is_there(evaluated):
@@ -144,7 +144,7 @@ def test_evaluating_again_encodes_nothing_and_a_changed_corpus_only_what_changed
 
     def counting(config, shards):
         encoded.append(sum(s.rows.num_rows for s in shards))
-        return encode_inline(config, shards)
+        return in_process(config, shards)
 
     experiment = Experiment(
         collection=read_folder(corpus), model=str(model_dir), folder=tmp_path / "out",
@@ -174,7 +174,7 @@ def test_a_run_and_trec_judgements_work_too_and_gaps_are_told(folder, model_dir,
         collection=collection, model=str(model_dir), folder=tmp_path / "out", ratios=(4,),
         first_ranking=tmp_path / "first.trec",
     )  # fmt: skip
-    evaluation = evaluate(experiment, encode_inline)
+    evaluation = evaluate(experiment, in_process)
     assert [s.name for s in evaluation.settings] == ["mine", "r4", "r4+mine"]
     told = " ".join(evaluation.warnings)
     for gap in ("1 queries without", "q9", "1 candidates are not in the corpus", "gone",
@@ -191,7 +191,7 @@ def test_a_ranking_of_ours_may_be_the_first_stage_of_another(evaluated, tmp_path
         experiment, folder=tmp_path, first_ranking=experiment.folder / "runs/r8.trec", ratios=(2,),
         store_dtypes=("float16",), cascades=(),
     )  # fmt: skip
-    names = [s.name for s in evaluate(again, encode_inline).settings]
+    names = [s.name for s in evaluate(again, in_process).settings]
     assert names == ["first-r8", "r2", "r2+first-r8"]
     assert (tmp_path / "runs/r2+first-r8.trec").exists()
 
@@ -200,10 +200,10 @@ def test_what_would_spoil_figures_silently_is_told_or_refused(folder, model_dir,
     experiment = Experiment(
         collection=read_folder(folder), model=str(model_dir), folder=tmp_path / "out", ratios=(4,)
     )
-    evaluate(experiment, encode_inline)
+    evaluate(experiment, in_process)
     judged = {**JUDGED, "q1": {"nowhere": 1, "p1": 1}}
     other = make_folder(tmp_path / "other", make_texts(9, seed=4), judged=judged)
-    told = evaluate(replace(experiment, collection=read_folder(other)), encode_inline).warnings
+    told = evaluate(replace(experiment, collection=read_folder(other)), in_process).warnings
     assert "1 of 4 relevant passages are not in the corpus: nowhere" in told
     again = evaluate(experiment, lambda *_: pytest.fail("the first collection is encoded again"))
     assert again.num_passages == 40
@@ -211,7 +211,7 @@ def test_what_would_spoil_figures_silently_is_told_or_refused(folder, model_dir,
     with (other / "corpus.jsonl").open("a") as lines:
         lines.write('{"_id": "p0", "text": "another one"}\n')
     with pytest.raises(InputError, match="p0"):
-        evaluate(replace(experiment, collection=read_folder(other)), encode_inline)
+        evaluate(replace(experiment, collection=read_folder(other)), in_process)
     with pytest.raises(InputError, match="depth 0"):
         replace(experiment, depth=0)
     for content, message in (("q Q0 d 1 nan t\n", "line 1.*finite"), ("\n", "ranks nothing")):
@@ -230,7 +230,7 @@ def test_languages_without_spaces_work(model_dir, tmp_path):
         collection=read_folder(folder), model=str(model_dir), folder=tmp_path / "out",
         ratios=(2,), first_ranking=tmp_path / "dense.trec",
     )  # fmt: skip
-    evaluation = evaluate(experiment, encode_inline)
+    evaluation = evaluate(experiment, in_process)
     assert evaluation.queries == queries
     shown = [c.text for e in [*evaluation.helped, *evaluation.hurt] for c in e.reranked]
     assert set(shown) <= {text.strip() for text in SCRIPTS}

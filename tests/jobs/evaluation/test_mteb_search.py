@@ -8,7 +8,7 @@ from datasets import Dataset
 from jobs.evaluation.mteb_search import KaLMSearch
 from kalm_encoder import PassageTable, QueryDecoder, Reranker
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError, TableError
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts
 
 TEXTS = make_texts(16, seed=3, longest=30)
@@ -118,7 +118,7 @@ def test_evaluating_again_encodes_nothing_again(model_dir, tmp_path):
 
     def counting(config, shards):
         pending.append(len(shards))
-        return encode_inline(config, shards)
+        return in_process(config, shards)
 
     task = make_task("LocalReranking", "Reranking")
     results = []

@@ -27,7 +27,7 @@ from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.run.records import read_records, totals
 from pipeline.upkeep.facts import table_facts
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 
 RATIOS, SHARD_SIZE, MAX_LENGTH = "4,32", 100, 100
@@ -59,7 +59,7 @@ def made(corpus, model_dir, tmp_path_factory):
         inputs=tuple(corpus), uri=uri, model=str(model_dir), ratios=(4, 32), max_rejected=0.01,
         max_length=MAX_LENGTH, shard_size=SHARD_SIZE,
     )  # fmt: skip
-    run(job, encode_inline)
+    run(job, in_process)
     return uri, table_facts(Location(uri))
 
 
@@ -132,7 +132,7 @@ def test_bytes_are_right_for_every_dtype(corpus, model_dir, tmp_path, dtype, no_
         inputs=tuple(some), uri=str(table), model=str(model_dir), ratios=(8,), store_dtype=dtype,
         keep_text=not no_text,
     )  # fmt: skip
-    run(job, encode_inline)
+    run(job, in_process)
     plan = planned(
         some, model_dir, tmp_path / "plan.json", ratios="8", store_dtype=dtype, no_text=no_text,
         max_length=1024,

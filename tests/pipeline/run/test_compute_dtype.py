@@ -14,7 +14,7 @@ from pipeline.run.job import EncodeJob
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 
 TEXTS = make_texts(12, seed=3)
@@ -25,7 +25,7 @@ def recorded(uri):
 
 
 def killed_after_one_shard(config, shards):
-    yield from encode_inline(config, shards[:1])
+    yield from in_process(config, shards[:1])
     raise KeyboardInterrupt
 
 
@@ -34,7 +34,7 @@ def in_dtype(dtype):
 
     def execute(config, shards):
         chosen = config.spec.compute_dtype or dtype
-        yield from encode_inline(
+        yield from in_process(
             replace(config, spec=replace(config.spec, compute_dtype=chosen)), shards
         )
 
@@ -69,7 +69,7 @@ def test_a_resume_a_sync_and_a_truncation_keep_the_dtype(job, model_dir, tmp_pat
 
 
 def test_verify_expects_of_each_dtype_what_it_can_give(job, model_dir):
-    run(replace(job, compute_dtype="bfloat16"), encode_inline)
+    run(replace(job, compute_dtype="bfloat16"), in_process)
     same = verify(job.uri, sample=12, model=str(model_dir))
     other = verify(job.uri, sample=12, model=str(model_dir), dtype="float32")
     assert (same.num_problems, other.num_problems) == (0, 0)

@@ -18,7 +18,7 @@ from pipeline.run.driver import run
 from pipeline.run.first_look import some_shards
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.table.rejects import RejectStore
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 
 
 def never(config, shards):
@@ -60,7 +60,7 @@ def test_repeated_ids_are_refused_before_the_device_is_used(job, tmp_path, remed
     assert f"{tmp_path}/c.jsonl line 1 and {tmp_path}/c.jsonl line 2" in words
     assert "field 'docid': if another holds them, name it with --id-field" in words
     assert "--on-duplicate first or last" in words
-    assert run(replace(job, **remedy), encode_inline).num_rows == rows
+    assert run(replace(job, **remedy), in_process).num_rows == rows
 
 
 def test_a_mended_file_goes_to_the_same_table(job, tmp_path):
@@ -68,13 +68,13 @@ def test_a_mended_file_goes_to_the_same_table(job, tmp_path):
     with pytest.raises(InputError):
         run(job, never)
     write(tmp_path / "c.jsonl", segments(9)[::3])
-    assert run(job, encode_inline).num_rows == 3
+    assert run(job, in_process).num_rows == 3
 
 
 def test_a_dropped_row_is_announced(job, tmp_path, caplog):
     write(tmp_path / "c.jsonl", segments(9))
     with caplog.at_level(logging.WARNING):
-        run(replace(job, on_duplicate="first"), encode_inline)
+        run(replace(job, on_duplicate="first"), in_process)
     assert "of 9 rows that were looked at, 6 repeat an id and will be dropped" in caplog.text
 
 
@@ -90,7 +90,7 @@ def test_null_and_foreign_fields_are_refused_before_the_device_is_used(job, tmp_
         (n, True) for n in range(1, 6)
     ]
     write(tmp_path / "c.jsonl", [{"docid": str(i), "text": "a"} for i in range(5)])
-    assert run(job, encode_inline).num_rows == 5
+    assert run(job, in_process).num_rows == 5
     assert RejectStore(Location(job.uri)).read() == []
 
 
@@ -98,7 +98,7 @@ def test_raising_max_rejected_is_a_remedy_too(job, tmp_path):
     write(tmp_path / "c.jsonl", [{"id": i or None, "text": "a"} for i in range(5)])
     with pytest.raises(TooManyRejectsError, match="raise --max-rejected"):
         run(job, never)
-    summary = run(replace(job, max_rejected=0.2), encode_inline)
+    summary = run(replace(job, max_rejected=0.2), in_process)
     assert (summary.num_rows, summary.num_rejected) == (4, 1)
 
 
@@ -106,13 +106,13 @@ def test_naming_the_text_field_is_a_remedy_too(job, tmp_path):
     write(tmp_path / "c.jsonl", [{"id": i, "text": None, "words": "a"} for i in range(5)])
     with pytest.raises(TooManyRejectsError, match="--text-field"):
         run(job, never)
-    assert run(replace(job, fields=FieldOptions(text="words")), encode_inline).num_rows == 5
+    assert run(replace(job, fields=FieldOptions(text="words")), in_process).num_rows == 5
 
 
 def test_rows_without_text_are_announced(job, tmp_path, caplog):
     write(tmp_path / "c.jsonl", [{"id": i, "text": "", "words": "a"} for i in range(5)])
     with caplog.at_level(logging.WARNING):
-        run(job, encode_inline)
+        run(job, in_process)
     assert "of 5 rows that were looked at, 5 have no text" in caplog.text
     assert "--text-field" in caplog.text
 
@@ -153,7 +153,7 @@ def test_a_resumed_job_is_not_looked_at_again(job, tmp_path):
     write(tmp_path / "c.jsonl", [{"id": i, "text": "a"} for i in range(8)])
 
     def half(config, shards):
-        yield next(encode_inline(config, shards))
+        yield next(in_process(config, shards))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -162,6 +162,6 @@ def test_a_resumed_job_is_not_looked_at_again(job, tmp_path):
     (tmp_path / "t.lance" / "_kalm" / "rejects" / "x.jsonl").write_text(
         '{"path": "p", "line": 1, "reason": "r", "id": null}\n'
     )
-    assert run(job, encode_inline).num_rows == 8
+    assert run(job, in_process).num_rows == 8
     assert len(RejectStore(Location(job.uri)).read()) == 1
     assert len(PassageTable.open(job.uri)) == 8

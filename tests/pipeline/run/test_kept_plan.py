@@ -12,13 +12,13 @@ from kalm_encoder.errors import IncompleteError, MismatchError
 from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import ShardReader, plan_shards
-from pipeline.messages import ShardFailure
+from pipeline.messages import Failure
 from pipeline.run import kept_plan
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.run.kept_plan import KeptPlan
 from pipeline.table.side_files import KEPT_PLANS
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 
 
@@ -121,8 +121,8 @@ def test_a_file_system_without_a_time_of_change_keeps_no_plan(job, monkeypatch):
 
 def interrupted(config, shards):
     """All but the last shard."""
-    yield from encode_inline(config, shards[:-1])
-    yield ShardFailure(shards[-1], 3, "lost")
+    yield from in_process(config, shards[:-1])
+    yield Failure(shards[-1], 3, "lost")
 
 
 def test_a_resume_does_not_read_the_corpus_again(model_dir, tmp_path):
@@ -137,7 +137,7 @@ def test_a_resume_does_not_read_the_corpus_again(model_dir, tmp_path):
     before = files[0].stat()
     files[0].write_bytes(b"\0" * before.st_size)
     os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
-    summary = run(job, encode_inline)
+    summary = run(job, in_process)
     assert (summary.shards_encoded, summary.num_rows) == (1, 40)
 
 
@@ -152,11 +152,11 @@ def test_a_file_changed_under_its_identity_is_found_when_it_is_read(model_dir, t
     file.write_bytes(b"\0" * before.st_size)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(IncompleteError, match="changed after it was planned"):
-        run(job, encode_inline)
+        run(job, in_process)
     os.utime(file)
     write_corpus(file, make_texts(21))
     with pytest.raises(MismatchError, match="begun with other input"):
-        run(job, encode_inline)
+        run(job, in_process)
 
 
 def test_files_scanned_at_once_make_the_plan_of_one_after_the_other(tmp_path):

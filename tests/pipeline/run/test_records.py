@@ -28,7 +28,7 @@ from pipeline.table.side_files import RUNS
 from pipeline.upkeep.facts import table_facts
 from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.commands import HANG_S
 from tests.support.s3_server import serve
@@ -73,9 +73,7 @@ def test_device_threads_make_the_same_rows_and_share_one_clock(model_dir, corpus
         job = EncodeJob(
             inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=30, token_budget=200
         )
-        run(
-            job, lambda config, shards, n=threads: encode_inline(replace(config, threads=n), shards)
-        )
+        run(job, lambda config, shards, n=threads: in_process(replace(config, threads=n), shards))
         assert verify(uri).num_problems == 0
         rows.append(PassageTable.open(uri).take([f"p{i}" for i in range(60)]))
         found = totals(read_records(Location(uri)))
@@ -123,16 +121,16 @@ def test_a_resumed_job_adds_its_own_run(model_dir, corpus, tmp_path):
     )
 
     def stopped(config, shards):
-        yield from encode_inline(config, shards[:2])
+        yield from in_process(config, shards[:2])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(job, stopped)
-    run(job, encode_inline)
+    run(job, in_process)
     records = read_records(Location(uri))
     assert [r.shard for r in records] == list(range(6))
     assert len({r.run for r in records}) == totals(records).runs == 2
-    run(job, encode_inline)  # nothing left to do: nothing to record
+    run(job, in_process)  # nothing left to do: nothing to record
     assert read_records(Location(uri)) == records
 
 
@@ -176,12 +174,12 @@ def test_records_are_written_while_the_run_goes_on(model_dir, corpus, tmp_path, 
     )
 
     def waits(config, shards):
-        yield from encode_inline(config, shards[:2])
+        yield from in_process(config, shards[:2])
         deadline = time.monotonic() + HANG_S
         while len(read_records(table)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        yield from encode_inline(config, shards[2:])
+        yield from in_process(config, shards[2:])
 
     run(job, waits)
     assert [r.shard for r in read_records(table)] == list(range(6))
@@ -207,7 +205,7 @@ def test_a_store_that_refuses_the_records_costs_a_warning(
             storage_options=s3.options,
         )  # fmt: skip
         with caplog.at_level(logging.WARNING):
-            assert run(job, encode_inline).live
+            assert run(job, in_process).live
         refused = sum(s3.stats()["faults"].values())
         s3.faults()
         assert refused and "the store refuses _kalm/runs" in caplog.text
@@ -224,7 +222,7 @@ def test_records_live_on_an_object_store_too(model_dir, corpus, tmp_path):
             inputs=("s3://bucket/c.jsonl",), uri=uri, model=str(model_dir), shard_size=10,
             storage_options=s3.options,
         )  # fmt: skip
-        run(job, encode_inline)
+        run(job, in_process)
         assert len(read_records(Location(uri, s3.options))) == 6
         puts = [r for r in s3.stats()["requests"] if "PUT" in str(r) and "_kalm/runs" in str(r)]
         assert len(puts) == 1

@@ -16,7 +16,7 @@ from pipeline.upkeep.facts import table_facts
 from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.s3_server import serve
 
@@ -72,7 +72,7 @@ def test_a_table_lives_under_every_object_key(model_dir, corpus, tmp_path):
             inputs=(str(corpus),), uri="s3://bucket/d#1/t?ü.lance", model=str(model_dir),
             storage_options=s3.options,
         )  # fmt: skip
-        assert run(job, encode_inline).live
+        assert run(job, in_process).live
         assert len(PassageTable.open(job.uri, storage_options=s3.options)) == 4
         assert (s3.folder / "bucket" / "d#1" / "t?ü.lance" / "_versions").is_dir()
         assert {p.name for p in (s3.folder / "bucket").iterdir()} == {"d#1", "xA {y}"}

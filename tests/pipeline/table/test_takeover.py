@@ -14,7 +14,7 @@ from pipeline.run.job import EncodeJob
 from pipeline.table.finish import SealedTable
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 from tests.support.commands import HANG_S, Command
 
@@ -73,16 +73,16 @@ def test_a_sync_of_a_table_that_changed_meanwhile_stops(model_dir, tmp_path):
     """What it would write was compared with rows that are no longer there."""
     corpus = write_corpus(tmp_path / "c.jsonl", make_texts(10))
     job = EncodeJob(inputs=(str(corpus),), uri=str(tmp_path / "t.lance"), model=str(model_dir))
-    run(job, encode_inline)
+    run(job, in_process)
     write_corpus(corpus, ["changed", *make_texts(10)[1:]])
 
     def meanwhile(config, shards):
-        yield from encode_inline(config, shards)
+        yield from in_process(config, shards)
         other = SealedTable(Location(job.uri))
         other.begin_change(rows=False)
         other.finish()
 
     with pytest.raises(FencedError):
         sync(job, meanwhile)
-    sync(job, encode_inline)
+    sync(job, in_process)
     assert verify(job.uri).num_problems == 0

@@ -18,7 +18,7 @@ from pipeline.table.claim import TableClaim
 from pipeline.table.rejects import RejectStore
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import write_corpus
 from tests.support.commands import kalm
 from tests.support.s3_server import serve
@@ -33,7 +33,7 @@ def job(model_dir, tmp_path):
     corpus = write_corpus(tmp_path / "c.jsonl", list(START.values()))
     uri = str(tmp_path / "t.lance")
     job = EncodeJob(inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=6)
-    run(job, encode_inline)
+    run(job, in_process)
     return job
 
 
@@ -69,16 +69,16 @@ def test_random_changes_and_replays_equal_the_corpus(job, tmp_path):
                 records.append(upsert(id, corpus[id]))
         feeds.append(write_feed(tmp_path / f"feed{step}.jsonl", records))
         follow = replace(job, inputs=feeds[-1])
-        sync(follow, encode_inline, is_feed=True)
+        sync(follow, in_process, is_feed=True)
         assert held(job) == corpus
         for old in feeds:  # replays, of which all but the last are behind the table
-            changes, summary = sync(replace(job, inputs=old), encode_inline, is_feed=True)
+            changes, summary = sync(replace(job, inputs=old), in_process, is_feed=True)
             assert summary is None
             assert (changes.changed, changes.new, changes.missing) == (0, 0, [])
     assert held(job) == corpus
     whole = write_corpus(tmp_path / "whole.jsonl", [])
     whole.write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus.items()))
-    changes, _ = sync(replace(job, inputs=(str(whole),)), encode_inline, delete_missing=True)
+    changes, _ = sync(replace(job, inputs=(str(whole),)), in_process, delete_missing=True)
     assert (changes.changed, changes.new, changes.missing) == (0, 0, [])
     assert verify(job.uri, inputs=(str(whole),)).num_problems == 0
 
@@ -87,12 +87,10 @@ def test_only_what_is_new_in_a_feed_is_looked_at(job, tmp_path):
     first = [upsert("p1", "one"), {"op": "delete", "_id": "p2"}]
     file = tmp_path / "feed.jsonl"
     follow = replace(job, inputs=write_feed(file, first))
-    assert sync(follow, encode_inline, is_feed=True)[0].changed == 1
-    sync(
-        replace(job, inputs=write_feed(tmp_path / "o.jsonl", [upsert("p1", "two")])), encode_inline
-    )
+    assert sync(follow, in_process, is_feed=True)[0].changed == 1
+    sync(replace(job, inputs=write_feed(tmp_path / "o.jsonl", [upsert("p1", "two")])), in_process)
     write_feed(file, [*first, upsert("p3", "three"), upsert("p3", "four")])
-    changes, summary = sync(follow, encode_inline, is_feed=True)
+    changes, summary = sync(follow, in_process, is_feed=True)
     assert (changes.changed, changes.unchanged, encoded(summary)) == (1, 0, 1)
     assert (held(job)["p1"], held(job)["p3"], "p2" in held(job)) == ("two", "four", False)
 
@@ -101,7 +99,7 @@ def test_a_feed_that_does_not_continue_is_compared_whole_and_that_is_said(job, t
     one, more = upsert("p1", "one"), upsert("x", "y")
     for file, records in (("a", [one]), ("b", [more, one])):
         feed = replace(job, inputs=write_feed(tmp_path / f"{file}.jsonl", records))
-        changes, summary = sync(feed, encode_inline, is_feed=True)
+        changes, summary = sync(feed, in_process, is_feed=True)
     assert "do not continue what was applied" in caplog.text
     assert (changes.unchanged, changes.new, encoded(summary)) == (1, 1, 1)
 
@@ -116,7 +114,7 @@ def test_a_file_that_was_applied_with_others_and_one_of_deletions_alone(job, tmp
         )
     )
     for inputs in (first + last, first, gone, first + last):
-        sync(replace(job, inputs=inputs), encode_inline, is_feed=True)
+        sync(replace(job, inputs=inputs), in_process, is_feed=True)
     after = {**START, "p1": "new"}
     del after["p2"]
     assert held(job) == after
@@ -129,7 +127,7 @@ def test_records_that_are_no_change_are_rejects(job, tmp_path):
         upsert("p3", "yes"),
     ]
     feed = write_feed(tmp_path / "feed.jsonl", records)
-    changes, _ = sync(replace(job, inputs=feed), encode_inline, is_feed=True)
+    changes, _ = sync(replace(job, inputs=feed), in_process, is_feed=True)
     assert (changes.changed, len(changes.rejected)) == (1, 2)
     found = [(r.line, r.id, r.reason) for r in RejectStore(job.table).read("sync")]
     assert found[0][:2] == (2, "p2")
@@ -138,7 +136,7 @@ def test_records_that_are_no_change_are_rejects(job, tmp_path):
     with pytest.raises(InputError, match="holds no JSON lines"):
         csv = tmp_path / "c.csv"
         csv.write_text("id,text\na,b\n")
-        sync(replace(job, inputs=(str(csv),)), encode_inline, is_feed=True)
+        sync(replace(job, inputs=(str(csv),)), in_process, is_feed=True)
 
 
 def test_killed_between_merge_and_publish_the_same_command_finishes(job, tmp_path, monkeypatch):
@@ -154,12 +152,12 @@ def test_killed_between_merge_and_publish_the_same_command_finishes(job, tmp_pat
 
     monkeypatch.setattr(TableClaim, "change", killed)
     with pytest.raises(KeyboardInterrupt):
-        sync(follow, encode_inline, is_feed=True)
+        sync(follow, in_process, is_feed=True)
     assert held(job) == START, "readers see all of it or nothing"
     monkeypatch.setattr(TableClaim, "change", change)
-    sync(follow, encode_inline, is_feed=True)
+    sync(follow, in_process, is_feed=True)
     assert held(job) == after
-    assert sync(follow, encode_inline, is_feed=True)[1] is None
+    assert sync(follow, in_process, is_feed=True)[1] is None
 
 
 def test_since_a_version_of_a_source_table(job, tmp_path, caplog):
@@ -170,13 +168,13 @@ def test_since_a_version_of_a_source_table(job, tmp_path, caplog):
     )
     follow = replace(job, inputs=(path,), shard_size=4)
     first = source.version
-    sync(follow, encode_inline, since=first)  # nothing is known of this source yet
+    sync(follow, in_process, since=first)  # nothing is known of this source yet
     assert re.search(r"was not synced from version \d+ of .*: all rows are compared", caplog.text)
     caplog.clear()
     new = pa.Table.from_pylist([{"id": "p1", "text": "one"}, {"id": "n", "text": "new"}])
     source.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(new)
     source.delete("id = 'p5'")
-    changes, summary = sync(follow, encode_inline, since=first)
+    changes, summary = sync(follow, in_process, since=first)
     assert caplog.text == ""
     assert (changes.changed, changes.new, changes.unchanged) == (1, 1, 0)
     assert (len(changes.missing), encoded(summary)) == (1, 2)
@@ -184,7 +182,7 @@ def test_since_a_version_of_a_source_table(job, tmp_path, caplog):
     del after["p5"]
     assert held(job) == after
     with pytest.raises(InputError, match="give one Lance table"):
-        sync(job, encode_inline, since=1)
+        sync(job, in_process, since=1)
 
 
 @pytest.mark.parametrize("mode", ["append", "overwrite"])
@@ -193,14 +191,14 @@ def test_rows_of_a_source_that_were_written_again_stay(job, tmp_path, mode):
     rows = [{"id": i, "text": t} for i, t in START.items()]
     source = lance.write_dataset(pa.Table.from_pylist(rows), path, enable_stable_row_ids=True)
     follow = replace(job, inputs=(path,))
-    sync(follow, encode_inline)
+    sync(follow, in_process)
     first = source.version
     source.delete("id in ('p5', 'p6', 'p7')")
     again = [{"id": "p5", "text": "again"}, {"id": "p6", "text": START["p6"]}]
     if mode == "overwrite":
         again += [row for row in rows if row["id"] not in ("p5", "p6", "p7")]
     lance.write_dataset(pa.Table.from_pylist(again), path, mode=mode, enable_stable_row_ids=True)
-    sync(follow, encode_inline, since=first)
+    sync(follow, in_process, since=first)
     after = {**START, "p5": "again"}
     del after["p7"]
     assert held(job) == after

@@ -22,7 +22,7 @@ from pipeline.upkeep.erase import erase
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 from tests.support.commands import kalm
 from tests.support.s3_server import serve
@@ -58,9 +58,9 @@ def made(model_dir, tmp_path):
     job = EncodeJob(
         inputs=(str(corpus),), uri=str(folder), model=str(model_dir), shard_size=8, ratios=(4, 16)
     )
-    run(job, encode_inline)
+    run(job, in_process)
     write_corpus(corpus, texts)
-    sync(job, encode_inline)
+    sync(job, in_process)
     taken = PassageTable.open(job.uri).take(ERASED)
     states = {id: np.asarray(p.states).tobytes()[:64] for id, p in zip(ERASED, taken, strict=True)}
     assert traces(folder, texts, states) == set(ERASED)
@@ -91,7 +91,7 @@ def test_nothing_of_the_erased_passages_is_left(made, tmp_path):
 def test_a_corpus_does_not_bring_them_back(made, tmp_path):
     job, folder, texts, states = made
     erase(Location(job.uri), ERASED, wait_s=0)
-    changes, _ = sync(job, encode_inline)
+    changes, _ = sync(job, in_process)
     assert (changes.unchanged, changes.new, len(changes.rejected)) == (27, 0, 3)
     rejects = RejectStore(Location(job.uri)).read()
     assert [(r.line, r.reason, r.id) for r in rejects] == [
@@ -103,7 +103,7 @@ def test_a_corpus_does_not_bring_them_back(made, tmp_path):
         again = EncodeJob(
             inputs=job.inputs, uri=uri, model=job.model, ratios=(8,), new_generation=True
         )
-        assert (run(again, encode_inline).num_rows, len(PassageTable.open(uri))) == (27, 27)
+        assert (run(again, in_process).num_rows, len(PassageTable.open(uri))) == (27, 27)
     assert traces(folder, texts, states) == set()
 
 
@@ -138,7 +138,7 @@ def test_a_version_that_somebody_keeps_is_named_and_nothing_is_done(made):
     again = EncodeJob(
         inputs=job.inputs, uri=job.uri, model=job.model, ratios=(8,), new_generation=True
     )
-    run(again, encode_inline)
+    run(again, in_process)
     with pytest.raises(InputError, match=r"generation 2 of .* is not live"):
         erase(Location(job.uri), ERASED)
 
@@ -178,9 +178,9 @@ def test_a_sync_that_an_erasure_overtakes_leaves_nothing_staged(made, late):
     job, folder, texts, _ = made
 
     def overtaken(config, shards):
-        encoded = list(encode_inline(config, shards)) if late else []
+        encoded = list(in_process(config, shards)) if late else []
         erase(Location(job.uri), ["p3"], wait_s=0)
-        yield from encoded or encode_inline(config, shards)
+        yield from encoded or in_process(config, shards)
 
     write_corpus(Path(job.inputs[0]), [*texts[:3], "markerwritten", *texts[4:]])
     with pytest.raises(KalmError):

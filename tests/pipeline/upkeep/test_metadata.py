@@ -25,7 +25,7 @@ from pipeline.upkeep.facts import table_facts
 from pipeline.upkeep.sync import retry_rejects, sync
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import WORDS
 
 COLUMNS = (("title", "string"), ("lang", "string"), ("year", "int64"), ("tags", "list<string>"))
@@ -94,7 +94,7 @@ def count_encoded(monkeypatch):
 
 def test_metadata_that_change_alone_encode_nothing(model_dir, tmp_path, count_encoded):
     job, corpus = new_job(model_dir, tmp_path, index_columns=("lang", "tags"))
-    run(job, encode_inline)
+    run(job, in_process)
     assert stored(job.uri) == expected(corpus)
     states = PassageTable.open(job.uri).take(["p1", "p2"])
     count_encoded.clear()
@@ -103,7 +103,7 @@ def test_metadata_that_change_alone_encode_nothing(model_dir, tmp_path, count_en
     corpus["p3"] |= {"text": "another text"}
     corpus["q"] = {"title": "T", "text": "new", "lang": "fr", "year": 7, "tags": None}
     write(job, corpus)
-    changes, summary = sync(job, encode_inline, dry_run=True)
+    changes, summary = sync(job, in_process, dry_run=True)
     assert (changes.unchanged, changes.changed, changes.new, changes.metadata_changed) == (
         17,
         1,
@@ -111,7 +111,7 @@ def test_metadata_that_change_alone_encode_nothing(model_dir, tmp_path, count_en
         2,
     )
     assert [p.check for p in verify(job.uri, inputs=job.inputs).problems] == ["corpus"] * 3
-    sync(job, encode_inline)
+    sync(job, in_process)
     assert sum(count_encoded) == 2, "the new passage and the changed one"
     table = PassageTable.open(job.uri)
     assert stored(job.uri) == expected(corpus)
@@ -126,18 +126,18 @@ def test_metadata_that_change_alone_encode_nothing(model_dir, tmp_path, count_en
     count_encoded.clear()
     corpus["p4"] |= {"lang": "fr"}
     write(job, corpus)
-    changes, summary = sync(job, encode_inline)
+    changes, summary = sync(job, in_process)
     assert (changes.metadata_changed, summary, count_encoded) == (1, None, [])
     assert stored(job.uri) == expected(corpus)
     version = PassageTable.open(job.uri).version
-    changes, _ = sync(job, encode_inline)
+    changes, _ = sync(job, in_process)
     assert (changes.metadata_changed, PassageTable.open(job.uri).version) == (0, version)
 
 
 @pytest.mark.parametrize("step", ["upsert", "_index", "change"])
 def test_an_interrupted_sync_of_metadata_is_finished(model_dir, tmp_path, monkeypatch, step):
     job, corpus = new_job(model_dir, tmp_path, index_columns=("lang",))
-    run(job, encode_inline)
+    run(job, in_process)
     before = expected(corpus)
     corpus["p1"] |= {"lang": "fr"}
     write(job, corpus)
@@ -151,9 +151,9 @@ def test_an_interrupted_sync_of_metadata_is_finished(model_dir, tmp_path, monkey
     with monkeypatch.context() as broken:
         broken.setattr(SealedTable, step, kill)
         with pytest.raises(KillError):
-            sync(job, encode_inline)
+            sync(job, in_process)
     assert stored(job.uri) == before
-    sync(job, encode_inline)
+    sync(job, in_process)
     assert stored(job.uri) == expected(corpus)
     assert PassageTable.open(job.uri).known(corpus, where="lang = 'fr'") == {"p1"}
     assert verify(job.uri, inputs=job.inputs).num_problems == 0
@@ -161,38 +161,38 @@ def test_an_interrupted_sync_of_metadata_is_finished(model_dir, tmp_path, monkey
 
 def test_an_index_may_come_later_and_only_of_what_is_kept(model_dir, tmp_path, count_encoded):
     job, _ = new_job(model_dir, tmp_path)
-    run(job, encode_inline)
+    run(job, in_process)
     count_encoded.clear()
     with pytest.raises(InputError, match="complete without an index of year: `kalm sync`"):
-        run(replace(job, index_columns=("year",)), encode_inline)
+        run(replace(job, index_columns=("year",)), in_process)
     for start in (run, sync):
         with pytest.raises(
             InputError, match="no metadata column 'id' to index; the table keeps title"
         ):
-            start(replace(job, index_columns=("id",)), encode_inline)
-    sync(replace(job, index_columns=("year",)), encode_inline)
+            start(replace(job, index_columns=("id",)), in_process)
+    sync(replace(job, index_columns=("year",)), in_process)
     plan = PassageTable.open(job.uri).dataset.scanner(filter="year = 2020").explain_plan()
     assert ("ScalarIndexQuery" in plan, count_encoded) == (True, [])
     assert table_facts(Location(job.uri))["metadata_columns"] == (
         "title:string,lang:string,year:int64,tags:list<string>"
     )
     with pytest.raises(MismatchError, match="begun with metadata_columns"):
-        run(replace(job, fields=FieldOptions(keep=COLUMNS[:2])), encode_inline)
+        run(replace(job, fields=FieldOptions(keep=COLUMNS[:2])), in_process)
     with pytest.raises(MismatchError, match=r"keeps title:string.*, this job title:string: give"):
-        sync(replace(job, fields=FieldOptions(keep=COLUMNS[:1])), encode_inline)
+        sync(replace(job, fields=FieldOptions(keep=COLUMNS[:1])), in_process)
 
 
 def test_a_rejected_value_is_retried_after_it_was_mended(model_dir, tmp_path, count_encoded):
     job, corpus = new_job(model_dir, tmp_path, max_rejected=0.1)
     corpus["p5"]["year"] = "soon"
     write(job, corpus)
-    assert run(job, encode_inline).num_rejected == 1
+    assert run(job, in_process).num_rejected == 1
     (reject,) = RejectStore(Location(job.uri)).read()
     assert (reject.line, reject.reason) == (6, "field 'year' holds str 'soon', which is no int64")
     count_encoded.clear()
     corpus["p5"]["year"] = 2030
     write(job, corpus)
-    retry_rejects(job, encode_inline)
+    retry_rejects(job, in_process)
     assert sum(count_encoded) == 1
     assert stored(job.uri) == expected(corpus)
     assert RejectStore(Location(job.uri)).read() == []
@@ -202,7 +202,7 @@ def test_a_changed_byte_of_metadata_is_found(model_dir, tmp_path):
     job, corpus = new_job(model_dir, tmp_path)
     corpus["p7"]["lang"] = "a rare language"
     write(job, corpus)
-    run(job, encode_inline)
+    run(job, in_process)
     for file in (tmp_path / "t.lance" / "data").glob("*.lance"):
         raw = file.read_bytes()
         file.write_bytes(raw.replace(b"a rare language", b"a rare lanGuage"))
@@ -227,7 +227,7 @@ class Upkeep(RuleBasedStateMachine):
         folder.mkdir()
         self.rng, self.count = random.Random(seed), 0
         self.job, self.corpus = new_job(self.model_dir, folder, index_columns=("lang",))
-        run(self.job, encode_inline)
+        run(self.job, in_process)
 
     @rule()
     def change_and_sync(self):
@@ -241,7 +241,7 @@ class Upkeep(RuleBasedStateMachine):
         self.count += 1
         self.corpus[f"new{self.count}"] = make_row(self.rng)
         write(self.job, self.corpus)
-        sync(self.job, encode_inline, delete_missing=True)
+        sync(self.job, in_process, delete_missing=True)
 
     @rule()
     def remove(self):
@@ -270,7 +270,7 @@ class Upkeep(RuleBasedStateMachine):
     @rule()
     def begin_anew(self):
         write(self.job, self.corpus)
-        run(replace(self.job, new_generation=True), encode_inline)
+        run(replace(self.job, new_generation=True), in_process)
         publish(Location(self.job.uri))
 
     @invariant()

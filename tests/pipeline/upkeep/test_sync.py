@@ -26,7 +26,7 @@ from pipeline.upkeep.garbage import collect_garbage
 from pipeline.upkeep.sync import retry_rejects, sync
 from pipeline.upkeep.verify import verify
 from pipeline.workers import shard_encoder as encode_shard
-from pipeline.workers.local import encode_inline
+from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 from tests.support.random_model import make_checkpoint
 
@@ -38,7 +38,7 @@ def job(model_dir, tmp_path):
     made = EncodeJob(
         inputs=(str(corpus),), uri=str(tmp_path / "t.lance"), model=str(model_dir), shard_size=10
     )
-    run(made, encode_inline)
+    run(made, in_process)
     return made
 
 
@@ -93,28 +93,28 @@ def test_only_what_changed_is_encoded(job, tmp_path, monkeypatch):
     assert (changes.unchanged, changes.changed, changes.new, len(changes.missing)) == (48, 1, 1, 1)
     before = lance.dataset(job.uri).version
     encoded = count_encoded(monkeypatch)
-    changes, summary = sync(job, encode_inline, delete_missing=True)
+    changes, summary = sync(job, in_process, delete_missing=True)
     assert sum(encoded) == 2
     assert summary.num_rows == 2
     assert before < PassageTable.open(job.uri).version
     fresh = tmp_path / "fresh.lance"
-    run(EncodeJob(inputs=job.inputs, uri=str(fresh), model=job.model), encode_inline)
+    run(EncodeJob(inputs=job.inputs, uri=str(fresh), model=job.model), in_process)
     assert_same_rows(job.uri, fresh)
     assert verify(job.uri).num_problems == 0
     assert PassageTable.open(job.uri).search("brand", 1)[0][0] == "q"
     plan = PassageTable.open(job.uri).dataset.scanner(filter="id = 'q'").explain_plan()
     assert "ScalarIndexQuery" in plan
     encoded.clear()
-    changes, summary = sync(job, encode_inline, delete_missing=True)
+    changes, summary = sync(job, in_process, delete_missing=True)
     assert (changes.unchanged, encoded, summary) == (50, [], None)
 
 
 def test_missing_passages_stay_unless_told(job):
     rewrite(job, {"p1": make_texts(50)[1]})
-    changes, summary = sync(job, encode_inline)
+    changes, summary = sync(job, in_process)
     assert (changes.unchanged, len(changes.missing), summary) == (1, 49, None)
     assert len(PassageTable.open(job.uri)) == 50
-    sync(job, encode_inline, delete_missing=True)
+    sync(job, in_process, delete_missing=True)
     assert len(PassageTable.open(job.uri)) == 1
 
 
@@ -138,11 +138,11 @@ def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeyp
         else:
             broken.setattr(SealedTable, step, kill)
         with pytest.raises(KillError):
-            sync(job, encode_inline, delete_missing=True)
+            sync(job, in_process, delete_missing=True)
     ids = lance.dataset(job.uri, version="live").to_table(columns=["id"])["id"].to_pylist()
     assert set(ids) == old
     encoded = count_encoded(monkeypatch)
-    sync(job, encode_inline, delete_missing=True)
+    sync(job, in_process, delete_missing=True)
     assert sum(encoded) == 0, "what was encoded before the interruption is kept"
     table = PassageTable.open(job.uri)
     assert set(table.dataset.to_table(columns=["id"])["id"].to_pylist()) == set(passages)
@@ -170,8 +170,8 @@ def test_repeated_ids_in_the_new_corpus(job, policy, text):
         for value in ("one", "two"):
             file.write(json.dumps({"_id": "twice", "text": value}) + "\n")
     with pytest.raises(InputError, match=r"1 passages repeat an id of another: 'twice'"):
-        sync(job, encode_inline)
-    changes, _ = sync(job, encode_inline, on_duplicate=policy)
+        sync(job, in_process)
+    changes, _ = sync(job, in_process, on_duplicate=policy)
     assert (changes.unchanged, changes.new) == (50, 1)
     rows = lance.dataset(job.uri, version="live").to_table(filter="id = 'twice'")
     assert rows["text"].to_pylist() == [text]
@@ -181,14 +181,14 @@ def test_another_model_is_refused(job, encoder, tmp_path_factory):
     other = make_checkpoint(tmp_path_factory.mktemp("other") / "m", make_texts(300, seed=9))
     changed = EncodeJob(inputs=job.inputs, uri=job.uri, model=str(other))
     with pytest.raises(MismatchError, match="states of two models cannot be mixed"):
-        sync(changed, encode_inline)
+        sync(changed, in_process)
 
 
 def test_encode_refuses_a_table_that_sync_changed(job):
     rewrite(job, {**passages_of(job), "new": "new"})
-    sync(job, encode_inline)
+    sync(job, in_process)
     with pytest.raises(MismatchError, match="was changed by `kalm sync`"):
-        run(job, encode_inline)
+        run(job, in_process)
 
 
 def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_path, monkeypatch):
@@ -209,18 +209,18 @@ def test_rows_that_break_the_encoder_are_rejected_and_retried(model_dir, tmp_pat
 
     with monkeypatch.context() as broken:
         broken.setattr(PassageEncoder, "_start", breaks)
-        summary = run(job, encode_inline)
+        summary = run(job, in_process)
     assert (summary.num_rows, summary.num_rejected) == (19, 1)
     (reject,) = RejectStore(Location(job.uri)).read()
     assert (reject.line, reject.id) == (8, "p7")
     assert reject.reason == "the encoder failed: RuntimeError: a kernel failed"
     encoded = count_encoded(monkeypatch)
-    again = retry_rejects(job, encode_inline)
+    again = retry_rejects(job, in_process)
     assert (sum(encoded), again.num_rows) == (1, 1)
     assert RejectStore(Location(job.uri)).read() == []
     assert len(PassageTable.open(job.uri).take(["p7"])) == 1
     assert verify(job.uri).num_problems == 0
-    assert retry_rejects(job, encode_inline) is None
+    assert retry_rejects(job, in_process) is None
 
 
 def test_a_retry_drops_what_is_in_the_table_and_keeps_what_is_still_unusable(job):
@@ -228,7 +228,7 @@ def test_a_retry_drops_what_is_in_the_table_and_keeps_what_is_still_unusable(job
     held, unusable = Reject(path, 3, "it failed", "p2"), Reject(path, 999, "the text is empty", "q")
     store = RejectStore(Location(job.uri))
     store.write("some", [held, unusable])
-    assert retry_rejects(job, encode_inline) is None
+    assert retry_rejects(job, in_process) is None
     assert store.read() == [unusable]
 
 
@@ -241,11 +241,11 @@ def test_a_retry_drops_rows_that_had_no_id_and_documents(model_dir, tmp_path, sp
     )  # fmt: skip
     rows = ['{"id": "a", "text": "one"}', '{"id": "b", "text": null}', '{"id": "c"', "{"]
     file.write_text("\n".join(rows))
-    run(job, encode_inline)
+    run(job, in_process)
     file.write_text(
         "\n".join([rows[0], rows[1].replace("null", '"two"'), rows[0].replace("a", "c")])
     )
-    assert retry_rejects(job, encode_inline).num_rows == 2
+    assert retry_rejects(job, in_process).num_rows == 2
     assert [reject.line for reject in RejectStore(job.table).read()] == [4]
 
 
@@ -260,9 +260,9 @@ def test_a_broken_device_rejects_nothing(model_dir, tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(encode_shard.PassageEncoder, "_start", breaks)
         with pytest.raises(Exception, match="the device is gone"):
-            run(job, encode_inline)
+            run(job, in_process)
     assert RejectStore(Location(job.uri)).read() == []
-    assert run(job, encode_inline).num_rows == 5
+    assert run(job, in_process).num_rows == 5
 
 
 def test_a_new_generation_is_switched_and_rolled_back(job):
@@ -270,10 +270,10 @@ def test_a_new_generation_is_switched_and_rolled_back(job):
         inputs=job.inputs, uri=job.uri, model=job.model, ratios=(2, 8), shard_size=20,
         new_generation=True,
     )  # fmt: skip
-    summary = run(other, encode_inline)
+    summary = run(other, in_process)
     assert (summary.num_rows, summary.live) == (50, False)
     assert PassageTable.open(job.uri).spec.ratios == (4,)
-    assert run(other, encode_inline).shards_encoded == 0
+    assert run(other, in_process).shards_encoded == 0
     publish(Location(job.uri))
     assert PassageTable.open(job.uri).spec.ratios == (2, 8)
     assert verify(job.uri).num_problems == 0
@@ -291,7 +291,7 @@ def test_an_interrupted_generation_is_resumed(job):
     )  # fmt: skip
 
     def dies(config, shards):
-        for i, outcome in enumerate(encode_inline(config, shards)):
+        for i, outcome in enumerate(in_process(config, shards)):
             if i == 2:
                 raise KeyboardInterrupt
             yield outcome
@@ -300,8 +300,8 @@ def test_an_interrupted_generation_is_resumed(job):
         run(other, dies)
     assert len(PassageTable.open(job.uri).take(["p1"])) == 1  # the old one is still served
     with pytest.raises(MismatchError):
-        run(job, encode_inline)  # the table is being made anew
-    assert run(other, encode_inline).shards_encoded == 3
+        run(job, in_process)  # the table is being made anew
+    assert run(other, in_process).shards_encoded == 3
     assert verify(job.uri, version=lance.dataset(job.uri).version).num_problems == 0
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
@@ -16,12 +17,9 @@ from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.messages import ShardFailure, ShardResult, WorkerConfig
-from pipeline.workers.on_ray import actor as workers
-from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
-from tests.pipeline.table.test_ledger import SPEC
+from pipeline.messages import Failure, ShardResult, Task, Work
+from pipeline.workers.on_ray.actor import OnRay, RayOptions
 
-CONFIG = WorkerConfig(Location("unused"), SPEC)
 # The workers get our packages, not this one.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -38,30 +36,34 @@ def make_shards(count):
     ]
 
 
-class Troubled(Worker):
+class Trouble(Task):
     """Does what the number of the shard says: real exceptions, exits and hangs."""
 
-    def load(self, config):
-        pass
-
-    def encode(self, shard):
+    def do(self, unit):
         time.sleep(0.05)
-        if shard.number == 3:
+        if unit.number == 3:
             raise ValueError("this shard is poison")
-        if shard.number == 5:
+        if unit.number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        if shard.number == 7:
+        if unit.number == 7:
             time.sleep(3600)
-        return ShardResult(shard, None, 1)
+        return ShardResult(unit, None, 1)
 
 
-class Unloadable(Worker):
-    def load(self, config):
+class Troubled(Work):
+    loads_model = True  # or a step of one unit would run in this process
+
+    def start(self, place):
+        return Trouble()
+
+
+class Unloadable(Troubled):
+    def start(self, place):
         raise InputError("the model is missing")
 
 
-class Dying(Worker):
-    def load(self, config):
+class Dying(Troubled):
+    def start(self, place):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -75,16 +77,16 @@ def address():
     cluster.shutdown()
 
 
-def outcomes(worker, monkeypatch, shards, **options):
-    monkeypatch.setattr(workers, "Worker", worker)
+def outcomes(work, shards, **options):
     options = {"num_workers": 2, "cpus_per_worker": 1, **options}
-    return [o for o in on_ray(RayOptions(**options))(CONFIG, shards) if o is not None]
+    execute, work = OnRay(RayOptions(**options)), work(table=Location("unused"))
+    return [o for o in execute(work, shards) if o is not None]
 
 
-def test_bad_shards_are_named_and_all_others_finish(monkeypatch, address):
-    got = outcomes(Troubled, monkeypatch, make_shards(12), shard_timeout_s=10, address=address)
+def test_bad_shards_are_named_and_all_others_finish(address):
+    got = outcomes(Troubled, make_shards(12), unit_timeout_s=10, address=address)
     done = sorted(o.shard.number for o in got if isinstance(o, ShardResult))
-    failed = {o.shard.number: o for o in got if isinstance(o, ShardFailure)}
+    failed = {o.unit.number: o for o in got if isinstance(o, Failure)}
     assert done == [0, 1, 2, 4, 6, 8, 9, 10, 11]
     assert set(failed) == {3, 5, 7}
     assert failed[3].reason == "ValueError: this shard is poison"
@@ -93,19 +95,19 @@ def test_bad_shards_are_named_and_all_others_finish(monkeypatch, address):
     assert all(f.attempts == 3 for f in failed.values())
 
 
-def test_a_worker_that_cannot_load_ends_the_job_with_its_error(monkeypatch, address):
+def test_a_worker_that_cannot_load_ends_the_job_with_its_error(address):
     with pytest.raises(InputError, match="the model is missing"):
-        outcomes(Unloadable, monkeypatch, make_shards(2), address=address)
+        outcomes(Unloadable, make_shards(2), address=address)
 
 
-def test_workers_that_die_at_once_end_the_job(monkeypatch, address):
+def test_workers_that_die_at_once_end_the_job(address):
     with pytest.raises(KalmError, match="workers keep dying"):
-        outcomes(Dying, monkeypatch, make_shards(1), address=address)
+        outcomes(Dying, make_shards(1), address=address)
 
 
-def test_an_impossible_request_fails_at_once(monkeypatch, address):
+def test_an_impossible_request_fails_at_once(address):
     with pytest.raises(InputError, match="no node can hold a worker of 4096 CPUs"):
-        outcomes(Troubled, monkeypatch, make_shards(1), cpus_per_worker=4096, address=address)
+        outcomes(Troubled, make_shards(1), cpus_per_worker=4096, address=address)
 
 
 DEEP = """
@@ -137,6 +139,32 @@ def test_a_temporary_folder_too_deep_for_sockets_is_named_with_its_variable(tmp_
     assert joined == "joined True"
 
 
-def test_a_cluster_that_is_not_there_is_named(monkeypatch):
+def test_a_cluster_that_is_not_there_is_named():
     with pytest.raises(InputError, match="no Ray cluster answers"):
-        outcomes(Troubled, monkeypatch, make_shards(1), address="127.0.0.1:1")
+        outcomes(Troubled, make_shards(1), address="127.0.0.1:1")
+
+
+class Naming(Work):
+    """A step without a model, whose units say where they ran."""
+
+    def start(self, place):
+        return NamingTask()
+
+
+class NamingTask(Task):
+    def do(self, unit):
+        return os.getpid()
+
+
+def test_the_steps_of_a_command_share_a_connection_and_one_unit_needs_no_worker(address):
+    work, trouble = Naming(table=Location("unused")), Troubled(table=Location("unused"))
+    options = RayOptions(address=address, num_workers=1, cpus_per_worker=1)
+    with OnRay(options) as execute:
+        assert list(execute(work, make_shards(1))) == [os.getpid()]
+        assert not ray.is_initialized()
+        first = {o for o in execute(work, make_shards(2)) if o is not None}
+        assert os.getpid() not in first
+        job = ray.get_runtime_context().get_job_id()
+        assert len([o for o in execute(trouble, make_shards(2)) if o]) == 2  # with the freed CPUs
+        assert ray.get_runtime_context().get_job_id() == job
+    assert not ray.is_initialized()

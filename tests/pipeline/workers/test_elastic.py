@@ -25,14 +25,12 @@ from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.messages import IN_FLIGHT, ShardResult, WorkerConfig
+from pipeline.messages import IN_FLIGHT, ShardResult, Task, Work
 from pipeline.run.records import read_records
-from pipeline.workers.on_ray import actor as workers
-from pipeline.workers.on_ray.actor import RayOptions, Worker, on_ray
+from pipeline.workers.on_ray.actor import OnRay, RayOptions, Worker
 from pipeline.workers.on_ray.cluster import connect
 from pipeline.workers.on_ray.pool import WorkerPool
 from tests.conftest import make_texts, write_corpus
-from tests.pipeline.table.test_ledger import SPEC
 from tests.support.commands import HANG_S
 
 # The workers get our packages, not this one.
@@ -40,20 +38,28 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 POLL_S = 0.02
 
 
-class Noting(Worker):
+class Noting(Work):
     """Notes what it does; encodes nothing before as many workers run as the shard's lines say."""
 
-    def load(self, config):
-        self._folder = Path(config.table.uri)
-        (self._folder / f"worker-{os.getpid()}").touch()
+    loads_model = True
 
-    def encode(self, shard):
-        node = self.node()
-        (self._folder / f"run-{shard.number}-{node}").touch()
-        while len(list(self._folder.glob("worker-*"))) < shard.rows.first_line:
+    def start(self, place):
+        folder = Path(self.table.uri)
+        (folder / f"worker-{os.getpid()}").touch()
+        return NotingTask(folder)
+
+
+class NotingTask(Task):
+    def __init__(self, folder):
+        self._folder = folder
+
+    def do(self, unit):
+        node = ray.get_runtime_context().get_node_id()
+        (self._folder / f"run-{unit.number}-{node}").touch()
+        while len(list(self._folder.glob("worker-*"))) < unit.rows.first_line:
             time.sleep(POLL_S)
         time.sleep(0.05)
-        return ShardResult(shard, None, 1, worker=f"{node}:{os.getpid()}:{ray.get_gpu_ids()}")
+        return ShardResult(unit, None, 1, worker=f"{node}:{os.getpid()}:{ray.get_gpu_ids()}")
 
 
 def make_shards(count, *, workers_first=1):
@@ -81,12 +87,11 @@ def cluster():
 @pytest.fixture
 def start(cluster, monkeypatch, tmp_path):
     """Return the function that starts a run of stand-ins; nodes are gone after the test."""
-    monkeypatch.setattr(workers, "Worker", Noting)
     monkeypatch.setattr("pipeline.workers.on_ray.pool.LOOK_EVERY_S", 0.2)
 
     def run(shards, **options):
-        execute = on_ray(RayOptions(address=cluster.address, **options))
-        return closing(execute(WorkerConfig(Location(str(tmp_path)), SPEC), shards))
+        execute = OnRay(RayOptions(address=cluster.address, **options))
+        return closing(execute(Noting(table=Location(str(tmp_path))), shards))
 
     yield run
     for node in list(cluster.worker_nodes):
@@ -137,7 +142,7 @@ def test_workers_without_a_place_are_given_up_when_no_longer_wanted(cluster, sta
     connect(options, tmp_path)
     try:
         answers = SimpleQueue()
-        pool = WorkerPool(Noting, options, WorkerConfig(Location(str(tmp_path)), SPEC), answers)
+        pool = WorkerPool(Worker, options, Noting(table=Location(str(tmp_path))), answers)
         pool.adjust(3)
         assert len(pool.workers) == 3
         while not any(worker.node for worker in pool.workers):

@@ -6,8 +6,9 @@ from kalm_encoder.errors import InputError
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
+from pipeline.messages import STEP_IN_FLIGHT
 from pipeline.workers.on_ray.cluster import RayOptions, WorkerResources, worker_resources
-from pipeline.workers.shard_queue import ShardQueue, short_last
+from pipeline.workers.unit_queue import UnitQueue, short_last
 
 
 def shard(number, length=100, path="a.jsonl"):
@@ -48,7 +49,7 @@ def test_rows_and_bytes_are_compared_with_their_own_kind():
 def test_a_worker_stays_in_its_file_and_then_helps_where_most_is_left():
     shards = [shard(i, path="a.jsonl.gz") for i in range(2)]
     shards += [shard(i, path="b.jsonl.gz") for i in range(2, 6)]
-    queue = ShardQueue(shards, [shard(6)])
+    queue = UnitQueue(shards, [shard(6)])
     one, two = queue.take(""), queue.take("")
     assert (one.number, two.number) == (0, 2)
     assert [queue.take("a.jsonl.gz").number for _ in range(2)] == [1, 3]
@@ -57,16 +58,16 @@ def test_a_worker_stays_in_its_file_and_then_helps_where_most_is_left():
 
 
 def test_a_shard_that_raises_is_given_up_with_its_last_reason():
-    queue = ShardQueue([shard(0), shard(1)])
+    queue = UnitQueue([shard(0), shard(1)])
     assert queue.failed(queue.take(""), "first") == []
     assert queue.take("a.jsonl").number == 1  # others go before it
     assert queue.failed(queue.take("a.jsonl"), "second") == []
     (failure,) = queue.failed(queue.take("a.jsonl"), "third")
-    assert (failure.shard.number, failure.attempts, failure.reason) == (0, 3, "third")
+    assert (failure.unit.number, failure.attempts, failure.reason) == (0, 3, "third")
 
 
 def test_a_shard_whose_node_went_away_is_never_given_up():
-    queue = ShardQueue([shard(0)])
+    queue = UnitQueue([shard(0)])
     for _ in range(10):  # the worker is seen to die first, its node a moment later
         lost = queue.take("")
         assert queue.failed(lost, "lost connection", "node") == []
@@ -83,6 +84,12 @@ def test_workers_share_a_gpu_but_never_lie_across_two():
     assert WorkerResources(1, 0.4).room(nodes) == 4
     assert WorkerResources(1, 1).room(nodes) == 2
     assert WorkerResources(4, 0).room(nodes) == 6
+
+
+def test_a_step_without_a_model_asks_for_one_cpu_and_no_gpu():
+    nodes = {"n": {"CPU": 6.0, "GPU": 2.0}}
+    step = worker_resources(RayOptions(), nodes, loads_model=False)
+    assert (step.cpus, step.gpus, step.room(nodes), step.in_flight) == (1, 0, 6, STEP_IN_FLIGHT)
 
 
 def test_a_gpu_worker_takes_its_share_of_the_cpus():

@@ -1,0 +1,71 @@
+"""Hash partitions: rows that many workers write, and that each partition's worker reads again.
+
+All rows with one hash are in one partition, whoever wrote them. A writer sorts its rows by
+partition and writes one Lance file; a footer entry says where each partition begins. A reader reads
+one partition of all files. So no process holds more than its share of the rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from lance.file import LanceFileReader, LanceFileWriter
+from numpy.typing import NDArray
+
+from kalm_encoder.table.location import Location
+
+PARTITION_ROWS = 1_000_000
+"""About how many rows one partition has, so that a join takes some 100 MB."""
+STARTS = "kalm.starts"
+"""Metadata key of a file: the first row of each partition, and the number of rows."""
+HIGH, LOW = "hash_high", "hash_low"
+"""Columns of the two halves of a 128-bit hash. The high half chooses the partition."""
+
+
+def num_partitions(num_rows: int) -> int:
+    """Return how many partitions that many rows are worth."""
+    return max(1, -(-num_rows // PARTITION_ROWS))
+
+
+def hashes_of(values: Sequence[str]) -> dict[str, NDArray[np.uint64]]:
+    """Return both halves of the XXH3 hash of each value, by the names of their columns."""
+    digests = b"".join(xxhash.xxh3_128_digest(value.encode()) for value in values)
+    halves = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
+    return {HIGH: halves[:, 0].copy(), LOW: halves[:, 1].copy()}
+
+
+def write_partitions(rows: pa.Table, partitions: int, file: Location) -> None:
+    """Write rows so that each partition can be read by itself; their order within it stays.
+
+    Args:
+        rows: Any columns, with HIGH among them (uint64).
+        partitions: Number of partitions.
+        file: File to write, in place of what is there.
+
+    Raises:
+        OSError: If the store refuses.
+    """
+    chosen = rows[HIGH].to_numpy() % np.uint64(partitions)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(chosen, minlength=partitions))])
+    rows = rows.take(pa.array(np.argsort(chosen, kind="stable"))).combine_chunks()
+    with LanceFileWriter(file.uri, rows.schema, storage_options=file.options) as writer:
+        writer.add_schema_metadata(STARTS, json.dumps(starts.tolist()))
+        writer.write_batch(rows)
+
+
+def read_partition(files: Sequence[Location], number: int) -> Iterator[pa.Table]:
+    """Yield the rows of one partition from each file, in the order of the files.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    for file in files:
+        reader = LanceFileReader(file.uri, storage_options=file.options)
+        metadata = reader.metadata().schema.metadata
+        begin, end = json.loads(metadata[STARTS.encode()])[number : number + 2]
+        if end > begin:
+            yield reader.read_range(begin, end - begin, batch_size=end - begin).to_table()

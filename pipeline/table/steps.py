@@ -1,0 +1,153 @@
+"""Steps that touch all rows of a table or a corpus: cut into parts, done on the workers.
+
+The results of the parts may be recorded in a folder. A command that is killed and started again
+then does only those parts that were not recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from kalm_encoder.errors import IncompleteError
+from kalm_encoder.table.location import Location
+from pipeline import logs
+from pipeline.messages import Executor, Failure, Part, Place, Task, Work
+from pipeline.table.side_files import read_text, write_text
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 15.0
+"""Least number of seconds between two log lines about the progress of a step."""
+SHOWN_FAILURES = 20
+"""Failed parts that an error names; the log names all of them."""
+
+DoPart = Callable[[Any], Any]
+"""Does what `Part.what` says; its result is a JSON value."""
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """The result of one part, as it travels to the driver."""
+
+    part: Part
+    value: Any
+
+
+class StepTask(Task):
+    """A step that is loaded in the process of a worker."""
+
+    def __init__(self, do_part: DoPart) -> None:
+        self._do_part = do_part
+
+    def do(self, unit: Part) -> PartResult:
+        """Do one part."""
+        return PartResult(unit, self._do_part(unit.what))
+
+
+class StepWork(Work):
+    """The work of one step."""
+
+    @abstractmethod
+    def load(self, place: Place) -> DoPart:
+        """Load in this process what the parts need, and return the function that does one."""
+
+    def start(self, place: Place) -> StepTask:
+        """Load in this process what the parts need."""
+        return StepTask(self.load(place))
+
+
+def _tell_nobody(name: str, done: int, total: int) -> None:
+    """Leave it at the bar and the log lines."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a command does its steps.
+
+    Attributes:
+        execute: Does the parts: in this process or on Ray workers.
+        tell: Called with the name of a step, the parts done and the parts in all.
+    """
+
+    execute: Executor
+    tell: Callable[[str, int, int], None] = _tell_nobody
+
+    def do(
+        self, name: str, work: StepWork, parts: Sequence[Part], folder: Location | None = None
+    ) -> Iterator[tuple[Part, Any]]:
+        """Do all parts of a step and yield each with its result, in any order.
+
+        Args:
+            name: What the step does, such as "finding repeated ids", for people.
+            work: What a worker loads.
+            parts: The parts, numbered from 0.
+            folder: Where results are recorded and found again. Its name must stand for all that
+                the results depend on. None records nothing.
+
+        Raises:
+            IncompleteError: If some parts failed for good; those that did not are recorded.
+        """
+        known = _recorded(folder)
+        pending = [part for part in parts if part.number not in known]
+        for part in parts:
+            if part.number in known:
+                yield part, known[part.number]
+        failures: list[Failure] = []
+        began = logged = time.monotonic()
+        done = len(parts) - len(pending)
+        is_quiet = len(parts) == 1 or not sys.stderr.isatty() or logs.current().format == logs.JSON
+        with (
+            tqdm(desc=name, total=len(parts), initial=done, unit=" parts", disable=is_quiet) as bar,
+            closing(self.execute(work, pending)) as outcomes,
+        ):
+            self.tell(name, done, len(parts))
+            for outcome in outcomes if pending else ():
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                    with logs.in_shard(outcome.unit.id):
+                        logger.error("gave up %s of %s: %s", outcome.unit.id, name, outcome.reason)
+                elif outcome is not None:
+                    if folder is not None:
+                        text = json.dumps(outcome.value)
+                        write_text(folder.file_session(), f"{outcome.part.number}.json", text)
+                    done += 1
+                    bar.update()
+                    self.tell(name, done, len(parts))
+                    yield outcome.part, outcome.value
+                if bar.disable and time.monotonic() - logged >= LOG_EVERY_S:
+                    logged = time.monotonic()
+                    logger.info(
+                        "%s: %d of %d parts in %.0f s", name, done, len(parts), logged - began
+                    )
+        if failures:
+            lines = [f"{failure.unit.id}: {failure.reason}" for failure in failures]
+            raise IncompleteError(
+                f"{name} of {work.table}: {len(failures)} of {len(parts)} parts failed. Mend the "
+                "cause and run the same command again.\n" + "\n".join(lines[:SHOWN_FAILURES])
+            )
+
+
+def _recorded(folder: Location | None) -> dict[int, Any]:
+    """Return the results in a folder by the number of their part."""
+    if folder is None:
+        return {}
+    session = folder.file_session()
+    names = [path for path in session.list() if path.endswith(".json") and "/" not in path]
+    return {int(path.removesuffix(".json")): json.loads(read_text(session, path)) for path in names}
+
+
+def remove_step(table: Location, folder: str) -> None:
+    """Remove the files of a step; `folder` is below the table's."""
+    session = table.file_session()
+    for path in session.list(folder):
+        session.delete_file(path)

@@ -104,6 +104,10 @@ class Place:
     gpu: float | None = None
 
 
+ANYWHERE = Place()
+"""A place where the libraries choose."""
+
+
 class Task(ABC):
     """Work that is loaded in the process of a worker. Several threads may call `do`."""
 

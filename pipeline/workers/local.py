@@ -10,6 +10,7 @@ from itertools import islice
 
 from pipeline import logs
 from pipeline.messages import (
+    ANYWHERE,
     STEP_IN_FLIGHT,
     Failure,
     Outcome,
@@ -20,13 +21,13 @@ from pipeline.messages import (
 )
 
 
-def in_process(work: Work, units: Sequence[Unit]) -> Generator[Outcome]:
+def in_process(work: Work, units: Sequence[Unit], place: Place = ANYWHERE) -> Generator[Outcome]:
     """Do units in this process and yield their outcomes in order; they overlap as in a Ray worker.
 
     Raises:
         KalmError: If the work cannot be loaded.
     """
-    task = work.start(Place())
+    task = work.start(place)
 
     def attempt(unit: Unit) -> Outcome:
         try:

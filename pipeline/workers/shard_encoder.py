@@ -27,13 +27,12 @@ from pipeline.corpus.erased import NONE_ERASED, ErasedIds
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import Shard, ShardReader, ShardRows
 from pipeline.corpus.splitting import Splitter
-from pipeline.messages import Place, ShardResult, Task
+from pipeline.messages import ANYWHERE, Place, ShardResult, Task
 from pipeline.table.fragments import open_to_write, write_fragment
 from pipeline.workers.device_threads import DeviceThreads, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-ANYWHERE = Place()
 BATCHES_AHEAD = 2
 """Batches a GPU has before the first of them must be done. With two it never waits for the host;
 more would only hold memory."""

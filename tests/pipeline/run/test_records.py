@@ -4,8 +4,8 @@ import builtins
 import json
 import logging
 import time
-from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from jobs.status import draw, status
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
+from pipeline.messages import Place
 from pipeline.run import run_files
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
@@ -73,7 +74,7 @@ def test_device_threads_make_the_same_rows_and_share_one_clock(model_dir, corpus
         job = EncodeJob(
             inputs=(str(corpus),), uri=uri, model=str(model_dir), shard_size=30, token_budget=200
         )
-        run(job, lambda config, shards, n=threads: in_process(replace(config, threads=n), shards))
+        run(job, partial(in_process, place=Place(threads)))
         assert verify(uri).num_problems == 0
         rows.append(PassageTable.open(uri).take([f"p{i}" for i in range(60)]))
         found = totals(read_records(Location(uri)))

@@ -21,7 +21,9 @@ from pipeline.table.fragments import write_fragment
 from pipeline.table.ledger import Ledger
 from pipeline.table.preflight import examine
 from pipeline.table.publish import publish
+from pipeline.table.steps import Steps
 from pipeline.upkeep.delete import compact
+from pipeline.workers.local import in_process
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
 
@@ -56,7 +58,7 @@ def test_shards_are_committed_once_and_in_plan_order(plan, uri):
     for number in (3, 0, 4, 1, 2):
         ledger.commit([encode(plan, uri, number)])
     ledger.seal()
-    SealedTable(Location(uri)).finish()
+    SealedTable(Location(uri)).finish(Steps(in_process))
     publish(Location(uri))
     assert ids_of(uri) == [f"r{i}" for i in range(15)]
     assert len(PassageTable.open(uri).take([f"r{i}" for i in range(15)])) == 15
@@ -204,7 +206,7 @@ def test_only_small_fragments_are_merged(plan, uri, monkeypatch, large, left):
     for n in range(5):
         ledger.commit([encode(plan, uri, n)])
     ledger.seal()
-    SealedTable(Location(uri)).finish()
+    SealedTable(Location(uri)).finish(Steps(in_process))
     publish(Location(uri))
     assert len(lance.dataset(uri).get_fragments()) == left
     assert len(PassageTable.open(uri).take([f"r{i}" for i in range(15)])) == 15
@@ -218,7 +220,7 @@ def test_many_fragments_are_merged_some_at_a_time_in_order(plan, uri, monkeypatc
     ledger.commit([encode(plan, uri, n) for n in range(5)])
     ledger.seal()
     before = lance.dataset(uri).to_table()
-    SealedTable(Location(uri)).finish()
+    SealedTable(Location(uri)).finish(Steps(in_process))
     assert [f.count_rows() for f in lance.dataset(uri).get_fragments()] == [9, 6]
     assert lance.dataset(uri).to_table().equals(before)
 
@@ -227,10 +229,10 @@ def test_publishing_twice_changes_nothing(plan, uri):
     ledger = Ledger.begin(Location(uri), SPEC, plan)
     ledger.commit([encode(plan, uri, n) for n in range(5)])
     ledger.seal()
-    SealedTable(Location(uri)).finish()
+    SealedTable(Location(uri)).finish(Steps(in_process))
     publish(Location(uri))
     version = lance.dataset(uri).version
-    SealedTable(Location(uri)).finish()
+    SealedTable(Location(uri)).finish(Steps(in_process))
     publish(Location(uri))
     assert lance.dataset(uri).version == version == PassageTable.open(uri).version
 

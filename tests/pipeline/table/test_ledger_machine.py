@@ -27,7 +27,9 @@ from pipeline.table.finish import SealedTable
 from pipeline.table.fragments import write_fragment
 from pipeline.table.ledger import Ledger
 from pipeline.table.publish import publish
+from pipeline.table.steps import Steps
 from pipeline.upkeep.delete import compact
+from pipeline.workers.local import in_process
 
 SPEC = TableSpec("m", None, "f", dim=4, max_length=64, ratios=(2,), store_dtype="float32")
 SHARDS, ROWS = 4, 2
@@ -136,7 +138,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state() != LOADING and self.unfinished is None)
     @rule()
     def finish(self):
-        SealedTable(Location(self.uri)).finish()
+        SealedTable(Location(self.uri)).finish(Steps(in_process))
 
     @precondition(lambda self: self.state() == COMPLETE)
     @rule()

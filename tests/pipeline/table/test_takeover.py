@@ -12,6 +12,7 @@ from kalm_encoder.table.location import Location
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.table.finish import SealedTable
+from pipeline.table.steps import Steps
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.verify import verify
 from pipeline.workers.local import in_process
@@ -80,7 +81,7 @@ def test_a_sync_of_a_table_that_changed_meanwhile_stops(model_dir, tmp_path):
         yield from in_process(config, shards)
         other = SealedTable(Location(job.uri))
         other.begin_change(rows=False)
-        other.finish()
+        other.finish(Steps(in_process))
 
     with pytest.raises(FencedError):
         sync(job, meanwhile)

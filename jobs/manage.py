@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import AsJson, StorageOptions, Table, check_folder, location, read_ids
+from jobs.options import (
+    Address,
+    AsJson,
+    StepCpusPerWorker,
+    StepWorkers,
+    StorageOptions,
+    Table,
+    check_folder,
+    executor,
+    location,
+    read_ids,
+)
 from kalm_encoder.errors import InputError
 
 
@@ -109,11 +120,19 @@ def rollback(uri: Table, storage_option: StorageOptions = None) -> None:
     print(f"version {move(location(uri, storage_option))} is live again")
 
 
-def compact(uri: Table, storage_option: StorageOptions = None) -> None:
+def compact(
+    context: typer.Context,
+    uri: Table,
+    workers: StepWorkers = None,
+    cpus_per_worker: StepCpusPerWorker = None,
+    address: Address = None,
+    storage_option: StorageOptions = None,
+) -> None:
     """Merge small data files and bring the indexes up to date."""
+    execute = executor(context, workers, cpus_per_worker, address, is_step=True)
     from pipeline.upkeep.delete import compact as merge
 
-    merge(location(uri, storage_option))
+    merge(location(uri, storage_option), execute)
     print(f"{uri} is compact")
 
 

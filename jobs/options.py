@@ -191,6 +191,23 @@ Address = Annotated[
         "this machine."
     ),
 ]
+StepWorkers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        help="Ray workers. Lower it to leave room for other jobs; 0 does all in this process, "
+        "without Ray. Default: as many as the cluster has room for; a table of a few gigabytes is "
+        "done in this process, and so is every table where Ray is not installed.",
+    ),
+]
+StepCpusPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        "--cpus-per-worker",
+        help="CPUs per worker. Raise it if a node has too little memory for as many workers as it "
+        "has CPUs. Default: 1.",
+    ),
+]
 Instruction = Annotated[
     str | None,
     typer.Option(

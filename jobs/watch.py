@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kalm_encoder.errors import InputError, KalmError
 from kalm_encoder.table.location import Location
-from pipeline.run.run_files import ENDED, describe, read_view
+from pipeline.run.run_files import ENCODING, ENDED, describe, read_view
 
 APPEARS_WITHIN_S = 60.0
 """Time for which a table without a run view is watched: a run that plans has not written one."""
@@ -103,11 +103,13 @@ def screen_of(view: dict[str, Any]) -> Group:
     shown = sorted(view["workers"], key=lambda w: w["seen_s_ago"])[:MOST_ROWS]
     stages = list(dict.fromkeys(stage for w in shown for stage in w["seconds"]))
     table = Table("worker", box=None, pad_edge=False)
-    for name in ("shards", "tokens/s", "device", *(f"{s} s" for s in stages), "seen"):
+    device = ("device",) if view["doing"] == ENCODING else ()
+    for name in ("shards", "tokens/s", *device, *(f"{s} s" for s in stages), "seen"):
         table.add_column(name, justify="right")
     for w in sorted(shown, key=lambda w: w["worker"]):
         table.add_row(
-            w["worker"], f"{w['shards']:,}", f"{w['tokens_per_s']:,.0f}", f"{w['device_busy']:.0%}",
+            w["worker"], f"{w['shards']:,}", f"{w['tokens_per_s']:,.0f}",
+            *(f"{w['device_busy']:.0%}" for _ in device),
             *(f"{w['seconds'].get(stage, 0.0):,.1f}" for stage in stages),
             f"{w['seen_s_ago']:.0f} s ago",
         )  # fmt: skip

@@ -30,6 +30,7 @@ STAGES = {  # in the order of the work; the colours differ for those who confuse
     "idle": "#d9d9d9",
     "forward": "#2f6690",
     "pool": "#6fa3c7",
+    "convert": "#2f6690",  # in place of encoding, where a table was truncated
     "write": "#81559b",
 }
 INK = "#33383d"

@@ -25,6 +25,7 @@ from pipeline.run.job import EncodeJob, TableJob, plan_job
 from pipeline.run.kept_plan import KeptPlan
 from pipeline.run.progress import Progress
 from pipeline.run.records import RunTotals
+from pipeline.run.run_files import ENCODING
 from pipeline.table.committer import Committer
 from pipeline.table.duplicates import DUPLICATE_POLICIES, repeated_rows
 from pipeline.table.erasures import erased_ids
@@ -142,6 +143,7 @@ def load(
     execute: Executor,
     begun: Callable[[Ledger], None] = lambda ledger: None,
     work: WorkOf | None = None,
+    doing: str = ENCODING,
 ) -> Summary:
     """Make a table hold what a plan says. This is what `run` does once plan and spec are known.
 
@@ -152,6 +154,7 @@ def load(
         execute: The function that does the work on shards.
         work: Makes the work that writes a shard as a fragment, from the spec of the table and the
             erased ids. None encodes.
+        doing: What the work does, for the run view.
         begun: What is to happen once the table is begun or taken over, before anything is encoded.
 
     Raises:
@@ -170,7 +173,7 @@ def load(
     settings = replace(ledger.spec, model=spec.model, revision=spec.revision)
     settings = replace(settings, compute_dtype=settings.compute_dtype or spec.compute_dtype)
     erased = erased_ids(job.table)
-    with Progress(job.table, plan, pending) as progress:
+    with Progress(job.table, plan, pending, doing) as progress:
         if pending:
             make = work or _encoding(job)
             with contextlib.closing(execute(make(settings, erased), pending)) as outcomes:

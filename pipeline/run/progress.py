@@ -44,7 +44,13 @@ class Progress:
         files: Where it is written.
     """
 
-    def __init__(self, table: Location, plan: Plan, pending: Sequence[Shard]) -> None:
+    def __init__(
+        self,
+        table: Location,
+        plan: Plan,
+        pending: Sequence[Shard],
+        doing: str = run_files.ENCODING,
+    ) -> None:
         self._plan, self._num_pending = plan, len(pending)
         self.before = plan.num_rows - sum(shard.rows.num_rows for shard in pending)
         self._rows_done = self.before
@@ -56,7 +62,8 @@ class Progress:
         self._uncommitted: dict[int, ShardRecord] = {}
         self._commits: list[dict[str, Any]] = []
         self._waited_s = 0.0  # for results, since the last commit
-        self._state, self._reason, self._lock = run_files.ENCODING, "", threading.Lock()
+        self._doing = self._state = doing
+        self._reason, self._lock = "", threading.Lock()
         self._began = self._logged = time.monotonic()
         self._began_at = datetime.now(UTC)
         self._run = logs.current().run
@@ -76,7 +83,7 @@ class Progress:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.files.stop()
-        if self._state == run_files.ENCODING:
+        if self._state == self._doing:
             self.encoded()
         self._state = run_files.FAILED if error else run_files.COMPLETE
         if isinstance(error, KeyboardInterrupt):
@@ -145,13 +152,14 @@ class Progress:
         """Return the run view, as JSON takes it."""
         with self._lock:
             now_s, totals = self._now_s(), self.totals
-            if self._state == run_files.ENCODING:
+            if self._state == self._doing:
                 totals.seconds = now_s
             ends = eta(self._workers.values(), self._left, now_s)
             waited_s = self._waited_s + sum(commit["results_s"] for commit in self._commits)
             latest = sorted(self._workers, key=lambda name: self._workers[name].seen_at_s)
             return {
                 "run": self._run,
+                "doing": self._doing,
                 "state": self._state,
                 "reason": self._reason,
                 "host": socket.gethostname(),
@@ -202,11 +210,12 @@ class Progress:
             self.totals.add(record)
             self.totals.seconds = record.at_s
             self._workers.setdefault(record.worker or "driver", WorkerSpeed()).add(record, size)
-        self._bar.set_postfix_str(
-            f"{self.totals.tokens_per_s:,.0f} tokens/s, {self.totals.padding:.1%} padding, "
-            f"{self.totals.truncated:,} truncated, {self.totals.rejected:,} rejected",
-            refresh=False,
-        )
+        if self._doing == run_files.ENCODING:
+            self._bar.set_postfix_str(
+                f"{self.totals.tokens_per_s:,.0f} tokens/s, {self.totals.padding:.1%} padding, "
+                f"{self.totals.truncated:,} truncated, {self.totals.rejected:,} rejected",
+                refresh=False,
+            )
         self._bar.update(result.shard.rows.num_rows)
         if self._bar.disable and time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()

@@ -29,7 +29,7 @@ PART_RECORDS = 1000
 """Records per file. A file is written anew until it is full, so this bounds every write."""
 WRITE_EVERY_S = 3.0
 """Seconds between two writes of the run view, so that who watches is not far behind."""
-ENCODING, FINISHING = "encoding", "finishing"
+ENCODING, TRUNCATING, FINISHING = "encoding", "truncating", "finishing"
 COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
 ENDED = (COMPLETE, STOPPED, FAILED)
 
@@ -123,21 +123,24 @@ def read_view(table: Location) -> dict[str, Any] | None:
     if not session.contains(RUN_VIEW):
         return None
     view: dict[str, Any] = json.loads(read_text(session, RUN_VIEW))
-    return view
+    return {"doing": ENCODING, **view}  # a view of an older state of this project does not say
 
 
 def describe(view: dict[str, Any]) -> str:
     """Return a run in one line: how far it is, how fast, and how long it will still take."""
-    encoding = view["state"] == ENCODING
+    working = view["state"] in (ENCODING, TRUNCATING)
     reason = f": {view['reason']}" if view["reason"] else ""
-    ended = "" if encoding else f"{view['state']}{reason}, "
-    ends = f", ETA {eta_text(view['eta_s'])}" if encoding else ""
+    ended = "" if working else f"{view['state']}{reason}, "
+    ends = f", ETA {eta_text(view['eta_s'])}" if working else ""
+    encoded = (
+        f"{view['padding']:.1%} padding, {view['truncated']:,} truncated, "
+        f"{view['rejected']:,} rejected, "
+    )
     return (
         f"{ended}{view['rows_done']:,} of {view['rows']:,} passages, "
         f"{view['shards_done']:,} of {view['shards']:,} shards, "
         f"{view['tokens_per_s_now']:,.0f} tokens/s ({view['tokens_per_s']:,.0f} overall), "
-        f"{view['padding']:.1%} padding, {view['truncated']:,} truncated, "
-        f"{view['rejected']:,} rejected, commits: {view['commits']:,}, "
+        f"{encoded if view['doing'] == ENCODING else ''}commits: {view['commits']:,}, "
         f"workers: {view['num_workers']:,}{ends}"
     )
 

@@ -32,6 +32,8 @@ MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd",
     **{bytes([0x50 + i]) + b"\x2a\x4d\x18": "zstd" for i in range(16)},  # a frame to be skipped
 }
+BEGIN_BYTES = 32
+"""Bytes of a file that are looked at to find out how it is compressed."""
 S3_OPTIONS = {  # names that s3fs uses, each with the names under which Lance knows the option
     "key": ("aws_access_key_id", "access_key_id"),
     "secret": ("aws_secret_access_key", "secret_access_key"),
@@ -106,10 +108,18 @@ def open_store(url: str, storage_options: dict[str, str] | None) -> tuple[Any, s
     return fs, path
 
 
-def open_binary(path: str, storage_options: dict[str, str] | None) -> Any:
-    """Open a file as a stream of the bytes that are stored."""
+def open_binary(
+    path: str, storage_options: dict[str, str] | None, block_size: int | None = None
+) -> Any:
+    """Open a file as a stream of the bytes that are stored.
+
+    Args:
+        path: Path or URL of the file.
+        storage_options: Options of its store.
+        block_size: Bytes that a store is asked for at once. None leaves it to its file system.
+    """
     fs, inner = open_store(path, storage_options)
-    stream = fs.open(inner, "rb")
+    stream = fs.open(inner, "rb", block_size=block_size)
     stream.store = fs  # an archive that is forgotten closes the files in it
     return stream
 
@@ -134,7 +144,7 @@ def compression_of(raw: Any, path: str) -> str | None:
     Raises:
         InputError: If it is not compressed although its name says so.
     """
-    begins = raw.read(32)
+    begins = raw.read(BEGIN_BYTES)
     raw.seek(0)
     for magic, compression in MAGIC.items():
         if begins.startswith(magic):

@@ -7,7 +7,6 @@ the bytes it was planned from, and reading it later checks them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,30 +17,16 @@ import xxhash
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.metadata import Columns
 from pipeline.corpus.cells import Cells
-from pipeline.corpus.columnar import LanceTable, ParquetFile
 from pipeline.corpus.erased import ERASED_REASON, NONE_ERASED, ErasedIds
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.metadata import text_fields, with_metadata
 from pipeline.corpus.passages import FieldOptions, Fields, Passage, RawRow, Reject, to_passage
 from pipeline.corpus.reading import readings
+from pipeline.corpus.scans import CorpusFile, ScanFiles, open_file, scan_first_rows, scan_in_threads
 from pipeline.corpus.text_scan import TextFile
 
 MAX_SHARDS = (1 << 20) - 1
 """Lance fragment ids are number + 1 in 20 bits; the bits above count generations."""
-
-CorpusFile = TextFile | ParquetFile | LanceTable
-"""An input file: it is cut into row ranges by `scan`, and they are read again by `read`."""
-READERS: dict[str, type[CorpusFile]] = {"parquet": ParquetFile, "lance": LanceTable}
-"""The class that reads a format of `inputs.FORMATS`; TextFile reads all others."""
-
-
-def open_file(file: InputFile, storage_options: dict[str, str] | None) -> CorpusFile:
-    """Open an input file with the reader of its format.
-
-    Raises:
-        InputError: If the file cannot be opened.
-    """
-    return READERS.get(file.format, TextFile)(file, storage_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +113,7 @@ def plan_shards(
     limit: int | None = None,
     fields: FieldOptions | None = None,
     storage_options: dict[str, str] | None = None,
+    scan_files: ScanFiles | None = None,
 ) -> Plan:
     """Cut files into shards of `shard_size` rows; the last of a file (or row group) is shorter.
 
@@ -137,6 +123,7 @@ def plan_shards(
         limit: Number of rows to use, from the first one on; None uses all.
         fields: Fields that the user named.
         storage_options: Options of the object store.
+        scan_files: Scans the files if there is no limit; None does it in this process.
 
     Raises:
         InputError: If there is no row, a file cannot be read, the types of a metadata column differ
@@ -147,20 +134,10 @@ def plan_shards(
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} must be at least 1")
     options = fields or FieldOptions()
-
-    def scan(file: InputFile, left: int | None = None) -> tuple[Fields, list[RowRange]]:
-        return open_file(file, storage_options).scan(shard_size, left, options)
-
     if limit is None:
-        # Scanning waits for the store and works without the interpreter lock: threads pay off.
-        with ThreadPoolExecutor(thread_name_prefix="plan") as pool:
-            scans = list(pool.map(scan, files))
+        scans = (scan_files or scan_in_threads)(files, shard_size, options, storage_options)
     else:
-        scans, left = [], limit
-        for file in files:
-            if left > 0:
-                scans.append(scan(file, left))
-                left -= sum(rows.num_rows for rows in scans[-1][1])
+        scans = scan_first_rows(files, limit, shard_size, options, storage_options)
     _check_same_types(list(zip(files, (chosen for chosen, _ in scans), strict=False)))
     shards: list[Shard] = []
     for file, (chosen, ranges) in zip(files, scans, strict=False):  # a limit ends the scans early
@@ -169,8 +146,8 @@ def plan_shards(
         raise InputError(f"no rows in {', '.join(file.path for file in files)}")
     if len(shards) > MAX_SHARDS:
         raise InputError(
-            f"{len(shards)} shards are more than the {MAX_SHARDS} one table can hold: "
-            f"raise --shard-size above {shard_size}"
+            f"{len(shards)} shards are more than the {MAX_SHARDS} one table can hold: raise "
+            f"--shard-size above {shard_size}"
         )
     return Plan(tuple(shards))
 

@@ -31,7 +31,7 @@ from pipeline.corpus.cells import Cells
 from pipeline.corpus.columnar import LanceTable, ParquetFile
 from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
-from pipeline.corpus.shards import open_file
+from pipeline.corpus.scans import open_file
 from pipeline.corpus.text_detect import detect
 
 READ_AHEAD_BYTES = 1 << 16

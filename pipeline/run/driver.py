@@ -100,7 +100,7 @@ def run(job: EncodeJob, execute: Executor, *, like: TableSpec | None = None) -> 
         check_no_choice(job.on_duplicate)
     kept = KeptPlan(job)
     known = kept.read()
-    plan = known or plan_job(job, kept.files)
+    plan = known or plan_job(job, kept.files, execute)
     log_readings(plan)
 
     def begun(ledger: Ledger) -> None:

@@ -9,6 +9,8 @@ from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import InputFile, expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import Plan, plan_shards
+from pipeline.messages import Executor
+from pipeline.run.planning import ScanOnWorkers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +93,21 @@ class EncodeJob(TableJob):
         )
 
 
-def plan_job(job: EncodeJob, files: Sequence[InputFile] | None = None) -> Plan:
+def plan_job(
+    job: EncodeJob,
+    files: Sequence[InputFile] | None = None,
+    execute: Executor | None = None,
+) -> Plan:
     """Cut the inputs of a job into shards.
 
     Args:
         job: What was asked for.
         files: Its input files, if they have been listed already.
+        execute: Scans large inputs on workers. None scans all of them in this process.
 
     Raises:
         InputError: There is no usable input.
+        IncompleteError: If workers failed for good.
     """
     return plan_shards(
         job.files() if files is None else files,
@@ -107,4 +115,5 @@ def plan_job(job: EncodeJob, files: Sequence[InputFile] | None = None) -> Plan:
         limit=job.limit,
         fields=job.fields,
         storage_options=job.storage_options,
+        scan_files=ScanOnWorkers(job.table, execute) if execute else None,
     )

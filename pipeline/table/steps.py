@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +84,7 @@ class Steps:
 
     def do(
         self, name: str, work: StepWork, parts: Sequence[Part], folder: Location | None = None
-    ) -> Iterator[tuple[Part, Any]]:
+    ) -> Generator[tuple[Part, Any]]:
         """Do all parts of a step and yield each with its result, in any order.
 
         Args:

@@ -46,7 +46,7 @@ def sync(
 
     Args:
         job: The table, with its own settings, and the new inputs.
-        execute: Encodes the passages that are new or changed.
+        execute: Plans a large corpus, and encodes the passages that are new or changed.
         delete_missing: Delete the rows whose passage is not in the corpus any more. Without it they
             stay.
         on_duplicate: Which passage of a repeated id counts: "first", "last", or "error".
@@ -65,7 +65,7 @@ def sync(
     """
     claim = None if dry_run else _claim(job)
     dataset = job.table.dataset()
-    plan = _plan(job, dataset, is_feed)
+    plan = _plan(job, dataset, execute, is_feed)
     log_readings(plan)
     split = _splitter(job, dataset, on_duplicate)
     metadata = metadata_of(dataset)
@@ -107,7 +107,7 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     claim, store = _claim(job), RejectStore(job.table)
     wanted = {(reject.path, reject.line) for reject in store.read()}
     dataset = job.table.dataset()
-    plan = _plan(job, dataset)
+    plan = _plan(job, dataset, execute)
     split = _splitter(job, dataset)
     shards = [s for s in plan.shards if any(path == s.path for path, _ in wanted)]
 
@@ -160,7 +160,9 @@ def _claim(job: EncodeJob) -> SealedTable:
     return claim
 
 
-def _plan(job: EncodeJob, dataset: lance.LanceDataset, is_feed: bool = False) -> Plan:
+def _plan(
+    job: EncodeJob, dataset: lance.LanceDataset, execute: Executor, is_feed: bool = False
+) -> Plan:
     """Plan the inputs of a job; they give the metadata columns of its table.
 
     Raises:
@@ -168,7 +170,7 @@ def _plan(job: EncodeJob, dataset: lance.LanceDataset, is_feed: bool = False) ->
     """
     columns = TableSpec.from_metadata(dataset.schema.metadata, job.uri).corpus_columns
     fields = replace(job.fields, keep=job.fields.keep or columns, is_feed=is_feed)
-    plan = plan_job(replace(job, fields=fields))
+    plan = plan_job(replace(job, fields=fields), execute=execute)
     if plan.metadata_columns != columns:
         old, new = (
             ",".join(map(":".join, kept)) or "nothing" for kept in (columns, plan.metadata_columns)

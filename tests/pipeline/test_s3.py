@@ -9,6 +9,7 @@ import s3fs
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
+from pipeline.run import plan_work, planning
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob, plan_job
 from pipeline.run.kept_plan import KeptPlan
@@ -81,6 +82,30 @@ def test_a_plan_is_kept_on_s3_until_the_corpus_changes(s3):
     assert KeptPlan(job).read().shards == plan.shards
     put_corpus(s3, "kept.jsonl", ["b"] * 9)
     assert KeptPlan(job).read() is None
+
+
+def test_a_large_file_on_s3_is_planned_in_blocks(s3, monkeypatch):
+    corpus = put_corpus(s3, "large.jsonl", make_texts(3000))
+    job = EncodeJob(
+        inputs=(corpus,), uri="s3://bucket/tables/large.lance", model="", shard_size=70,
+        storage_options=s3.options,
+    )  # fmt: skip
+    known, size = plan_job(job), (s3.folder / "bucket" / "large.jsonl").stat().st_size
+    monkeypatch.setattr(planning, "SMALL_CORPUS_BYTES", 1)
+    monkeypatch.setattr(planning, "LARGE_FILE_BYTES", 1)
+    monkeypatch.setattr(planning, "BLOCK_BYTES", size // 8 + 1)
+    monkeypatch.setattr(plan_work, "BLOCK_READ_BYTES", size // 80)
+    blocks = []
+
+    def execute(work, units):
+        blocks.append(len(units))
+        yield from in_process(work, units)
+
+    before = s3.stats()["bytes_sent"]
+    assert plan_job(job, execute=execute) == known
+    assert blocks == [8, 8]
+    # Its first rows are looked at, and each block is read twice with a little behind its end.
+    assert s3.stats()["bytes_sent"] - before < 3.8 * size
 
 
 def test_secrets_are_written_nowhere(s3, model_dir, caplog):

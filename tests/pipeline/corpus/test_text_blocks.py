@@ -8,7 +8,7 @@ from kalm_encoder.errors import InputError
 from pipeline.corpus.access import open_text
 from pipeline.corpus.inputs import InputFile
 from pipeline.corpus.passages import FieldOptions
-from pipeline.corpus.shards import open_file
+from pipeline.corpus.scans import open_file
 from pipeline.corpus.text_blocks import bounds_of, count, cut_shards, cuts, joined
 from pipeline.corpus.text_detect import detect
 

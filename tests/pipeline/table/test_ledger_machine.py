@@ -182,7 +182,7 @@ class LedgerMachine(RuleBasedStateMachine):
         writer.retry(lambda: writer.delete(found["_rowid"].to_pylist()))
         if crash_after == 2:
             return
-        writer.finish(compact=False)
+        writer.finish(Steps(in_process), compact=False)
         if crash_after > 3:
             publish(Location(self.uri))
         self.coming.update(dict.fromkeys(upserts, value))

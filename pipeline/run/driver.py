@@ -27,9 +27,9 @@ from pipeline.run.progress import Progress
 from pipeline.run.records import RunTotals
 from pipeline.run.run_files import ENCODING
 from pipeline.table.committer import Committer
-from pipeline.table.duplicates import DUPLICATE_POLICIES, repeated_rows
+from pipeline.table.duplicates import DUPLICATE_POLICIES, find_repeated, rows_at
 from pipeline.table.erasures import erased_ids
-from pipeline.table.finish import SealedTable, check_index_columns
+from pipeline.table.finish import SealedTable, check_index_columns, finish_folder
 from pipeline.table.ledger import REJECTED, Ledger
 from pipeline.table.preflight import check_writable
 from pipeline.table.publish import publish
@@ -251,7 +251,7 @@ def _finish(job: TableJob, plan: Plan, ledger: Ledger, steps: Steps) -> bool:
     """Seal, finish and publish; each step is skipped where done. Returns whether it is live."""
     if not ledger.sealed:
         if job.on_duplicate == "error":
-            _refuse_repeated(plan, ledger)
+            _refuse_repeated(plan, ledger, steps)
         # A document has many rows, so that those of the table do not tell how many were rejected.
         rejected = len(RejectStore(job.table).read()) if ledger.spec.split else None
         ledger.seal(job.on_duplicate, rejected)
@@ -262,15 +262,15 @@ def _finish(job: TableJob, plan: Plan, ledger: Ledger, steps: Steps) -> bool:
     return False
 
 
-def _refuse_repeated(plan: Plan, ledger: Ledger) -> None:
-    repeated = list(repeated_rows(ledger.dataset, "first"))
-    if repeated:
-        total = sum(map(len, repeated))
-        rows = ledger.dataset._take_rows(repeated[0][:10].tolist(), columns=["id", "shard_id"])
+def _refuse_repeated(plan: Plan, ledger: Ledger, steps: Steps) -> None:
+    folder = finish_folder(ledger.location, ledger.dataset)
+    repeated = find_repeated(steps, ledger.location, ledger.dataset, "first", folder)
+    if repeated.count:
+        rows = rows_at(ledger.dataset, repeated.shown[:10], ["id"])
         shown = ", ".join(map(repr, rows["id"].to_pylist()))
         remedy = id_field_remedy(s.fields for s in plan.shards)
         raise InputError(
-            f"{total} rows repeat an id: {shown}. All rows are encoded: run again with "
+            f"{repeated.count} rows repeat an id: {shown}. All rows are encoded: run again with "
             "--on-duplicate first or last to keep one row of each id (nothing is encoded twice). "
             f"{remedy}, and add --new-generation to begin anew, as for a mended file"
         )

@@ -1,31 +1,289 @@
-"""Ids that occur in a table more than once, found in bounded memory.
+"""Ids that occur in a table more than once, found by the workers.
 
-Only hashes of the ids are kept. They go to temporary files, 24 bytes per row. All rows whose ids
-have the same hash are in the same file, and one file is examined at a time, so that about
-ROWS_AT_ONCE rows of 64 bytes are in memory, however large the table is.
+Each part of the table is read once and the hashes of its ids are written to partitions, 24 bytes
+per row. Rows with the same id are in the same partition, and one worker examines one partition at a
+time, so no process holds more than about a million rows, however large the table is.
 Two ids count as the same if their 128-bit hashes are equal.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
 import lance
 import numpy as np
+import pyarrow as pa
 import xxhash
+from lance.dataset import LanceOperation
+from lance.fragment import FragmentMetadata
 from numpy.typing import NDArray
+
+from kalm_encoder.table.location import Location
+from pipeline.messages import Part, Place
+from pipeline.table.fragments import fragment_groups, open_version
+from pipeline.table.partitions import (
+    HIGH,
+    LOW,
+    hashes_of,
+    num_partitions,
+    read_partition,
+    write_partitions,
+)
+from pipeline.table.steps import DoPart, Steps, StepWork
 
 Scan = Callable[[], Iterator[tuple[Sequence[str], NDArray[np.int64]]]]
 """Yields the ids of all rows in order, in batches, each with the numbers of its rows."""
 DUPLICATE_POLICIES = ("error", "first", "last")
+GROUP_ROWS = 1_000_000
+"""About how many rows one part reads; their hashes take 24 MB."""
+SHOWN = 100
+"""Most repeated rows that are named."""
+ROW = "row"
+"""Column of row addresses: the id of the fragment in the high 32 bits, the offset in the low."""
 ROWS_AT_ONCE = 2_000_000
 """Rows of which the hashes are in memory at the same time."""
 MOST_FILES = 512
 """Most temporary files that are open at once. Beyond a billion rows each file grows instead."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The rows with a repeated id, except the one row of each id that is kept.
+
+    Attributes:
+        count: Number of these rows.
+        shown: Addresses of at most SHOWN of them, in the order of the hashes of their ids.
+        files: Files that hold the addresses of all of them, by group of fragments.
+        groups: Numbers of the groups that hold any.
+    """
+
+    count: int
+    shown: tuple[int, ...]
+    files: tuple[Location, ...]
+    groups: tuple[int, ...]
+
+
+def find_repeated(
+    steps: Steps, table: Location, dataset: lance.LanceDataset, keep: str, folder: Location
+) -> Repeated:
+    """Find all rows with a repeated id, except the one row of each id that is kept.
+
+    Args:
+        steps: How the parts are done.
+        table: Address of the table.
+        dataset: The version to examine. The order of its rows is that of their addresses, which
+            before compaction is that of the corpus.
+        keep: "first" or "last".
+        folder: Folder for what the workers exchange. Its name must stand for the rows of the table:
+            if it holds results, they are used. The caller removes it.
+
+    Raises:
+        IncompleteError: If some parts failed for good.
+    """
+    groups = fragment_groups(dataset, GROUP_ROWS)
+    partitions = num_partitions(dataset.count_rows())
+    parted = f"{len(groups)}-{partitions}"
+    hashing = HashIds(
+        table=table,
+        version=dataset.version,
+        folder=folder / f"hashed-{parted}",
+        partitions=partitions,
+    )
+    parts = [Part(number, ids) for number, ids in enumerate(groups)]
+    files = [name for _, name in steps.do("reading ids", hashing, parts, hashing.folder)]
+    finding = FindRepeated(
+        table=table,
+        hashed=hashing.folder,
+        files=tuple(files),
+        folder=folder / f"{keep}-{parted}",
+        keep=keep,
+        group_starts=tuple(ids[0] for ids in groups),
+    )
+    parts = [Part(number, number) for number in range(partitions if files else 0)]
+    total = 0
+    shown: list[list[int]] = []
+    written: list[Location] = []
+    touched: set[int] = set()
+    for _, found in steps.do("finding repeated ids", finding, parts, finding.folder):
+        if found["count"]:
+            total += found["count"]
+            shown = nsmallest(SHOWN, [*shown, *found["shown"]])
+            written.append(finding.folder / found["file"])
+            touched |= set(found["groups"])
+    rows = tuple(row for _, _, row in shown)
+    return Repeated(total, rows, tuple(written), tuple(sorted(touched)))
+
+
+def rows_at(dataset: lance.LanceDataset, rows: Sequence[int], columns: list[str]) -> pa.Table:
+    """Return columns of the rows with these addresses, in the order of the addresses given.
+
+    Raises:
+        OSError: If the rows cannot be read.
+    """
+    named = ",".join(map(str, rows)) or "NULL"
+    scanner = dataset.scanner(
+        columns=columns, filter=f"_rowaddr IN ({named})", with_row_address=True
+    )
+    found = scanner.to_table()
+    places = {row: place for place, row in enumerate(found["_rowaddr"].to_pylist())}
+    return found.select(columns).take([places[row] for row in rows])
+
+
+def delete_repeated(
+    steps: Steps, table: Location, dataset: lance.LanceDataset, repeated: Repeated
+) -> LanceOperation.Delete:
+    """Write the marks of deletion of repeated rows and return the operation that commits them.
+
+    Args:
+        steps: How the parts are done.
+        table: Address of the table.
+        dataset: The version in which the rows were found.
+        repeated: The rows, as `find_repeated` returned them.
+
+    Raises:
+        IncompleteError: If some parts failed for good.
+    """
+    work = DeleteRows(table=table, version=dataset.version, files=repeated.files)
+    parts = [Part(number, group) for number, group in enumerate(repeated.groups)]
+    changed: dict[int, str | None] = {}
+    for _, fragments in steps.do("deleting repeated rows", work, parts):
+        changed |= {int(id): fragment for id, fragment in fragments.items()}
+    updated = [FragmentMetadata.from_json(text) for _, text in sorted(changed.items()) if text]
+    removed = [id for id in sorted(changed) if not changed[id]]
+    return LanceOperation.Delete(updated, removed, "a repeated id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashIds(StepWork):
+    """Groups of fragments, of which the ids are hashed into partitions.
+
+    Attributes:
+        version: Version of the table.
+        folder: Where the files go.
+        partitions: Number of partitions.
+    """
+
+    version: int
+    folder: Location
+    partitions: int
+
+    def load(self, place: Place) -> DoPart:
+        """Open the table. A part is a list of fragment ids, its result the name of a file."""
+        dataset = open_version(self.table, self.version)
+
+        def hash_ids(fragment_ids: list[int]) -> str:
+            fragments = [dataset.get_fragment(id) for id in fragment_ids]
+            scanner = dataset.scanner(columns=["id"], fragments=fragments, with_row_address=True)
+            rows = [
+                pa.table({**hashes_of(batch["id"].to_pylist()), ROW: batch["_rowaddr"]})
+                for batch in scanner.to_batches()
+            ]
+            name = _new_name()
+            write_partitions(pa.concat_tables(rows), self.partitions, self.folder / name)
+            return name
+
+        return hash_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindRepeated(StepWork):
+    """Partitions of hashes, of which the repeated ones are found.
+
+    Attributes:
+        hashed: Folder of the files of hashes.
+        files: Their names.
+        folder: Where the files of repeated rows go.
+        keep: "first" or "last".
+        group_starts: The first fragment id of each group of fragments.
+    """
+
+    hashed: Location
+    files: tuple[str, ...]
+    folder: Location
+    keep: str
+    group_starts: tuple[int, ...]
+
+    def load(self, place: Place) -> DoPart:
+        """Load nothing. A part is the number of a partition."""
+        files = [self.hashed / name for name in self.files]
+        starts = np.array(self.group_starts, np.uint64)
+
+        def find(number: int) -> dict[str, Any]:
+            tables = list(read_partition(files, number))
+            if not tables:
+                return {"count": 0}
+            found = _repeated_in(pa.concat_tables(tables), self.keep)
+            if not len(found):
+                return {"count": 0}
+            rows = found[:, 2]
+            groups = np.searchsorted(starts, rows >> np.uint64(32), side="right") - 1
+            name = _new_name()
+            grouped = pa.table({HIGH: groups.astype(np.uint64), ROW: rows})
+            write_partitions(grouped, len(starts), self.folder / name)
+            return {
+                "count": len(found),
+                "shown": found[:SHOWN].tolist(),
+                "file": name,
+                "groups": np.unique(groups).tolist(),
+            }
+
+        return find
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteRows(StepWork):
+    """Groups of fragments, of which rows are deleted.
+
+    Attributes:
+        version: Version of the table.
+        files: Files that hold the addresses of the rows.
+    """
+
+    version: int
+    files: tuple[Location, ...]
+
+    def load(self, place: Place) -> DoPart:
+        """Open the table. A part is the number of a group of fragments.
+
+        Its result has the new metadata of each changed fragment by its id, None if no row is left.
+        """
+        dataset = open_version(self.table, self.version)
+
+        def delete(group: int) -> dict[str, Any]:
+            rows = np.sort(pa.concat_tables(read_partition(self.files, group))[ROW].to_numpy())
+            ids, begins = np.unique(rows >> np.uint64(32), return_index=True)
+            offsets = np.split(rows & np.uint64(0xFFFFFFFF), begins[1:])
+            changed: dict[str, str | None] = {}
+            for id, some in zip(ids.tolist(), offsets, strict=True):
+                fragment = dataset.get_fragment(id).delete_rows(some.tolist())
+                changed[str(id)] = fragment and json.dumps(fragment.to_json())
+            return changed
+
+        return delete
+
+
+def _new_name() -> str:
+    """Return a name of its own for each attempt: two workers may do the same part at once."""
+    return f"{uuid.uuid4().hex}.lance"
+
+
+def _repeated_in(rows: pa.Table, keep: str) -> NDArray[np.uint64]:
+    """Return (n, 3) hash halves and address of all rows with a repeated hash, except one each."""
+    columns = np.column_stack([rows[name].to_numpy() for name in (HIGH, LOW, ROW)])
+    columns = columns[np.lexsort((columns[:, 2], columns[:, 1], columns[:, 0]))]
+    same = (columns[1:, :2] == columns[:-1, :2]).all(axis=1)
+    again = np.zeros(len(columns), bool)
+    # Equal hashes are neighbours in table order: mark all but the first, or all but the last.
+    (again[1:] if keep == "first" else again[:-1])[same] = True
+    return columns[again]
 
 
 def repeated_rows(dataset: lance.LanceDataset, keep: str) -> Iterator[NDArray[np.int64]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import lance
 import numpy as np
 import pyarrow as pa
 
@@ -15,10 +16,11 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
-from pipeline.table.duplicates import repeated_rows
-from pipeline.table.fragments import open_to_write
+from pipeline.table.duplicates import delete_repeated, find_repeated
+from pipeline.table.fragments import fragments_key, open_to_write
 from pipeline.table.ledger import ON_DUPLICATE, PLAN
-from pipeline.table.steps import Steps
+from pipeline.table.side_files import FINISH
+from pipeline.table.steps import Steps, remove_step
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,11 @@ def check_index_columns(columns: Sequence[str], spec: TableSpec) -> None:
 def indexed_columns(metadata: dict[str, str]) -> list[str]:
     """Return the metadata columns that a table indexes, from the metadata of its schema."""
     return [name for name in metadata.get(INDEX_COLUMNS, "").split(",") if name]
+
+
+def finish_folder(table: Location, dataset: lance.LanceDataset) -> Location:
+    """Return the folder of what the workers exchange while this version is finished."""
+    return table / f"{FINISH}/{fragments_key(dataset)}"
 
 
 class SealedTable(TableClaim):
@@ -101,12 +108,13 @@ class SealedTable(TableClaim):
         if indexed := sorted({*indexed_columns(self.metadata), *index_columns}):
             self.change({INDEX_COLUMNS: ",".join(indexed)})
         if self.state == SEALED and (keep := self.metadata[ON_DUPLICATE]) != "error":
-            self.retry(lambda: self._drop_repeated(keep))
+            self.retry(lambda: self._drop_repeated(steps, keep))
         if compact:
             self.retry(self._compact)
         self.retry(self._index)
         rows = str(self.dataset.count_rows())
         self.change({**(record or {}), STATE: COMPLETE, ROWS: rows})
+        remove_step(self.location, FINISH)
 
     def begin_change(self, *, rows: bool = True) -> None:
         """Claim the table to change it, or to finish a change that was interrupted.
@@ -156,9 +164,12 @@ class SealedTable(TableClaim):
             self.dataset.drop_index(index.name)
         self.refresh(open_to_write(self.location))
 
-    def _drop_repeated(self, keep: str) -> None:
-        for rows in list(repeated_rows(self.dataset, keep)):
-            self.delete(rows.tolist())
+    def _drop_repeated(self, steps: Steps, keep: str) -> None:
+        folder = finish_folder(self.location, self.dataset)
+        repeated = find_repeated(steps, self.location, self.dataset, keep, folder)
+        if repeated.count:
+            operation = delete_repeated(steps, self.location, self.dataset, repeated)
+            self.refresh(self.commit_operation(operation))
 
     def _compact(self) -> None:
         """Merge small fragments into ones of about FRAGMENT_BYTES.

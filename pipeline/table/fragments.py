@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import lance
 import pyarrow as pa
+import xxhash
 from lance.file import LanceFileReader
 from lance.fragment import FragmentMetadata, write_fragments
 
@@ -34,6 +35,40 @@ def open_to_write(location: Location) -> lance.LanceDataset:
         TableError: If there is no table, or the store refuses.
     """
     return location.dataset(metadata_cache_bytes=METADATA_CACHE_BYTES)
+
+
+def open_version(location: Location, version: int) -> lance.LanceDataset:
+    """Open one version of a table in such a session, to do a part of a step.
+
+    Raises:
+        TableError: If there is no table, or the store refuses.
+        ValueError: If there is no such version.
+    """
+    return open_to_write(location).checkout_version(version)
+
+
+def fragment_groups(dataset: lance.LanceDataset, most_rows: int) -> list[list[int]]:
+    """Return the ids of all fragments in groups of consecutive ones with about `most_rows` rows."""
+    groups: list[list[int]] = []
+    room = 0
+    for fragment in dataset.get_fragments():
+        rows = fragment.metadata.num_rows
+        if not groups or rows > room:
+            groups.append([])
+            room = most_rows
+        groups[-1].append(fragment.fragment_id)
+        room -= rows
+    return groups
+
+
+def fragments_key(dataset: lance.LanceDataset) -> str:
+    """Return a hash of which rows a version has and in which files; claims do not change it."""
+    hash = xxhash.xxh3_128()
+    for fragment in dataset.get_fragments():
+        metadata = fragment.metadata.to_json()
+        named = [metadata["id"], metadata["files"], metadata["deletion_file"]]
+        hash.update(json.dumps(named, sort_keys=True).encode())
+    return hash.hexdigest()
 
 
 def write_once(

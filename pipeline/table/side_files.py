@@ -26,6 +26,8 @@ ERASED = "_kalm/erased"
 """Folder of the erased ids, one file per erasure."""
 STEPS = "_kalm/steps"
 """Folder of what the workers of a step exchange; it is removed when the step is done."""
+FINISH = "_kalm/steps/finish"
+"""Folder of the steps that finish a table."""
 PROBES = "_kalm/probes"
 """Folder in which the store is tried."""
 STORE_ERRORS = OSError, RuntimeError, ValueError

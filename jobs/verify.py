@@ -12,6 +12,7 @@ from jobs import options
 
 
 def verify(
+    context: typer.Context,
     uri: options.Table,
     version: options.Version = None,
     sample: Annotated[
@@ -37,13 +38,24 @@ def verify(
     format: options.Format = None,
     columns: options.Columns = None,
     quoting: options.Quoting = None,
+    workers: options.StepWorkers = None,
+    cpus_per_worker: options.StepCpusPerWorker = None,
+    address: options.Address = None,
+    scratch: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder, or URL in the store of the table, that the workers can write and read. "
+            "Give it for a large table that may only be read. Default: a folder in the table's."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,
 ) -> None:
     """Check all rows: checksums, finite values, shapes, unique ids.
 
-    The exit code is 1 if a row is bad.
+    The exit code is 1 if a row is bad. A check that was stopped goes on by the same command.
     """
+    execute = options.executor(context, workers, cpus_per_worker, address, is_step=True)
     from pipeline.upkeep.verify import verify as check
 
     report = check(
@@ -55,6 +67,8 @@ def verify(
         dtype=options.compute_dtype(dtype),
         inputs=inputs or (),
         fields=options.reading(id_field, text_field, title_field, columns, quoting, format),
+        execute=execute,
+        scratch=scratch,
     )
     if as_json:
         print(json.dumps(asdict(report)))

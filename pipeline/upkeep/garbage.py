@@ -10,13 +10,13 @@ import pyarrow as pa
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
 from pipeline.table.claim import COMPLETE, TableClaim
-from pipeline.table.side_files import PROBES, SYNCS
+from pipeline.table.side_files import PROBES, STEPS, SYNCS
 
 SAFE_AGE = timedelta(days=7)
 """Age of a data file that no running command can be about to commit."""
 LEAST_AGE = timedelta(hours=1)
 """Age below which a file is never removed: it may be a commit that is being made."""
-PLACES = ("data/", f"{SYNCS}/", f"{PROBES}/")
+PLACES = ("data/", f"{SYNCS}/", f"{STEPS}/", f"{PROBES}/")
 
 
 @dataclass

@@ -127,5 +127,8 @@ def test_damage_is_not_passed_on(model_dir, tmp_path):
     raw = file.read_bytes()
     at = raw.index(states[0].tobytes())
     file.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-    with pytest.raises(IncompleteError, match=r"1 of 1 shards failed.*\n.*row 'p0' of"):
-        truncate(str(tmp_path / "s.lance"), str(tmp_path / "t.lance"), store_dtype="int8")
+    source, target = str(tmp_path / "s.lance"), str(tmp_path / "t.lance")
+    with pytest.raises(IncompleteError, match=r"1 of 5 shards failed.*\n.*row 'p0' of"):
+        truncate(source, target, store_dtype="int8", shard_size=2)
+    others = lance.dataset(target).to_table(columns=["id"])["id"].to_pylist()
+    assert sorted(others) == [f"p{i}" for i in range(2, 10)]

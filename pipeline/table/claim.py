@@ -147,6 +147,16 @@ class TableClaim:
             raise self._fenced()
         self._attempt(step, lambda: self.is_mine)
 
+    def look_again(self) -> None:
+        """Continue from the latest version, if no other process claimed the table.
+
+        Raises:
+            FencedError: If one did.
+        """
+        self.refresh(open_to_write(self.location))
+        if not self.is_mine:
+            raise self._fenced()
+
     def _attempt(self, step: Callable[[], None], may_go_on: Callable[[], bool]) -> None:
         """Run a step until it succeeds; after each failure, `may_go_on` looks at the table."""
         failure: Exception | None = None

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 import lance
 import numpy as np
 import pyarrow as pa
+from lance.optimize import CompactionOptions
 
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
+from pipeline.table.compaction import rewrite
 from pipeline.table.duplicates import delete_repeated, find_repeated
 from pipeline.table.fragments import fragments_key, open_to_write
+from pipeline.table.indexes import BTREE, INVERTED, LABEL_LIST, create_indexes
 from pipeline.table.ledger import ON_DUPLICATE, PLAN
 from pipeline.table.side_files import FINISH
 from pipeline.table.steps import Steps, remove_step
@@ -57,6 +60,15 @@ def check_index_columns(columns: Sequence[str], spec: TableSpec) -> None:
 def indexed_columns(metadata: dict[str, str]) -> list[str]:
     """Return the metadata columns that a table indexes, from the metadata of its schema."""
     return [name for name in metadata.get(INDEX_COLUMNS, "").split(",") if name]
+
+
+def compaction_options(rows_per_fragment: int, excluded: list[int]) -> CompactionOptions:
+    """Return the options of a compaction that leaves some fragments as they are."""
+    return {
+        "target_rows_per_fragment": rows_per_fragment,
+        "batch_size": 1024,
+        "excluded_fragment_ids": excluded,
+    }
 
 
 def finish_folder(table: Location, dataset: lance.LanceDataset) -> Location:
@@ -110,8 +122,8 @@ class SealedTable(TableClaim):
         if self.state == SEALED and (keep := self.metadata[ON_DUPLICATE]) != "error":
             self.retry(lambda: self._drop_repeated(steps, keep))
         if compact:
-            self.retry(self._compact)
-        self.retry(self._index)
+            self.retry(lambda: self._compact(steps))
+        self.retry(lambda: self._index(steps))
         rows = str(self.dataset.count_rows())
         self.change({**(record or {}), STATE: COMPLETE, ROWS: rows})
         remove_step(self.location, FINISH)
@@ -147,19 +159,15 @@ class SealedTable(TableClaim):
             self.dataset.delete(f"_rowid IN ({some})", conflict_retries=0)
             self.refresh(self.dataset)
 
-    def purge(self) -> None:
+    def purge(self, steps: Steps) -> None:
         """Rewrite the fragments with deleted rows, and drop the indexes, which hold their values.
 
         `finish` makes the indexes anew.
         """
         fragments = self.dataset.get_fragments()
-        self.dataset.optimize.compact_files(
-            target_rows_per_fragment=self._rows_per_fragment(),
-            batch_size=1024,
-            materialize_deletions_threshold=0.0,
-            excluded_fragment_ids=[f.fragment_id for f in fragments if not f.num_deletions],
-        )
-        self.refresh(self.dataset)
+        whole = [f.fragment_id for f in fragments if not f.num_deletions]
+        options = compaction_options(self._rows_per_fragment(), whole)
+        rewrite(self, steps, {**options, "materialize_deletions_threshold": 0.0})
         for index in self.dataset.describe_indices():
             self.dataset.drop_index(index.name)
         self.refresh(open_to_write(self.location))
@@ -171,7 +179,7 @@ class SealedTable(TableClaim):
             operation = delete_repeated(steps, self.location, self.dataset, repeated)
             self.refresh(self.commit_operation(operation))
 
-    def _compact(self) -> None:
+    def _compact(self, steps: Steps) -> None:
         """Merge small fragments into ones of about FRAGMENT_BYTES.
 
         Large fragments that were just encoded stay as they are. Rewriting them would double the
@@ -182,18 +190,13 @@ class SealedTable(TableClaim):
         if self.state == SEALED and size >= LARGE_FRAGMENT_BYTES * max(1, len(fragments)):
             logger.info("%s: the fragments are large, none is merged", self.location)
             return
-        target = self._rows_per_fragment()
         # Groups of equal size: a last group of a few fragments, with nothing to merge, would stay
         # in front of the fragments that the others became, and rows would leave their order.
+        target = self._rows_per_fragment()
         rounds = -(-len(fragments) // COMPACT_AT_ONCE)
         for group in np.array_split([f.fragment_id for f in fragments], rounds) if rounds else []:
             others = {f.fragment_id for f in self.dataset.get_fragments()} - set(group.tolist())
-            self.dataset.optimize.compact_files(
-                target_rows_per_fragment=target,
-                batch_size=1024,
-                excluded_fragment_ids=sorted(others),
-            )
-            self.refresh(self.dataset)
+            rewrite(self, steps, compaction_options(target, sorted(others)))
 
     def _rows_per_fragment(self) -> int:
         """Return how many rows of this table make a fragment of about FRAGMENT_BYTES."""
@@ -213,19 +216,18 @@ class SealedTable(TableClaim):
     def _indexed(self) -> set[str]:
         return {name for index in self.dataset.describe_indices() for name in index.field_names}
 
-    def _index(self) -> None:
-        """Index ids, text and metadata if there are rows; add to the indexes what they lack."""
-        columns = self._indexed()
+    def _index(self, steps: Steps) -> None:
+        """Index text, ids and metadata if there are rows; add to the indexes what they lack."""
+        there = self._indexed()
         if self.dataset.count_rows():
-            if "id" not in columns:
-                self.dataset.create_scalar_index("id", "BTREE")
-            if self.spec.keep_text and "text" not in columns:
-                self.dataset.create_scalar_index("text", "INVERTED", with_position=False)
+            kinds = {"text": INVERTED} if self.spec.keep_text else {}  # the longest first
+            kinds["id"] = BTREE
             types = dict(self.spec.metadata_columns)
-            for name in self.without_index(indexed_columns(self.metadata)):
-                is_list = types[name] == "list<string>"
-                self.dataset.create_scalar_index(name, "LABEL_LIST" if is_list else "BTREE")
-            if columns:
+            for name in indexed_columns(self.metadata):
+                kinds[name] = LABEL_LIST if types[name] == "list<string>" else BTREE
+            lacking = {column: kind for column, kind in kinds.items() if column not in there}
+            create_indexes(self, steps, lacking)
+            if there:
                 self.dataset.optimize.optimize_indices()
         self.refresh(open_to_write(self.location))
 

@@ -58,7 +58,7 @@ def erase(
         FencedError: If another process claimed the table.
         KalmError: If a check failed: run the command again.
     """
-    claim = SealedTable(table)
+    claim, steps = SealedTable(table), Steps(in_process)
     _check_tags(claim)
     before = _paths(table)
     chosen = {*ids, *_ids_where(claim.dataset, where)}
@@ -70,8 +70,8 @@ def erase(
     if begun := _left_by_another_run(table, erased, chosen):
         rows |= _rows_of(claim.dataset, begun)
     claim.retry(lambda: claim.delete(list(rows.values())))
-    claim.retry(claim.purge)
-    claim.finish(Steps(in_process), compact=False)
+    claim.retry(lambda: claim.purge(steps))
+    claim.finish(steps, compact=False)
     version = publish(table)
     set_tag(table, PREVIOUS_TAG, version)
     time.sleep(wait_s)

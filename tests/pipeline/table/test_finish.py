@@ -1,17 +1,17 @@
 """The steps that finish a table, on the workers: repeated ids, compaction, indexes; with kills."""
 
 import json
-import os
 import random
 import shutil
 import signal
 
 import lance
+import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from kalm_encoder.errors import FencedError
+from kalm_encoder.errors import FencedError, KalmError
 from kalm_encoder.matryoshka import PackedStates, PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
@@ -19,7 +19,7 @@ from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.shards import plan_shards
 from pipeline.messages import ShardResult
-from pipeline.table import duplicates, partitions
+from pipeline.table import duplicates, finish, indexes, partitions
 from pipeline.table.duplicates import find_repeated, rows_at
 from pipeline.table.finish import SealedTable
 from pipeline.table.fragments import write_fragment
@@ -27,6 +27,7 @@ from pipeline.table.ledger import Ledger
 from pipeline.table.steps import Steps
 from pipeline.workers.local import in_process
 from tests.support.commands import FORKS
+from tests.support.finishing import finish_and_die
 
 COLUMNS = (("year", "int64"), ("tags", "list<string>"))
 SPEC = TableSpec(
@@ -34,6 +35,7 @@ SPEC = TableSpec(
     metadata_columns=COLUMNS,
 )  # fmt: skip
 SHARD, SHARDS = 20, 12
+STEPS = ["deleting repeated rows", "merging fragments", "building indexes", "merging indexes"]
 
 
 def make_rows(seed):
@@ -78,6 +80,36 @@ def survivors(rows, keep):
     return [texts[n] for n in sorted(kept.values())]
 
 
+def finished_as_before(uri, columns=("year", "tags")):
+    """Compact and index with Lance's own calls in one process, as this project once did."""
+    dataset = lance.dataset(uri)
+    dataset.optimize.compact_files(target_rows_per_fragment=3 * SHARD, batch_size=1024)
+    dataset.create_scalar_index("id", "BTREE")
+    dataset.create_scalar_index("text", "INVERTED", with_position=False)
+    dataset.create_scalar_index("year", "BTREE")
+    dataset.create_scalar_index("tags", "LABEL_LIST")
+    return dataset
+
+
+def answers(dataset):
+    """What look-ups, filters and searches find, and that they use the indexes."""
+    found = []
+    for predicate in (
+        "id IN ('r3', 'r50', 'r51', 'none')", "year = 1993", "array_has_any(tags, ['a', 'b'])",
+    ):  # fmt: skip
+        scanner = dataset.scanner(columns=["id", "text"], filter=predicate)
+        assert "ScalarIndexQuery" in scanner.explain_plan(True), predicate
+        found.append(scanner.to_table().to_pylist())
+    for query in ("cat", "row17 eel"):
+        rows = (
+            dataset.scanner(columns=["text", "_score"], full_text_query=query, limit=400)
+            .to_table()
+            .to_pylist()
+        )
+        found.append(sorted((row["text"], round(row["_score"], 4)) for row in rows))
+    return found
+
+
 def texts_of(uri):
     return lance.dataset(uri).to_table(columns=["text"])["text"].to_pylist()
 
@@ -85,6 +117,8 @@ def texts_of(uri):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Cut these small tables into as many parts as a large one has."""
+    monkeypatch.setattr(finish, "FRAGMENT_ROWS", 3 * SHARD)
+    monkeypatch.setattr(indexes, "GROUP_ROWS", 50)
     monkeypatch.setattr(duplicates, "GROUP_ROWS", 3 * SHARD)
     monkeypatch.setattr(partitions, "PARTITION_ROWS", 50)
 
@@ -126,7 +160,68 @@ def test_a_fragment_of_which_no_row_is_left_goes(tmp_path, small_parts):
     assert len(lance.dataset(uri).get_fragments()) == 2
 
 
-@pytest.mark.parametrize("step", ["deleting repeated rows"])
+def test_compaction_and_indexes_equal_those_of_one_process(tmp_path, small_parts, monkeypatch):
+    rows = make_rows(8)
+    uri = sealed(tmp_path, rows, "error")
+    alone = finished_as_before(shutil.copytree(uri, tmp_path / "alone.lance"))
+    SealedTable(Location(uri)).finish(Steps(in_process), index_columns=["year", "tags"])
+    parts = lance.dataset(uri)
+    sizes = [(f.fragment_id, f.count_rows()) for f in parts.get_fragments()]
+    assert sizes == [(f.fragment_id, f.count_rows()) for f in alone.get_fragments()]
+    whole = parts.scanner(with_row_id=True).to_table()
+    assert whole.equals(alone.scanner(with_row_id=True).to_table())
+    assert answers(parts) == answers(alone)
+    described = [(i.name, i.index_type, i.num_rows_indexed) for i in parts.describe_indices()]
+    assert described == [
+        (i.name, i.index_type, i.num_rows_indexed) for i in alone.describe_indices()
+    ]
+    assert [len(i.segments) for i in parts.describe_indices()] == [1, 1, 1, 1]
+    used = {segment.uuid for index in parts.describe_indices() for segment in index.segments}
+    files = [path for path in tmp_path.glob("t.lance/_indices/*/*") if path.is_file()]
+    assert {path.parent.name for path in files} == used
+    in_lancedb = lancedb.connect(tmp_path).open_table("t")
+    assert {(i.name, *i.columns) for i in in_lancedb.list_indices()} == {
+        (f"{column}_idx", column) for column in ("id", "text", "year", "tags")
+    }
+    for predicate in ("id IN ('r3', 'r50')", "year = 1993", "array_has_any(tags, ['a'])"):
+        query = in_lancedb.search().where(predicate).select(["id"])
+        assert "ScalarIndexQuery" in query.explain_plan(True)
+        rows = parts.scanner(columns=["id"], filter=predicate).to_table()["id"].to_pylist()
+        assert sorted(row["id"] for row in query.limit(400).to_list()) == sorted(rows)
+
+
+def test_a_full_text_index_of_several_segments_finds_the_same(tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr(indexes, "TEXT_GROUP_ROWS", 6 * SHARD)
+    uri = sealed(tmp_path, make_rows(9), "error")
+    alone = finished_as_before(shutil.copytree(uri, tmp_path / "alone.lance"))
+    SealedTable(Location(uri)).finish(Steps(in_process), index_columns=["year", "tags"])
+    parts = lance.dataset(uri)
+    segments = {index.name: len(index.segments) for index in parts.describe_indices()}
+    assert segments == {"id_idx": 1, "text_idx": 2, "year_idx": 1, "tags_idx": 1}
+    assert answers(parts) == answers(alone)
+
+
+def test_files_that_are_gone_are_made_again(tmp_path, small_parts):
+    """What an interrupted run recorded does not help if its files were removed meanwhile."""
+    rows = make_rows(10)
+    uri = sealed(tmp_path, rows)
+    for step, files in (("merging fragments", "data/*"), ("building indexes", "_indices/*/*")):
+        claim = SealedTable(Location(uri))
+        before = set((tmp_path / "t.lance").glob(files))
+
+        def remove(name, done, total, step=step, files=files, before=before):
+            if name == step and done == total:
+                for path in set((tmp_path / "t.lance").glob(files)) - before:
+                    if path.is_file():
+                        path.unlink()
+
+        with pytest.raises(KalmError, match="Run again"):
+            claim.finish(Steps(in_process, remove))
+    SealedTable(Location(uri)).finish(Steps(in_process))
+    assert texts_of(uri) == survivors(rows, "first")
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_claim_during_a_step_fences_it_off(step, tmp_path, small_parts):
     rows = make_rows(6)
     uri = sealed(tmp_path, rows)
@@ -137,44 +232,24 @@ def test_a_claim_during_a_step_fences_it_off(step, tmp_path, small_parts):
 
     with pytest.raises(FencedError, match="another command took"):
         SealedTable(Location(uri)).finish(Steps(in_process, claim_at_step))
-    assert len(texts_of(uri)) == len(rows[0])
+    dataset = lance.dataset(uri)
+    assert (len(texts_of(uri)) == len(rows[0])) == (step == "deleting repeated rows")
+    assert (len(dataset.get_fragments()) == SHARDS) == (step in STEPS[:2])
+    assert not dataset.describe_indices()
     SealedTable(Location(uri)).finish(Steps(in_process))
     assert texts_of(uri) == survivors(rows, "first")
 
 
-def finish_and_die(uri, kill_at):
-    """Finish a table in a process of its own, which is killed when it tells for the nth time."""
-    duplicates.GROUP_ROWS, partitions.PARTITION_ROWS = 4 * SHARD, 120
-    told = []
-
-    def tell(*what):
-        told.append(what)
-        if len(told) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    SealedTable(Location(uri)).finish(Steps(in_process, tell), index_columns=["year", "tags"])
-
-
-def end_of(uri, kill_at):
-    process = FORKS.Process(target=finish_and_die, args=(uri, kill_at))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def test_a_driver_killed_at_any_point_is_continued(tmp_path):
+def test_a_driver_killed_in_any_step_is_continued(tmp_path):
     rows = make_rows(7)
     fresh = sealed(tmp_path, rows, "last")
-    expected = survivors(rows, "last")
-    kill_at, ended = 2, -signal.SIGKILL
-    while ended == -signal.SIGKILL:
-        uri = shutil.copytree(fresh, tmp_path / f"{kill_at}.lance")
-        ended = end_of(str(uri), kill_at)
-        if ended:
-            SealedTable(Location(str(uri))).finish(
-                Steps(in_process), index_columns=["year", "tags"]
-            )
-        assert texts_of(uri) == expected
+    for step in ["reading ids", "finding repeated ids", *STEPS]:
+        uri = shutil.copytree(fresh, tmp_path / f"{step}.lance")
+        process = FORKS.Process(target=finish_and_die, args=(str(uri), step, SHARD))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        SealedTable(Location(str(uri))).finish(Steps(in_process), index_columns=["year", "tags"])
+        assert texts_of(str(uri)) == survivors(rows, "last")
+        answers(lance.dataset(str(uri)))
         assert not list(uri.rglob("_kalm/steps/**/*.*"))
-        kill_at += 4
-    assert ended == 0 and kill_at > 10

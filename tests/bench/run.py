@@ -16,6 +16,7 @@ from tests.bench import (
     encode,
     long_documents,
     memory,
+    planning,
     rerank,
     scale,
     serve,
@@ -40,6 +41,7 @@ BENCHES = {
     "scale": scale.main,
     "serve": serve.main,
     "elastic": elastic.main,
+    "planning": planning.main,
 }
 SHORT = {"encode": encode.short, "rerank": rerank.short, "take": take.short}
 

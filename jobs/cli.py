@@ -52,6 +52,7 @@ for command in (
     manage.publish,
     manage.rollback,
     manage.compact,
+    manage.adopt,
     manage.gc,
     manage.doctor,
     serve.serve,

@@ -1,4 +1,4 @@
-"""Commands that look after a table: rejects, delete, publish, rollback, compact, gc, doctor."""
+"""Commands that look after a table, from rejects to doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import typer
 from jobs.options import (
     Address,
     AsJson,
+    Model,
+    Revision,
     StepCpusPerWorker,
     StepWorkers,
     StorageOptions,
@@ -134,6 +136,33 @@ def compact(
 
     merge(location(uri, storage_option), execute)
     print(f"{uri} is compact")
+
+
+def adopt(
+    uri: Table,
+    model: Model,
+    revision: Revision = None,
+    sample: Annotated[
+        int,
+        typer.Option(
+            help="Rows to encode again and compare. Raise it where an edit may concern few texts, "
+            "such as one of the tokenizer."
+        ),
+    ] = 100,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Let a table belong to an edited model with the same weights and the same results."""
+    from pipeline.upkeep.adopt import adopt as take_over
+
+    report = take_over(location(uri, storage_option), model, revision=revision, sample=sample)
+    if report is None:
+        print(f"{uri} belongs to {model} already")
+        return
+    print(
+        f"{uri} belongs to {model} now: the weights are the same, and of {sample} rows the states "
+        f"differ by at most {report.largest_state_error:.2g} (relative), P(yes) by "
+        f"{report.largest_score_error:.2g}"
+    )
 
 
 def gc(

@@ -13,7 +13,9 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +32,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 )
 
 from kalm_encoder.errors import CheckpointError, InputError, first_line
-from kalm_encoder.model import onednn
+from kalm_encoder.model import contract, onednn
 from kalm_encoder.process import check_process
 from kalm_encoder.version import __version__
 
@@ -54,6 +56,8 @@ DEMO_NOTE = (
 WEIGHTS_INDEX = "model.safetensors.index.json"
 STORED_NAME = re.compile(r"(?:model\.)?(encoder|decoder)\.(?:text_model\.)?(.+)")
 """Half and name of a weight, in all spellings that transformers has written."""
+NOT_TEXT = ("vision_tower.", "multi_modal_projector.")
+"""Beginnings of the names of weights that reranking texts never uses."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What a model may compute in. T5Gemma2 overflows float16."""
 
@@ -91,16 +95,54 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 over the names and contents of the config, tokenizer and weights files.
+        """Hex sha256 over all that decides states and scores; see contract.py.
 
         Equal fingerprints mean equal states and scores. It takes about 1 s per gigabyte and core.
+
+        Raises:
+            CheckpointError: If a file is missing or damaged.
         """
+        try:
+            facts = {
+                "config": contract.config_facts(self.config),
+                "tokenizer": contract.tokenizer_facts(self.path),
+                "weights": self.weights_hash,
+            }
+        except ValueError as error:
+            raise CheckpointError(
+                f"a tokenizer file of {self.name} holds no JSON ({error}). Download it again."
+            ) from error
+        return contract.contract_hash(facts)
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Hex sha256 over the weights of encoder and decoder, however they lie in files."""
+        sources = {
+            f"{half}.{name}": source
+            for half in ("encoder", "decoder")
+            for name, source in self._sources(half).items()
+        }
+        return contract.weights_hash(sources, self._naming_damage)
+
+    @cached_property
+    def files_hash(self) -> str:
+        """Hex sha256 over the names and contents of the config, tokenizer and weights files."""
         names = ["config.json", *TOKENIZER_FILES, WEIGHTS_INDEX]
         files = [self.path / n for n in names if (self.path / n).exists()] + self._weight_files()
         with ThreadPoolExecutor() as pool:
             digests = pool.map(_sha256, files)
         lines = sorted(f"{f.name} {d}" for f, d in zip(files, digests, strict=True))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def made(self, fingerprint: str, files_hash: str | None) -> bool:
+        """Return whether this is the model that made the states of a table.
+
+        Args:
+            fingerprint: Fingerprint in the spec of the table.
+            files_hash: Hash of all files there. It is None in tables that are older than it; the
+                fingerprint of those is that hash.
+        """
+        return fingerprint == (self.files_hash if files_hash is None else self.fingerprint)
 
     def tokenizer(self) -> Any:
         """Load the tokenizer from these files.
@@ -134,20 +176,12 @@ class Checkpoint:
         with torch.device("meta"):
             model = kind(config, int(self.config.eoi_token_index))
         wanted, found = model.state_dict().keys(), {}
-        for file in self._weight_files():
-            try:
-                with safe_open(file, framework="pt") as weights:
-                    for key in weights.keys():  # noqa: SIM118 - safe_open is not a mapping
-                        stored = STORED_NAME.fullmatch(key)
-                        owner, name = stored.groups() if stored else ("", key)
-                        # The tied embedding is stored once, under either half.
-                        tied = name.startswith("embed_tokens.") and name not in found
-                        if name in wanted and (owner == half or tied):
-                            found[name] = weights.get_tensor(key).to(place, chosen, copy=True)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file.name} of {self.name} is damaged ({error}). Download it again."
-                ) from error
+        sources = {name: at for name, at in self._sources(half).items() if name in wanted}
+        for file in {file: None for file, _ in sources.values()}:
+            with self._naming_damage(file), safe_open(file, framework="pt") as weights:
+                for name, (place_of, key) in sources.items():
+                    if place_of == file:
+                        found[name] = weights.get_tensor(key).to(place, chosen, copy=True)
         if missing := [f"{half}.{name}" for name in wanted if name not in found]:
             raise CheckpointError(
                 f"{self.name} has no weight {', '.join(missing)}: it is not a complete KaLM "
@@ -163,6 +197,30 @@ class Checkpoint:
         model.rotary_emb = T5Gemma2RotaryEmbedding(model.config)
         model.embed_tokens.embed_scale = torch.tensor(model.embed_tokens.scalar_embed_scale)
         return model.to(place).requires_grad_(False).eval()
+
+    def _sources(self, half: str) -> dict[str, tuple[Path, str]]:
+        """Return the file and the key of each stored weight of a half, by its name in the half."""
+        found: dict[str, tuple[Path, str]] = {}
+        for file in self._weight_files():
+            with self._naming_damage(file), safe_open(file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    stored = STORED_NAME.fullmatch(key)
+                    owner, name = stored.groups() if stored else ("", key)
+                    # The tied embedding is stored once, under either half.
+                    tied = name.startswith("embed_tokens.") and name not in found
+                    if (owner == half or tied) and not name.startswith(NOT_TEXT):
+                        found[name] = (file, key)
+        return found
+
+    @contextmanager
+    def _naming_damage(self, file: Path) -> Iterator[None]:
+        """Name the file of weights that cannot be read in the `with` block."""
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file.name} of {self.name} is damaged ({error}). Download it again."
+            ) from error
 
     def _weight_files(self) -> list[Path]:
         if files := sorted(self.path.glob("*.safetensors")):

@@ -56,7 +56,7 @@ class QueryDecoder:
     Attributes:
         model: The decoder in eval mode; its embedding is also the LM head. On a CPU the weights of
             its layers are packed for oneDNN where that is faster.
-        fingerprint: Fingerprint of the checkpoint. A table must record the same.
+        files: The checkpoint. It must be the one that made the table.
         dim: Width d of the states that this decoder attends to.
         hot: Memory of repeated passages, or None.
         graphs: CUDA graphs of the forward, or None on a CPU.
@@ -79,7 +79,7 @@ class QueryDecoder:
         files = resolve(model_name_or_path, revision)
         self.model = files.load_decoder(device, dtype)
         self.tokenizer = files.tokenizer()
-        self.fingerprint = files.fingerprint
+        self.files = files
         self.device: torch.device = self.model.device
         self.dim = int(self.model.config.hidden_size)
         self._on_gpu = self.device.type == "cuda"

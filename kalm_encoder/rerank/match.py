@@ -22,14 +22,13 @@ def check_match(
         ("template", spec.template, TEMPLATE, again),
         ("dim", spec.dim, decoder.dim, f"load {spec.model}, or {again}"),
         ("max_length", spec.max_length, max_length or spec.max_length, again),
-        (
-            "fingerprint",
-            spec.fingerprint,
-            decoder.fingerprint,
-            f"load the model the table was made with ({spec.model}, revision "
-            f"{spec.revision or 'local'}), or {again} with this one",
-        ),
     ]
+    if not decoder.files.made(spec.fingerprint, spec.files_hash):
+        model = f"load the model the table was made with ({spec.model}, revision "
+        model += f"{spec.revision or 'local'}), {again} with this one, or try `kalm adopt` if its "
+        model += "weights are the same"
+        found = decoder.files.fingerprint if spec.files_hash else decoder.files.files_hash
+        expected.append(("fingerprint", spec.fingerprint, found, model))
     for field, stored, wanted, remedy in expected:
         if stored != wanted:
             raise MismatchError(

@@ -205,7 +205,7 @@ class BatchingDecoder:
 
     def __init__(self, decoder: QueryDecoder, observe: Callable[[int], None]) -> None:
         self.decoder = decoder
-        self.fingerprint, self.prompt = decoder.fingerprint, decoder.prompt
+        self.files, self.prompt = decoder.files, decoder.prompt
         self.device = DeviceThread()
         budget = decoder.token_budget
         if decoder.device.type == "cpu":

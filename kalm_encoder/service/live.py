@@ -157,7 +157,8 @@ class LiveTable:
             "device": settings.device,
             "dtype": settings.dtype,
         }
-        if old is not None and old.decoder.fingerprint == table.spec.fingerprint:
+        spec = table.spec
+        if old is not None and old.decoder.files.made(spec.fingerprint, spec.files_hash):
             decoder, encoder = old.decoder, old.encoder
         else:
             loaded = QueryDecoder(model, **how, hot_bytes=settings.hot_bytes)

@@ -59,8 +59,8 @@ class TableSpec:
     Attributes:
         model: Hub id or directory of the model, as the user named it.
         revision: Commit on the hub; None for a local directory.
-        fingerprint: Hash of the checkpoint's files. A decoder may read the table only if its
-            checkpoint has the same fingerprint.
+        fingerprint: Hash of what decides states and scores in the checkpoint. A decoder may read
+            the table only if its checkpoint has the same fingerprint.
         dim: Width d of a state.
         max_length: Number of tokens that passages were cut to.
         ratios: Stored ratios, finest first; each is a multiple of the first.
@@ -72,6 +72,9 @@ class TableSpec:
         metadata_columns: Name and type of each metadata column; see metadata.py.
         split: Most tokens of a passage and tokens of overlap, if documents were split into
             passages. None if they were passages in the corpus.
+        files_hash: Hash of all bytes of the checkpoint's files. None in older tables, whose
+            fingerprint it is.
+        weights_hash: Hash of its weights alone, by which `kalm adopt` knows them again.
         format_version: Version of the row format.
         library_version: Version of kalm-preencode that created the table.
 
@@ -92,6 +95,8 @@ class TableSpec:
     compute_dtype: str | None = None
     metadata_columns: Columns = ()
     split: tuple[int, int] | None = None
+    files_hash: str | None = None
+    weights_hash: str | None = None
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
 

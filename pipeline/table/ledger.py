@@ -217,6 +217,8 @@ class Ledger(TableClaim):
     def _check_same(self, spec: TableSpec) -> None:
         """Refuse to continue a table that was made with other settings or from other input."""
         stored = self.spec
+        if stored.files_hash is None:  # the fingerprint of an older table is that hash
+            spec = replace(spec, fingerprint=spec.files_hash or spec.fingerprint)
         remedy = "give the same one, another table, or --new-generation to begin this one anew"
         for name in FIXED_SETTINGS:
             old, new = getattr(stored, name), getattr(spec, name)

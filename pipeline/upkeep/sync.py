@@ -142,13 +142,14 @@ def _claim(job: EncodeJob) -> SealedTable:
     """
     claim = SealedTable(job.table)
     check_index_columns(job.index_columns, claim.spec)
-    fingerprint = checkpoint.resolve(job.model, job.revision).fingerprint
-    if fingerprint != claim.spec.fingerprint:
+    spec, files = claim.spec, checkpoint.resolve(job.model, job.revision)
+    if not files.made(spec.fingerprint, spec.files_hash):
         raise MismatchError(
             "fingerprint",
-            f"{job.uri} was made by a model with fingerprint {claim.spec.fingerprint}, "
-            f"{job.model} has {fingerprint}: states of two models cannot be mixed. "
-            "Use the same model, or encode with --new-generation",
+            f"{job.uri} was made by a model with fingerprint {spec.fingerprint}, "
+            f"{job.model} has {files.fingerprint}: states of two models cannot be mixed. Use the "
+            "same model, encode with --new-generation, or try `kalm adopt` if its weights are the "
+            "same",
         )
     computed = claim.spec.compute_dtype
     if computed and job.compute_dtype not in (None, computed):

@@ -76,7 +76,7 @@ class ShardEncoder(Task):
     ) -> None:
         self.spec = spec
         files = checkpoint.resolve(spec.model, spec.revision)
-        if files.fingerprint != spec.fingerprint:
+        if not files.made(spec.fingerprint, spec.files_hash):
             raise MismatchError(
                 "fingerprint",
                 f"the model {spec.model} on this worker has fingerprint {files.fingerprint}, the "

@@ -80,7 +80,7 @@ class Explorer:
         """
         table = self._table(request.table)
         check_count(version, request.k)
-        if version.decoder.fingerprint != table.spec.fingerprint:
+        if not version.decoder.files.made(table.spec.fingerprint, table.spec.files_hash):
             raise InputError(
                 "the live version has another model than the tables shown here: start "
                 "`kalm explore` again"

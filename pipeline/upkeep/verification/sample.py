@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pyarrow as pa
 
+from kalm_encoder.model.checkpoint import Checkpoint, resolve
 from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.table.reader import PassageTable
@@ -25,14 +26,22 @@ QUERY_WORDS = 8
 def check_sample(
     table: PassageTable, report: Report, sample: int, model: str, dtype: str | None
 ) -> None:
-    """Encode some rows again and compare states and P(yes)."""
+    """Encode some rows again and compare states and P(yes), if this model made the table."""
     spec = table.spec
-    dtype = dtype or spec.compute_dtype
-    decoder = QueryDecoder(model, revision=spec.revision, dtype=dtype)
-    if decoder.fingerprint != spec.fingerprint:
+    files = resolve(model, spec.revision)
+    if not files.made(spec.fingerprint, spec.files_hash):
         report.add("fingerprint", f"{model} is not the model that made this table")
         return
-    encoder = PassageEncoder(model, revision=spec.revision, dtype=dtype, max_length=spec.max_length)
+    compare_sample(table, report, files, sample, dtype or spec.compute_dtype)
+
+
+def compare_sample(
+    table: PassageTable, report: Report, files: Checkpoint, sample: int, dtype: str | None
+) -> None:
+    """Encode some rows again with any model and compare states and P(yes)."""
+    spec = table.spec
+    decoder = QueryDecoder(files, dtype=dtype)
+    encoder = PassageEncoder(files, dtype=dtype, max_length=spec.max_length)
     computed = (spec.compute_dtype, encoder.compute_dtype)
     coarser = "bfloat16" if "bfloat16" in computed else "float32"
     rows = some_rows(table, sample, ["id", "text"])

@@ -113,12 +113,74 @@ def test_a_larger_tokenizer_than_the_model_is_refused(copy):
         PassageEncoder(str(copy)).encode(texts[:2000])
 
 
-@pytest.mark.parametrize("change", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_the_fingerprint_covers_every_file(copy, change):
+def edited(file, change):
+    """Apply a change to the content of a JSON file."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content, indent=3))
+
+
+COSMETIC = {
+    "a chat template": ("tokenizer_config.json", lambda c: c.update(chat_template="{{ x }}")),
+    "a comment": ("config.json", lambda c: c.update(_comment="edited")),
+    "the dtype on disk": ("config.json", lambda c: c.update(dtype="bfloat16")),
+    "a label": ("config.json", lambda c: c["decoder"].update(id2label={"0": "no"})),
+    "dropout": ("config.json", lambda c: c.update(dropout_rate=0.5)),
+    "lengths": ("tokenizer.json", lambda c: c.update(truncation=None, padding=None)),
+    "a length": ("tokenizer_config.json", lambda c: c.update(model_max_length=5)),
+}
+READ = {
+    "a window": ("config.json", lambda c: c["encoder"]["text_config"].update(sliding_window=7)),
+    "a norm": ("config.json", lambda c: c["decoder"].update(rms_norm_eps=1e-3)),
+    "positions": (
+        "config.json",
+        lambda c: c["decoder"]["rope_parameters"]["full_attention"].update(rope_theta=1e4),
+    ),
+    "a merge": ("tokenizer.json", lambda c: c["model"]["merges"].pop()),
+    "an added token": ("tokenizer.json", lambda c: c["added_tokens"].pop()),
+    "a normalizer": ("tokenizer.json", lambda c: c.update(normalizer={"type": "Lowercase"})),
+    "a special token": ("tokenizer_config.json", lambda c: c.update(unk_token="?")),
+}
+
+
+@pytest.mark.parametrize("name", COSMETIC)
+def test_an_edit_that_nobody_reads_keeps_the_fingerprint(copy, name):
+    before = resolve(str(copy))
+    fingerprint, files_hash = before.fingerprint, before.files_hash
+    edited(copy / COSMETIC[name][0], COSMETIC[name][1])
+    after = resolve(str(copy))
+    assert (after.fingerprint, after.files_hash != files_hash) == (fingerprint, True)
+    assert after.made(fingerprint, files_hash)
+    assert not after.made(files_hash, None), "an older table goes by all bytes"
+    assert before.made(files_hash, None)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_edit_of_what_is_read_changes_the_fingerprint(copy, name):
     before = resolve(str(copy)).fingerprint
-    with (copy / change).open("ab") as file:
-        file.write(b" ")
+    edited(copy / READ[name][0], READ[name][1])
     assert resolve(str(copy)).fingerprint != before
+
+
+def test_the_fingerprint_goes_by_the_weights_and_not_by_their_files(copy):
+    """Weights in two files, with other metadata and without what texts never use."""
+    before = resolve(str(copy))
+    fingerprint, weights_hash = before.fingerprint, before.weights_hash
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    names = sorted(n for n in weights if "vision_tower" not in n)
+    for number, some in enumerate((names[:5], names[5:])):
+        part = {name: weights[name] for name in some}
+        save_file(part, copy / f"model-{number}.safetensors", {"format": "pt", "by": "another"})
+    assert resolve(str(copy)).fingerprint == fingerprint
+    changed = weights[names[-1]].clone()
+    changed.reshape(-1)[0] += 1
+    save_file(
+        {**{n: weights[n] for n in names[5:]}, names[-1]: changed}, copy / "model-1.safetensors"
+    )
+    again = resolve(str(copy))
+    assert again.weights_hash != weights_hash
+    assert again.fingerprint != fingerprint
 
 
 def test_the_fingerprint_does_not_depend_on_the_folder(copy, model_dir):

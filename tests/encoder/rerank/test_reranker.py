@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -43,7 +44,9 @@ def test_bad_requests_are_named(reranker):
 
 def test_another_model_is_refused_with_both_fingerprints(small_table, model_dir, tmp_path):
     other = shutil.copytree(model_dir, tmp_path / "other")
-    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    config = json.loads((other / "config.json").read_text())
+    config["decoder"]["rms_norm_eps"] = 1e-3
+    (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(MismatchError, match=r"fingerprint .* load the model the table") as caught:
         Reranker.open(str(small_table), model=str(other))
     assert caught.value.field == "fingerprint"

@@ -84,7 +84,7 @@ def test_an_old_model_is_freed_when_the_last_request_lets_go(model_dir, tmp_path
     )
     publish(Location(str(uri)))
     live._take_over(open_live(live.settings))
-    assert live.current.decoder.fingerprint != version.decoder.fingerprint
+    assert live.current.decoder.files.fingerprint != version.decoder.files.fingerprint
     assert len(version.reranker.rerank("q", ["p0", "p1"])) == 2
     assert device_threads() == before + 2
     del version

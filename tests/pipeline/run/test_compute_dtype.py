@@ -14,6 +14,7 @@ from pipeline.run.job import EncodeJob
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
+from pipeline.workers.encode_work import EncodeWork
 from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 
@@ -24,19 +25,19 @@ def recorded(uri):
     return TableSpec.from_metadata(Location(str(uri)).dataset().schema.metadata, str(uri))
 
 
-def killed_after_one_shard(config, shards):
-    yield from in_process(config, shards[:1])
+def killed_after_one_shard(work, shards):
+    yield from in_process(work, shards[:1])
     raise KeyboardInterrupt
 
 
 def in_dtype(dtype):
     """An executor whose workers compute in `dtype` where the run does not say in which."""
 
-    def execute(config, shards):
-        chosen = config.spec.compute_dtype or dtype
-        yield from in_process(
-            replace(config, spec=replace(config.spec, compute_dtype=chosen)), shards
-        )
+    def execute(work, units):
+        if isinstance(work, EncodeWork):
+            chosen = work.spec.compute_dtype or dtype
+            work = replace(work, spec=replace(work.spec, compute_dtype=chosen))
+        yield from in_process(work, units)
 
     return execute
 

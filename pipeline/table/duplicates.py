@@ -286,21 +286,6 @@ def _repeated_in(rows: pa.Table, keep: str) -> NDArray[np.uint64]:
     return columns[again]
 
 
-def repeated_rows(dataset: lance.LanceDataset, keep: str) -> Iterator[NDArray[np.int64]]:
-    """Yield the stable row ids of all rows with a repeated id, except the one row to keep.
-
-    Args:
-        dataset: Scanned in its own order, which before compaction is that of the corpus.
-        keep: "first" or "last".
-    """
-
-    def scan() -> Iterator[tuple[Sequence[str], NDArray[np.int64]]]:
-        for batch in dataset.scanner(columns=["id"], with_row_id=True).to_batches():
-            yield batch["id"].to_pylist(), batch["_rowid"].to_numpy().astype(np.int64)
-
-    yield from repeated(scan, dataset.count_rows(), keep)
-
-
 def repeated(
     scan: Scan, total: int, keep: str, rows_at_once: int = ROWS_AT_ONCE
 ) -> Iterator[NDArray[np.int64]]:

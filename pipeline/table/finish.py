@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ROWS = "kalm.rows"
 """Number of rows when the table was finished last; `kalm verify` compares it."""
+CHANGE, OF_ROWS, OF_FILES = "kalm.change", "rows", "files"
+"""What a change that is under way may change: the rows, or only in which files they are."""
 INDEX_COLUMNS = "kalm.index_columns"
 """Metadata columns that are indexed, with commas."""
 FRAGMENT_BYTES = 2 << 30
@@ -140,10 +142,11 @@ class SealedTable(TableClaim):
         """
         if self.state not in (COMPLETE, CHANGING):
             raise self._incomplete()
-        if not rows and self.state == CHANGING:
+        if not rows and self.state == CHANGING and self.metadata.get(CHANGE) != OF_FILES:
             raise InputError(f"a change of {self.location} was interrupted: run it again first")
         # The caller chose what to change by reading this version. For another it must choose anew.
-        self.take_over({STATE: CHANGING, **({PLAN: "changed"} if rows else {})}, unchanged=True)
+        what = {PLAN: "changed", CHANGE: OF_ROWS} if rows else {CHANGE: OF_FILES}
+        self.take_over({STATE: CHANGING, **what}, unchanged=True)
 
     def upsert(self, rows: pa.RecordBatchReader) -> None:
         """Replace rows by id and add new ones in one commit; run it again after any failure."""

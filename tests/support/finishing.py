@@ -7,6 +7,7 @@ from kalm_encoder.table.location import Location
 from pipeline.table import duplicates, finish, indexes, partitions
 from pipeline.table.finish import SealedTable
 from pipeline.table.steps import Steps
+from pipeline.upkeep.delete import compact
 from pipeline.workers.local import in_process
 
 
@@ -20,3 +21,14 @@ def finish_and_die(uri, at, rows):
             os.kill(os.getpid(), signal.SIGKILL)
 
     SealedTable(Location(uri)).finish(Steps(in_process, tell), index_columns=["year", "tags"])
+
+
+def compact_and_die(uri):
+    """Compact a table; die after the first part of the first step."""
+
+    def execute(work, parts):
+        for _ in in_process(work, parts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+    compact(Location(uri), execute)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kalm_encoder.errors import FencedError, KalmError
+from kalm_encoder.errors import FencedError, InputError, KalmError
 from kalm_encoder.matryoshka import PackedStates, PassageStates
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import build_rows
@@ -25,9 +25,10 @@ from pipeline.table.finish import SealedTable
 from pipeline.table.fragments import write_fragment
 from pipeline.table.ledger import Ledger
 from pipeline.table.steps import Steps
+from pipeline.upkeep.delete import compact
 from pipeline.workers.local import in_process
 from tests.support.commands import FORKS
-from tests.support.finishing import finish_and_die
+from tests.support.finishing import compact_and_die, finish_and_die
 
 COLUMNS = (("year", "int64"), ("tags", "list<string>"))
 SPEC = TableSpec(
@@ -253,3 +254,20 @@ def test_a_driver_killed_in_any_step_is_continued(tmp_path):
         assert texts_of(str(uri)) == survivors(rows, "last")
         answers(lance.dataset(str(uri)))
         assert not list(uri.rglob("_kalm/steps/**/*.*"))
+
+
+def test_a_killed_compaction_is_run_again_but_does_not_hide_a_killed_change(tmp_path):
+    rows = make_rows(12)
+    uri = sealed(tmp_path, rows)
+    SealedTable(Location(uri)).finish(Steps(in_process), compact=False)
+    process = FORKS.Process(target=compact_and_die, args=(uri,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(lance.dataset(uri).get_fragments()) == SHARDS
+    compact(Location(uri))
+    assert len(lance.dataset(uri).get_fragments()) == 1
+    assert texts_of(uri) == survivors(rows, "first")
+    SealedTable(Location(uri)).begin_change()
+    with pytest.raises(InputError, match="was interrupted"):
+        compact(Location(uri))

@@ -21,6 +21,7 @@ from tests.bench import (
     scale,
     serve,
     shapes,
+    steps,
     table,
     take,
 )
@@ -42,6 +43,7 @@ BENCHES = {
     "serve": serve.main,
     "elastic": elastic.main,
     "planning": planning.main,
+    "steps": steps.main,
 }
 SHORT = {"encode": encode.short, "rerank": rerank.short, "take": take.short}
 

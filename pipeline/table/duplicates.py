@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from pipeline.table.partitions import (
     HIGH,
     LOW,
     hashes_of,
+    new_name,
     num_partitions,
     read_partition,
     write_partitions,
@@ -151,14 +151,39 @@ def delete_repeated(
     Raises:
         IncompleteError: If some parts failed for good.
     """
-    work = DeleteRows(table=table, version=dataset.version, files=repeated.files)
-    parts = [Part(number, group) for number, group in enumerate(repeated.groups)]
+    files, groups = repeated.files, repeated.groups
+    return delete_rows(steps, table, dataset, files, groups, "repeated rows")
+
+
+def delete_rows(
+    steps: Steps,
+    table: Location,
+    dataset: lance.LanceDataset,
+    files: Sequence[Location],
+    groups: Sequence[int],
+    what: str,
+) -> LanceOperation.Delete:
+    """Write the marks of deletion of some rows and return the operation that commits them.
+
+    Args:
+        steps: How the parts are done.
+        table: Address of the table.
+        dataset: The version from which they are deleted. Rows that are gone already are no error.
+        files: Files of groups with the addresses of the rows, as in `Repeated`.
+        groups: Numbers of the groups that hold any.
+        what: What they are, such as "repeated rows".
+
+    Raises:
+        IncompleteError: If some parts failed for good.
+    """
+    work = DeleteRows(table=table, version=dataset.version, files=tuple(files))
+    parts = [Part(number, group) for number, group in enumerate(groups)]
     changed: dict[int, str | None] = {}
-    for _, fragments in steps.do("deleting repeated rows", work, parts):
+    for _, fragments in steps.do(f"deleting {what}", work, parts):
         changed |= {int(id): fragment for id, fragment in fragments.items()}
     updated = [FragmentMetadata.from_json(text) for _, text in sorted(changed.items()) if text]
     removed = [id for id in sorted(changed) if not changed[id]]
-    return LanceOperation.Delete(updated, removed, "a repeated id")
+    return LanceOperation.Delete(updated, removed, what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +211,7 @@ class HashIds(StepWork):
                 pa.table({**hashes_of(batch["id"].to_pylist()), ROW: batch["_rowaddr"]})
                 for batch in scanner.to_batches()
             ]
-            name = _new_name()
+            name = new_name()
             write_partitions(pa.concat_tables(rows), self.partitions, self.folder / name)
             return name
 
@@ -225,7 +250,7 @@ class FindRepeated(StepWork):
                 return {"count": 0}
             rows = found[:, 2]
             groups = np.searchsorted(starts, rows >> np.uint64(32), side="right") - 1
-            name = _new_name()
+            name = new_name()
             grouped = pa.table({HIGH: groups.astype(np.uint64), ROW: rows})
             write_partitions(grouped, len(starts), self.folder / name)
             return {
@@ -263,16 +288,12 @@ class DeleteRows(StepWork):
             offsets = np.split(rows & np.uint64(0xFFFFFFFF), begins[1:])
             changed: dict[str, str | None] = {}
             for id, some in zip(ids.tolist(), offsets, strict=True):
-                fragment = dataset.get_fragment(id).delete_rows(some.tolist())
-                changed[str(id)] = fragment and json.dumps(fragment.to_json())
+                if fragment := dataset.get_fragment(id):  # else all of its rows are gone already
+                    left = fragment.delete_rows(some.tolist())
+                    changed[str(id)] = left and json.dumps(left.to_json())
             return changed
 
         return delete
-
-
-def _new_name() -> str:
-    """Return a name of its own for each attempt: two workers may do the same part at once."""
-    return f"{uuid.uuid4().hex}.lance"
 
 
 def _repeated_in(rows: pa.Table, keep: str) -> NDArray[np.uint64]:

@@ -18,7 +18,7 @@ from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
 from pipeline.table.compaction import rewrite
-from pipeline.table.duplicates import delete_repeated, find_repeated
+from pipeline.table.duplicates import delete_repeated, delete_rows, find_repeated
 from pipeline.table.fragments import fragments_key, open_to_write
 from pipeline.table.indexes import BTREE, INVERTED, LABEL_LIST, create_indexes
 from pipeline.table.ledger import ON_DUPLICATE, PLAN
@@ -161,6 +161,16 @@ class SealedTable(TableClaim):
             some = ",".join(map(str, row_ids[start : start + DELETE_AT_ONCE]))
             self.dataset.delete(f"_rowid IN ({some})", conflict_retries=0)
             self.refresh(self.dataset)
+
+    def delete_rows(
+        self, steps: Steps, files: Sequence[Location], groups: Sequence[int], what: str
+    ) -> None:
+        """Delete rows by their addresses in one commit; see `duplicates.delete_rows`.
+
+        The addresses hold as long as no fragment is rewritten.
+        """
+        operation = delete_rows(steps, self.location, self.dataset, files, groups, what)
+        self.refresh(self.commit_operation(operation))
 
     def purge(self, steps: Steps) -> None:
         """Rewrite the fragments with deleted rows, and drop the indexes, which hold their values.

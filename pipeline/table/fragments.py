@@ -15,7 +15,7 @@ import xxhash
 from lance.file import LanceFileReader
 from lance.fragment import FragmentMetadata, write_fragments
 
-from kalm_encoder.errors import KalmError, first_line
+from kalm_encoder.errors import KalmError, TableError, first_line
 from kalm_encoder.table.location import Location
 
 CHECKED_AT_ONCE = 32
@@ -41,10 +41,15 @@ def open_version(location: Location, version: int) -> lance.LanceDataset:
     """Open one version of a table in such a session, to do a part of a step.
 
     Raises:
-        TableError: If there is no table, or the store refuses.
-        ValueError: If there is no such version.
+        TableError: If there is no table or no such version, or the store refuses.
     """
-    return open_to_write(location).checkout_version(version)
+    try:
+        return open_to_write(location).checkout_version(version)
+    except (ValueError, OSError) as error:
+        raise TableError(
+            f"version {version} of {location} cannot be read: {first_line(error)}. If another "
+            "command removed it meanwhile, run this one again"
+        ) from error
 
 
 def fragment_groups(dataset: lance.LanceDataset, most_rows: int) -> list[list[int]]:

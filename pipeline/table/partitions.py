@@ -8,6 +8,7 @@ one partition of all files. So no process holds more than its share of the rows.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -31,6 +32,11 @@ def num_partitions(num_rows: int) -> int:
     return max(1, -(-num_rows // PARTITION_ROWS))
 
 
+def new_name() -> str:
+    """Return a name of its own for a file: two workers may do the same part at once."""
+    return f"{uuid.uuid4().hex}.lance"
+
+
 def hashes_of(values: Sequence[str]) -> dict[str, NDArray[np.uint64]]:
     """Return both halves of the XXH3 hash of each value, by the names of their columns."""
     digests = b"".join(xxhash.xxh3_128_digest(value.encode()) for value in values)
@@ -50,8 +56,23 @@ def write_partitions(rows: pa.Table, partitions: int, file: Location) -> None:
         OSError: If the store refuses.
     """
     chosen = rows[HIGH].to_numpy() % np.uint64(partitions)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(chosen, minlength=partitions))])
-    rows = rows.take(pa.array(np.argsort(chosen, kind="stable"))).combine_chunks()
+    write_groups(rows, chosen.astype(np.int64), partitions, file)
+
+
+def write_groups(rows: pa.Table, groups: NDArray[np.int64], count: int, file: Location) -> None:
+    """Write rows so that `read_partition` finds each group; their order within it stays.
+
+    Args:
+        rows: Any columns.
+        groups: (rows,) the group of each row, below `count`.
+        count: Number of groups.
+        file: File to write, in place of what is there.
+
+    Raises:
+        OSError: If the store refuses.
+    """
+    starts = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=count))])
+    rows = rows.take(pa.array(np.argsort(groups, kind="stable"))).combine_chunks()
     with LanceFileWriter(file.uri, rows.schema, storage_options=file.options) as writer:
         writer.add_schema_metadata(STARTS, json.dumps(starts.tolist()))
         writer.write_batch(rows)

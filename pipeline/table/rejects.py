@@ -7,13 +7,16 @@ shard again replaces the file by the same one.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from lance.file import LanceFileSession
+
 from kalm_encoder.table.location import Location
 from pipeline.corpus.passages import Reject
-from pipeline.table.side_files import REJECTS, read_text, write_text
+from pipeline.table.side_files import REJECTS, read_text
 
 
 class RejectStore:
@@ -23,11 +26,9 @@ class RejectStore:
         self._table = table
         self._session = table.file_session()
 
-    def write(self, name: str, rejects: Sequence[Reject]) -> None:
+    def write(self, name: str, rejects: Iterable[Reject]) -> None:
         """Store rejects under a name, in place of those that are there; none makes no file."""
-        if rejects:
-            lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects]
-            write_text(self._session, f"{REJECTS}/{name}.jsonl", "".join(lines))
+        write_lines(self._session, f"{REJECTS}/{name}.jsonl", rejects)
 
     def read(self, name: str | None = None) -> list[Reject]:
         """Return the rejects stored under a name, or all of them in the order of their shards."""
@@ -61,5 +62,21 @@ class RejectStore:
         return sorted(self._session.list(REJECTS))
 
     def _read(self, path: str) -> list[Reject]:
-        lines = read_text(self._session, path).split("\n")
-        return [Reject(**json.loads(line)) for line in lines if line]
+        return read_lines(self._session, path)
+
+
+def write_lines(session: LanceFileSession, path: str, rejects: Iterable[Reject]) -> None:
+    """Write rejects into a file, one by one; none makes no file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rejects")
+        with file.open("w", encoding="utf-8") as stream:
+            for reject in rejects:
+                stream.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+        if file.stat().st_size:
+            session.upload_file(str(file), path)
+
+
+def read_lines(session: LanceFileSession, path: str) -> list[Reject]:
+    """Return the rejects of a file that `write_lines` wrote."""
+    lines = read_text(session, path).split("\n")
+    return [Reject(**json.loads(line)) for line in lines if line]

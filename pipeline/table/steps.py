@@ -147,7 +147,10 @@ def _recorded(folder: Location | None) -> dict[int, Any]:
 
 
 def remove_step(table: Location, folder: str) -> None:
-    """Remove the files of a step; `folder` is below the table's."""
+    """Remove the files of a step; `folder` is below the table's.
+
+    Results go first, so that none is found later without the files that it names.
+    """
     session = table.file_session()
-    for path in session.list(folder):
+    for path in sorted(session.list(folder), key=lambda path: not path.endswith(".json")):
         session.delete_file(path)

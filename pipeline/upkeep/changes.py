@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import lance
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
 from kalm_encoder.errors import InputError
 from pipeline.corpus.access import open_text
-from pipeline.corpus.passages import Reject
-from pipeline.corpus.shards import Plan, Shard, ShardReader, ShardRows, Split
+from pipeline.corpus.passages import Reject, to_passage
+from pipeline.corpus.shards import Plan, ShardReader
+from pipeline.upkeep.comparison.corpus import SHARD_BITS, Places, places_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,42 +35,22 @@ REMEMBERED = 1000
 UPSERT, DELETE = "upsert", "delete"
 CHUNK_BYTES = 1 << 20
 
-Wanted = Callable[[Shard, int, str], bool]
-"""Whether the row of a shard at a line, with an id, is to be compared."""
-
 
 @dataclass(frozen=True)
 class Feed:
     """What changed in a corpus.
 
     Attributes:
-        wanted: Tells of a row (shard, line, id) whether it counts.
+        lines: (n,) places of the rows that count, with their lines, ascending; see corpus.py.
         deleted: Ids of the passages that are gone.
         record: Schema metadata by which the table remembers that this was applied.
         rejects: Records that are no change.
-        is_old: Whether the table has all of it already.
     """
 
-    wanted: Wanted
+    lines: Places
     deleted: list[str]
     record: dict[str, str]
     rejects: list[Reject] = field(default_factory=list)
-    is_old: bool = False
-
-    def corpus(
-        self, plan: Plan, reader: ShardReader, split: Split | None = None
-    ) -> Iterator[ShardRows]:
-        """Read the rows that count, shard by shard, and split documents."""
-        for shard in plan.shards:
-            rows = reader.read(shard)
-            places = [
-                place
-                for place, passage in enumerate(rows.passages)
-                if self.wanted(shard, passage.line, passage.id)
-            ]
-            rejects = [r for r in rows.rejects if self.wanted(shard, r.line, r.id or "")]
-            chosen = rows.take(places)._replace(rejects=rejects)
-            yield chosen if split is None else split(chosen, shard.path)
 
 
 def read_feed(plan: Plan, metadata: dict[str, str], options: dict[str, str] | None) -> Feed:
@@ -91,13 +73,19 @@ def read_feed(plan: Plan, metadata: dict[str, str], options: dict[str, str] | No
         logger.warning("the changes do not continue what was applied: all of them are compared")
     record = {FEEDS: json.dumps([*(f for f in applied if f not in ends), *ends][-REMEMBERED:])}
     if ends[-1] in applied:
-        return Feed(lambda *_: False, [], {FEEDS: metadata[FEEDS]}, is_old=True)
+        return Feed(np.zeros(0, np.int64), [], {FEEDS: metadata[FEEDS]})
     reader = ShardReader(options)
-    last: dict[str, tuple[str, int, int]] = {}
-    rejects = []
+    last: dict[str, tuple[str, int]] = {}
+    rejects, unreadable = [], []
     for shard in plan.shards:
         for line, row in reader.raw(shard):
-            if line <= lines.get(shard.path, 0) or not isinstance(row, dict):
+            if line <= lines.get(shard.path, 0):
+                continue
+            place = shard.number << SHARD_BITS | line
+            found = to_passage(row, shard.fields, shard.path, line)
+            if isinstance(found, Reject) and not found.id:
+                unreadable.append(place)
+            if not isinstance(row, dict):
                 continue
             op, id = row.get("op"), row.get(shard.fields.id)
             if op not in (UPSERT, DELETE):
@@ -105,15 +93,10 @@ def read_feed(plan: Plan, metadata: dict[str, str], options: dict[str, str] | No
                 named = id if isinstance(id, str) else None
                 rejects.append(Reject(shard.path, line, reason, named))
             elif isinstance(id, str | int) and not isinstance(id, bool):
-                last[str(id)] = (op, shard.number, line)
-
-    def wanted(shard: Shard, line: int, id: str) -> bool:
-        # A record that cannot be read has no id: it is a reject wherever it is new.
-        is_new = line > lines.get(shard.path, 0)
-        return is_new and (not id or last.get(id) == (UPSERT, shard.number, line))
-
-    deleted = [id for id, (op, _, _) in last.items() if op == DELETE]
-    return Feed(wanted, deleted, record, rejects)
+                last[str(id)] = (op, place)
+    upserts = [place for op, place in last.values() if op == UPSERT]
+    deleted = [id for id, (op, _) in last.items() if op == DELETE]
+    return Feed(np.unique(np.array(unreadable + upserts, np.int64)), deleted, record, rejects)
 
 
 def _known_part(
@@ -177,8 +160,6 @@ def changed_since(
     if why:
         logger.warning("%s: all rows are compared", why)
         return None
-    updated = "_row_last_updated_at_version"
-    changed = source.scanner(columns=[updated]).to_table()[updated].to_numpy() > version
     # Row ids do not tell what is gone: an id may be deleted and written again as another row.
     column = plan.shards[0].fields.id
     old, new = (
@@ -186,7 +167,16 @@ def changed_since(
         for d in (source.checkout_version(version), source)
     )
     gone = old.filter(pc.invert(pc.is_in(old, value_set=new)))
-    return Feed(lambda _, line, __: bool(changed[line - 1]), gone.to_pylist(), record)
+    rows = ((path, row + 1) for row in _changed_rows(source, version))
+    return Feed(places_of(plan.shards, rows), gone.to_pylist(), record)
+
+
+def _changed_rows(source: lance.LanceDataset, version: int) -> Iterator[int]:
+    """Yield the offsets of the rows that changed since a version."""
+    updated, begin = "_row_last_updated_at_version", 0
+    for batch in source.scanner(columns=[updated]).to_batches():
+        yield from (np.flatnonzero(batch[updated].to_numpy() > version) + begin).tolist()
+        begin += batch.num_rows
 
 
 def source_record(plan: Plan) -> dict[str, str] | None:

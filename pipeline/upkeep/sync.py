@@ -1,24 +1,24 @@
 """Brings a complete table up to date with its corpus and encodes only what changed.
 
 Each passage of the new corpus is compared, by id and text hash, with the row that the table holds
-(compare.py), and what differs is carried out (apply.py). Readers of the live version see the old
+(comparison/), and what differs is carried out (apply.py). Readers of the live version see the old
 rows until all of this is done. An interrupted sync is simply run again: the same changes go to the
 same folder, so passages that were encoded are not encoded again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import chain
 
 import lance
 
 from kalm_encoder.errors import MismatchError
 from kalm_encoder.model import checkpoint
 from kalm_encoder.table.spec import TableSpec
-from pipeline.corpus.shards import Plan, ShardReader, ShardRows
-from pipeline.corpus.splitting import Splitter, check_no_choice
+from pipeline.corpus.shards import Plan, Shard
+from pipeline.corpus.splitting import check_no_choice
 from pipeline.messages import Executor
 from pipeline.run.driver import Summary, log_readings
 from pipeline.run.job import EncodeJob, plan_job
@@ -26,9 +26,13 @@ from pipeline.table.claim import metadata_of
 from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import SealedTable, check_index_columns
 from pipeline.table.rejects import RejectStore
-from pipeline.upkeep.apply import apply_changes, rejects_name
+from pipeline.table.side_files import SYNCS
+from pipeline.table.steps import Steps
+from pipeline.upkeep.apply import apply_changes, rejects_name, removed_if_erased
 from pipeline.upkeep.changes import changed_since, read_feed, source_record
-from pipeline.upkeep.compare import Changes, compare, corpus_of
+from pipeline.upkeep.comparison.compare import compared
+from pipeline.upkeep.comparison.corpus import Corpus, Reading, places_of
+from pipeline.upkeep.comparison.differences import Changes
 from pipeline.upkeep.delete import passages_and_documents, row_ids_of
 
 
@@ -67,31 +71,37 @@ def sync(
     dataset = job.table.dataset()
     plan = _plan(job, dataset, execute, is_feed)
     log_readings(plan)
-    split = _splitter(job, dataset, on_duplicate)
-    metadata = metadata_of(dataset)
-    erased, feed = erased_ids(job.table), None
+    corpus = _corpus(job, dataset, plan.shards, on_duplicate)
+    metadata, feed = metadata_of(dataset), None
     if is_feed:
         feed = read_feed(plan, metadata, job.storage_options)
     elif since is not None:
         feed = changed_since(plan, since, metadata, job.storage_options)
-    if feed is None:
-        corpus = corpus_of(plan, job.storage_options, on_duplicate, erased, split)
-        changes = compare(dataset, corpus)
-        record = source_record(plan) or {}
-    else:
-        corpus = partial(feed.corpus, plan, ShardReader(job.storage_options, erased), split)
-        deleted = passages_and_documents(dataset, feed.deleted) if split else feed.deleted
-        gone = row_ids_of(dataset, list(deleted))
-        changes = compare(dataset, corpus, list(gone.values()))
-        changes.rejected += feed.rejects
-        record = feed.record
-    if claim is None:
-        return changes, None
-    RejectStore(job.table).write("sync", changes.rejected)
-    rows = changes.surplus + (changes.missing if delete_missing or feed else [])
-    return changes, apply_changes(
-        job, execute, claim, dataset, corpus, changes, rows, erased, record
-    )
+    gone: list[int] = []
+    if feed is not None:
+        corpus = corpus.only(feed.lines)
+        deleted = feed.deleted
+        if corpus.reading.spec.split:
+            deleted = list(passages_and_documents(dataset, deleted))
+        gone = list(row_ids_of(dataset, deleted).values())
+    steps = Steps(execute)
+    with (
+        removed_if_erased(job, corpus.reading.erased),
+        compared(steps, job.table, dataset, corpus, on_duplicate, job.table / SYNCS) as changes,
+    ):
+        rejects = changes.rejects()
+        if feed is not None:
+            changes.missing = len(gone)
+            changes.rejected += len(feed.rejects)
+            rejects = chain(rejects, feed.rejects)
+        if claim is None:
+            return changes, None
+        RejectStore(job.table).write("sync", rejects)
+        return changes, apply_changes(
+            job, execute, claim, dataset, corpus, changes, deleted=gone,
+            gone=[changes.surplus_rows] + [changes.missing_rows] * delete_missing,
+            record=(source_record(plan) or {}) if feed is None else feed.record,
+        )  # fmt: skip
 
 
 def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
@@ -107,28 +117,23 @@ def retry_rejects(job: EncodeJob, execute: Executor) -> Summary | None:
     claim, store = _claim(job), RejectStore(job.table)
     wanted = {(reject.path, reject.line) for reject in store.read()}
     dataset = job.table.dataset()
-    plan = _plan(job, dataset, execute)
-    split = _splitter(job, dataset)
-    shards = [s for s in plan.shards if any(path == s.path for path, _ in wanted)]
-
-    erased = erased_ids(job.table)
-
-    def read() -> Iterator[tuple[str, ShardRows]]:
-        reader = ShardReader(job.storage_options, erased, split)
-        for shard in shards:
-            rows = reader.read(shard)
-            lines = [(shard.path, passage.line) for passage in rows.passages]
-            yield shard.path, rows.take([i for i, line in enumerate(lines) if line in wanted])
-
-    def corpus() -> Iterator[ShardRows]:
-        return (rows for _, rows in read())
-
-    retried = {p.id: (path, p.line) for path, rows in read() for p in rows.passages}
+    whole = _corpus(job, dataset, _plan(job, dataset, execute).shards)
+    corpus = whole.only(places_of(whole.shards, wanted))
+    read = corpus.reading.open()
+    retried = {
+        passage.id: (shard.path, passage.line)
+        for part in corpus.parts()
+        for shard, rows in read(part.what)
+        for passage in rows.passages
+    }
     if not retried:
         return None
-    changes = compare(dataset, corpus)
-    summary = apply_changes(job, execute, claim, dataset, corpus, changes, [], erased)
-    failed = retried.keys() & {reject.id for reject in store.read(rejects_name(changes))}
+    with (
+        removed_if_erased(job, corpus.reading.erased),
+        compared(Steps(execute), job.table, dataset, corpus, place=job.table / SYNCS) as changes,
+    ):
+        summary = apply_changes(job, execute, claim, dataset, corpus, changes)
+        failed = retried.keys() & {reject.id for reject in store.read(rejects_name(changes))}
     store.drop(retried.keys() - failed, set(retried.values()) - {retried[id] for id in failed})
     return summary
 
@@ -184,10 +189,13 @@ def _plan(
     return plan
 
 
-def _splitter(
-    job: EncodeJob, dataset: lance.LanceDataset, on_duplicate: str = "error"
-) -> Splitter | None:
-    """Return what cuts the documents of a job as those of its table were cut.
+def _corpus(
+    job: EncodeJob,
+    dataset: lance.LanceDataset,
+    shards: Sequence[Shard],
+    on_duplicate: str = "error",
+) -> Corpus:
+    """Return how the inputs of a job are read; documents are cut as those of its table were.
 
     Raises:
         MismatchError: If the job cuts them in another way.
@@ -200,7 +208,7 @@ def _splitter(
             f"{job.uri} has split {spec.split}, this job {job.split}: give the same --split and "
             "--overlap, or encode with --new-generation",
         )
-    if spec.split is None:
-        return None
-    check_no_choice(on_duplicate)
-    return Splitter.of(spec, checkpoint.resolve(job.model, job.revision).tokenizer())
+    if spec.split is not None:
+        check_no_choice(on_duplicate)
+    erased = erased_ids(job.table)
+    return Corpus(Reading(spec, job.model, job.revision, erased, job.storage_options), shards)

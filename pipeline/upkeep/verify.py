@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kalm_encoder.errors import InputError
-from kalm_encoder.model import checkpoint
 from kalm_encoder.table.location import Location, address
 from kalm_encoder.table.reader import PassageTable
 from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import plan_shards
-from pipeline.corpus.splitting import Splitter
 from pipeline.messages import Executor
 from pipeline.table.claim import COMPLETE, STATE, metadata_of
 from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import ROWS
 from pipeline.table.ledger import NUM_ROWS
-from pipeline.upkeep.compare import compare, corpus_of
+from pipeline.table.steps import Steps
+from pipeline.upkeep.comparison.compare import compared
+from pipeline.upkeep.comparison.corpus import Corpus, Reading
 from pipeline.upkeep.row_ranges import BATCH_ROWS
 from pipeline.upkeep.verification.parts import PART_BYTES, check_rows
 from pipeline.upkeep.verification.report import SHOWN, Report, engine_errors_are_problems
@@ -54,7 +54,7 @@ def verify(
         inputs: Corpus files. The table must hold their passages with the same texts and metadata,
             and no others.
         fields: How the files are read, as when the table was encoded.
-        execute: Checks the rows: in this process or on Ray workers.
+        execute: Checks the rows, and compares with a corpus: in this process or on Ray workers.
         scratch: Address of a folder that the workers can write, if they cannot write the table's.
         part_bytes: Bytes of the rows that a worker checks at a time, about.
 
@@ -78,11 +78,8 @@ def verify(
     with engine_errors_are_problems(report, "look-up", "rows cannot be looked up by id"):
         table.take(some_rows(table, SHOWN, ["id"])["id"].to_pylist())
     if inputs:
-        split = None
-        if table.spec.split:
-            files = checkpoint.resolve(model or table.spec.model, table.spec.revision)
-            split = Splitter.of(table.spec, files.tokenizer())
-        _check_corpus(table, report, inputs, storage_options, fields or FieldOptions(), split)
+        fields, model_of_corpus = fields or FieldOptions(), model or table.spec.model
+        _check_corpus(table, report, inputs, location, fields, model_of_corpus, execute, folder)
     if sample:
         check_sample(table, report, sample, model or table.spec.model, dtype)
     return report
@@ -105,22 +102,27 @@ def _check_corpus(
     table: PassageTable,
     report: Report,
     inputs: Sequence[str],
-    storage_options: dict[str, str] | None,
+    location: Location,
     fields: FieldOptions,
-    split: Splitter | None,
+    model: str,
+    execute: Executor,
+    folder: Location | None,
 ) -> None:
     """Compare ids, text hashes and metadata with a corpus; the first of a repeated id counts."""
-    fields = replace(fields, keep=table.spec.corpus_columns)
+    fields, storage_options = replace(fields, keep=table.spec.corpus_columns), location.options
     files = expand_inputs(inputs, storage_options, fields.format, table=address(report.uri))
     plan = plan_shards(files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options)
-    erased = erased_ids(Location(report.uri, storage_options))
-    changes = compare(table.dataset, corpus_of(plan, storage_options, "first", erased, split))
-    if changes.new:
-        report.add("corpus", f"{changes.new} passages of the corpus are not in the table")
-    if changes.changed:
-        report.add("corpus", f"{changes.changed} passages have another text in the corpus")
-    if changes.metadata_changed:
-        count = changes.metadata_changed
-        report.add("corpus", f"{count} passages have other metadata in the corpus")
-    if gone := changes.missing + changes.surplus:
-        report.add("corpus", f"{len(gone)} rows belong to no passage of the corpus")
+    erased = erased_ids(location)
+    reading = Reading(table.spec, model, table.spec.revision, erased, storage_options)
+    corpus = Corpus(reading, plan.shards)
+    with compared(Steps(execute), location, table.dataset, corpus, "first", folder) as changes:
+        found = changes.counts()
+    for name, words in (
+        ("new", "passages of the corpus are not in the table"),
+        ("changed", "passages have another text in the corpus"),
+        ("metadata_changed", "passages have other metadata in the corpus"),
+    ):
+        if found[name]:
+            report.add("corpus", f"{found[name]} {words}")
+    if gone := found["missing"] + found["surplus"]:
+        report.add("corpus", f"{gone} rows belong to no passage of the corpus")

@@ -17,11 +17,16 @@ from pipeline.corpus.erased import ERASED_REASON
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.table.rejects import RejectStore
+from pipeline.upkeep.comparison import corpus as corpus_module
+from pipeline.upkeep.comparison.differences import JoinWork
+from pipeline.upkeep.comparison.sides import CorpusSide
 from pipeline.upkeep.delete import delete
+from pipeline.upkeep.delta import DeltaWork
 from pipeline.upkeep.erase import erase
 from pipeline.upkeep.sync import sync
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
+from pipeline.workers.encode_work import EncodeWork
 from pipeline.workers.local import in_process
 from tests.conftest import make_texts, write_corpus
 from tests.support.commands import kalm
@@ -92,7 +97,7 @@ def test_a_corpus_does_not_bring_them_back(made, tmp_path):
     job, folder, texts, states = made
     erase(Location(job.uri), ERASED, wait_s=0)
     changes, _ = sync(job, in_process)
-    assert (changes.unchanged, changes.new, len(changes.rejected)) == (27, 0, 3)
+    assert (changes.unchanged, changes.new, changes.rejected) == (27, 0, 3)
     rejects = RejectStore(Location(job.uri)).read()
     assert [(r.line, r.reason, r.id) for r in rejects] == [
         (line, ERASED_REASON, None) for line in (4, 18, 19)
@@ -172,15 +177,20 @@ def test_killed_at_any_request_the_same_command_finishes_it(made, tmp_path):
     assert killed > KILLS // 2
 
 
+@pytest.mark.parametrize("step", [CorpusSide, JoinWork, DeltaWork, EncodeWork])
 @pytest.mark.parametrize("late", [False, True])
-def test_a_sync_that_an_erasure_overtakes_leaves_nothing_staged(made, late):
-    """The erasure comes before the workers write, or after them."""
+def test_a_sync_that_an_erasure_overtakes_leaves_nothing_staged(made, monkeypatch, step, late):
+    """The erasure comes before the workers of a step write, or after them."""
     job, folder, texts, _ = made
+    monkeypatch.setattr(corpus_module, "PIECE_ROWS", 10)  # else little is written beside the table
 
-    def overtaken(config, shards):
-        encoded = list(in_process(config, shards)) if late else []
+    def overtaken(work, units):
+        if not isinstance(work, step):
+            yield from in_process(work, units)
+            return
+        done = list(in_process(work, units)) if late else []
         erase(Location(job.uri), ["p3"], wait_s=0)
-        yield from encoded or in_process(config, shards)
+        yield from done or in_process(work, units)
 
     write_corpus(Path(job.inputs[0]), [*texts[:3], "markerwritten", *texts[4:]])
     with pytest.raises(KalmError):

@@ -9,18 +9,14 @@ Two ids count as the same if their 128-bit hashes are equal.
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
-from pathlib import Path
 from typing import Any
 
 import lance
 import numpy as np
 import pyarrow as pa
-import xxhash
 from lance.dataset import LanceOperation
 from lance.fragment import FragmentMetadata
 from numpy.typing import NDArray
@@ -39,8 +35,6 @@ from pipeline.table.partitions import (
 )
 from pipeline.table.steps import DoPart, Steps, StepWork
 
-Scan = Callable[[], Iterator[tuple[Sequence[str], NDArray[np.int64]]]]
-"""Yields the ids of all rows in order, in batches, each with the numbers of its rows."""
 DUPLICATE_POLICIES = ("error", "first", "last")
 GROUP_ROWS = 1_000_000
 """About how many rows one part reads; their hashes take 24 MB."""
@@ -48,10 +42,6 @@ SHOWN = 100
 """Most repeated rows that are named."""
 ROW = "row"
 """Column of row addresses: the id of the fragment in the high 32 bits, the offset in the low."""
-ROWS_AT_ONCE = 2_000_000
-"""Rows of which the hashes are in memory at the same time."""
-MOST_FILES = 512
-"""Most temporary files that are open at once. Beyond a billion rows each file grows instead."""
 
 
 @dataclass(frozen=True)
@@ -305,51 +295,3 @@ def _repeated_in(rows: pa.Table, keep: str) -> NDArray[np.uint64]:
     # Equal hashes are neighbours in table order: mark all but the first, or all but the last.
     (again[1:] if keep == "first" else again[:-1])[same] = True
     return columns[again]
-
-
-def repeated(
-    scan: Scan, total: int, keep: str, rows_at_once: int = ROWS_AT_ONCE
-) -> Iterator[NDArray[np.int64]]:
-    """Yield the numbers of all rows with a repeated id, except the first or last of each id.
-
-    Args:
-        scan: Reads all rows; see `Scan`.
-        total: About how many rows there are.
-        keep: "first" or "last".
-        rows_at_once: Rows to hold in memory at the same time, 64 bytes per row.
-
-    Raises:
-        OSError: If the temporary folder (TMPDIR) has no room for 24 bytes per row.
-    """
-    num_files = min(MOST_FILES, max(1, -(-total // rows_at_once)))
-    for rows in _by_hash(scan, num_files):
-        high, low, numbers = rows[np.lexsort((rows[:, 1], rows[:, 0]))].T  # a stable sort
-        same = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-        again = np.zeros(len(low), bool)
-        # Equal hashes are neighbours in scan order: mark all but the first, or all but the last.
-        (again[1:] if keep == "first" else again[:-1])[same] = True
-        if again.any():
-            yield numbers[again].astype(np.int64)
-
-
-def _by_hash(scan: Scan, num_files: int) -> Iterator[NDArray[np.uint64]]:
-    """Yield rows (n, 3) in scan order such that all rows of one id are in the same array."""
-    with tempfile.TemporaryDirectory(prefix="kalm-ids-") as folder:
-        paths = [Path(folder, str(number)) for number in range(num_files)]
-        with ExitStack() as stack:
-            files: list[Any] = [stack.enter_context(path.open("wb")) for path in paths]
-            for rows in _hashed(scan):
-                chosen = rows[:, 0] % np.uint64(num_files)
-                for number, file in enumerate(files):
-                    file.write(rows[chosen == number].tobytes())
-        for path in paths:
-            yield np.fromfile(path, np.uint64).reshape(-1, 3)
-            path.unlink()
-
-
-def _hashed(scan: Scan) -> Iterator[NDArray[np.uint64]]:
-    """Yield the batches of a scan as (n, 3): both halves of the id's hash, and the row's number."""
-    for ids, numbers in scan():
-        digests = b"".join(xxhash.xxh3_128_digest(i.encode()) for i in ids)
-        hashes = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
-        yield np.column_stack([hashes, numbers.astype(np.uint64)])

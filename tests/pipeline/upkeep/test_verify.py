@@ -4,12 +4,10 @@ import random
 import shutil
 
 import lance
-import numpy as np
 import pytest
 
 from kalm_encoder import PassageTable
 from kalm_encoder.errors import CorruptRowError, InputError, KalmError
-from pipeline.table.duplicates import repeated
 from pipeline.upkeep.verify import verify
 from tests.conftest import encode_table, make_texts, write_corpus
 from tests.support.random_model import make_checkpoint
@@ -123,23 +121,3 @@ def test_a_table_without_text_cannot_be_sampled(model_dir, tmp_path):
     assert verify(str(tmp_path / "t.lance")).num_problems == 0
     with pytest.raises(InputError, match="stores no text"):
         verify(str(tmp_path / "t.lance"), sample=1)
-
-
-@pytest.mark.parametrize("keep", ["first", "last"])
-@pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
-def test_repeated_ids_are_found_in_any_number_of_parts(keep, rows_at_once):
-    ids = [f"i{n % 30}" for n in range(100)] + ["alone"]
-
-    def scan():
-        for start in range(0, len(ids), 8):
-            part = ids[start : start + 8]
-            yield part, np.arange(start, start + len(part))
-
-    found = np.concatenate(list(repeated(scan, len(ids), keep, rows_at_once)))
-    order = range(100) if keep == "first" else range(99, -1, -1)
-    seen, want = set(), []
-    for n in order:
-        if ids[n] in seen:
-            want.append(n)
-        seen.add(ids[n])
-    assert sorted(found.tolist()) == sorted(want)

@@ -166,7 +166,8 @@ def verified_rows(
         tokens = num_tokens[piece][good]
         states = spec.codec.decode(vectors, counts[piece][good], spec.dim)
         states = coarsen(states, tokens, stored, ratio)
-        parts = iter(np.split(states, num_groups(tokens, ratio).cumsum()[:-1]))
+        ends = num_groups(tokens, ratio).cumsum().tolist()
+        parts = (states[begin:end] for begin, end in pairwise([0, *ends]))
         for i in range(piece.start, piece.stop):
             n, truncated, _ = (column[i] for column in columns)
             found = PassageStates(next(parts), n, truncated, contents[i]) if intact[i] else None

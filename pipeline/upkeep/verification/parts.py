@@ -33,6 +33,8 @@ PART_BYTES = 256 << 20
 """Bytes of a part, about. A command that is killed repeats only the parts that were under way."""
 MOST_PARTS = 4096
 """Beyond so many parts of PART_BYTES, parts are larger: each leaves two small files."""
+REPEATED = "repeated"
+"""Folder, below that of a verification, of the results of comparing ids."""
 
 
 def check_rows(
@@ -87,7 +89,7 @@ def check_rows(
         files = tuple(folder / result["file"] for result in found)
         finding = FindRepeated(table=location, files=files)
         numbers = [Part(number, number) for number in range(partitions)]
-        joined = folder / "repeated" if is_shared else None
+        joined = folder / REPEATED if is_shared else None
         repeated = _results(steps, "finding repeated ids", finding, numbers, joined)
         _add_repeated(report, table, repeated)
         if is_shared:
@@ -152,12 +154,15 @@ def _forget_problems(folder: Location) -> None:
         is_result = path.endswith(".json") and "/" not in path
         if is_result and json.loads(read_text(session, path))["num_problems"]:
             session.delete_file(path)
+            for joined in session.list(REPEATED):  # found without the ids that are read now
+                session.delete_file(joined)
 
 
 def _remove(folder: Location) -> None:
+    """Remove what the workers exchanged, the results first: they name the other files."""
     session = folder.file_session()
     try:
-        for path in session.list():
+        for path in sorted(session.list(), key=lambda path: not path.endswith(".json")):
             session.delete_file(path)
     except STORE_ERRORS as error:
         logger.warning("%s cannot be removed: %s", folder, first_line(error))

@@ -10,10 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lance
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.checksums import states_checksum
 from pipeline.corpus.passages import FieldOptions
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
@@ -69,6 +71,10 @@ def faulty(sound, tmp_path_factory):
     rows[33] = rows[2]
     rows[38] = rows[2]
     rows[41]["shard_id"] = "another"
+    rows[52]["states_r16"][0][0] = float("nan")
+    states = np.array(rows[52]["states_r16"], np.float16)
+    facts = (rows[52][name] for name in ("id", "num_tokens", "truncated"))
+    rows[52]["checksum_r16"] = states_checksum(*facts, states)
     del rows[48]
     uri = write_table(str(tmp_path_factory.mktemp("faulty") / "t.lance"), rows, whole.schema)
     damaged = lance.dataset(uri).get_fragments()[1].metadata.files[0].path
@@ -96,7 +102,7 @@ def test_parts_find_what_one_finds(faulty):
     assert problems(whole) == [
         ("rows", "p3"),
         ("files", None),
-        *[("rows", "p25"), ("rows", "p27"), ("rows", "p27"), ("rows", "p41")],
+        *[("rows", "p25"), ("rows", "p27"), ("rows", "p27"), ("rows", "p41"), ("rows", "p52")],
         *[("unique ids", "p2")] * 2,
         ("complete", None),
         ("look-up", None),
@@ -124,6 +130,7 @@ KILLED = """
 import os, signal, sys
 from pipeline.table.committer import Committer
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.checksums import states_checksum
 from pipeline.corpus.passages import FieldOptions
 from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
@@ -163,13 +170,13 @@ def test_a_killed_verification_goes_on_and_leaves_nothing(sound):
 
 
 def test_a_part_that_had_problems_is_checked_again(faulty):
-    """It was killed while it compared the ids; four of the six parts have problems."""
+    """It was killed while it compared the ids; five of the six parts have problems."""
     size = part_bytes(faulty)
     call = "verify(sys.argv[2], execute=killed, part_bytes=int(sys.argv[3]))"
     killed_after(6, call, faulty, str(size))
     execute, given = counting(in_process)
     assert asdict(verify(faulty, execute=execute, part_bytes=size)) == asdict(verify(faulty))
-    assert given[0] == ("CheckRows", 4)
+    assert given[0] == ("CheckRows", 5)
 
 
 def test_a_killed_truncate_goes_on(sound, tmp_path):

@@ -23,11 +23,21 @@ def serve(
         bool,
         typer.Option("--with-encoder", help="Load the encoder too, for texts that are not stored."),
     ] = False,
+    match_text: Annotated[
+        bool,
+        typer.Option(
+            "--match-text",
+            help="Score texts from stored states if the table holds them, for clients that send "
+            "texts. It needs the index.",
+        ),
+    ] = False,
     hot_mb: options.HotMb = 0,
     index_mb: Annotated[
         int,
         typer.Option(
-            min=0, help="Megabytes for an index of all rows, 37 bytes per row; 0 holds none."
+            min=0,
+            help="Megabytes for an index of all rows, 37 bytes per row and 4 more with "
+            "--match-text; 0 holds none.",
         ),
     ] = 512,
     filter_columns: Annotated[
@@ -98,6 +108,7 @@ def serve(
         device=device,
         dtype=dtype,
         with_encoder=with_encoder,
+        match_text=match_text,
         hot_bytes=hot_mb << 20,
         index_bytes=index_mb << 20,
         filter_columns=frozenset(options.split_list(filter_columns or "")),

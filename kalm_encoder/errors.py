@@ -5,6 +5,7 @@ KalmError                      exit code 1: the run failed, try again or read on
 │   ├── CheckpointError        a model directory or hub id cannot be used
 │   ├── MismatchError          a table and a model (or a job) do not belong together
 │   ├── MissingIdsError        the table does not hold these ids
+│   ├── MissingTextsError      the table does not hold these texts
 │   └── TableError             there is no table at this address, or it is not finished
 ├── CorruptRowError            a stored row is not what was written
 ├── NonFiniteError             logits are NaN or infinite
@@ -69,6 +70,28 @@ class MissingIdsError(InputError):
 
     def __reduce__(self) -> tuple[type, tuple[list[str], str, str]]:
         return MissingIdsError, (self.ids, self.uri, self.remedy)
+
+
+class MissingTextsError(InputError):
+    """The table holds no passages with these texts.
+
+    Attributes:
+        texts: All missing texts, in the order they were asked for.
+        uri: Address of the table.
+    """
+
+    def __init__(self, texts: Sequence[str], uri: str) -> None:
+        shown = ", ".join(repr(text[:40]) for text in texts[:3]) + (", …" if len(texts) > 3 else "")
+        super().__init__(
+            f"{len(texts)} of the texts asked for are not in {uri}: {shown}. Encode them first, "
+            "give an encoder, leave them out with on_missing='drop', or rank them last with "
+            "on_missing='last'."
+        )
+        self.texts = list(texts)
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[type, tuple[list[str], str]]:
+        return MissingTextsError, (self.texts, self.uri)
 
 
 class TableError(InputError):

@@ -4,8 +4,9 @@
     model.rank("how are states read?", ["d1", "d2", "d3"], top_k=2)  # [{"corpus_id": 1, "score": …
     model.predict([("how are states read?", "d1"), ("another query", "d7")])
 
-Documents are ids of the table. With an encoder they are texts, which are encoded in each call. This
-module does not import sentence-transformers.
+Documents are ids of the table. With an encoder they are texts, which are encoded in each call. With
+match_text they are texts too, and only those that the table does not hold are encoded, if there is
+an encoder. This module does not import sentence-transformers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from kalm_encoder.errors import InputError, MismatchError
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.rerank.reranker import Reranker
 from kalm_encoder.rerank.results import OnMissing
+from kalm_encoder.rerank.texts import encode_texts, keys_of, naming_texts
 from kalm_encoder.table.ids import Id, as_id
 
 if TYPE_CHECKING:
@@ -35,11 +38,14 @@ class KaLMCrossEncoder:
         reranker: An open Reranker, or the address of a passage table.
         encoder: Encoder of the table's model; with one, documents are texts. Their states are
             float32, so their scores are not rounded to the table's store_dtype.
+        match_text: Whether documents are texts that are scored from stored states if the table
+            holds them.
         instruction: Description of the task; None takes the model's default.
         system_instruction: What the model is told before the task; None takes its default.
         ratio: Any multiple of a stored ratio; None takes the finest stored.
-        on_missing: What becomes of ids that the table does not hold: "error" raises, "drop" leaves
-            them out of a ranking, and "last" gives them a score of 0.
+        on_missing: What becomes of ids that the table does not hold, and of such texts without an
+            encoder: "error" raises, "drop" leaves them out of a ranking, and "last" gives them a
+            score of 0.
 
     Attributes:
         num_labels: Number of scores per pair, which sentence-transformers' evaluators ask for.
@@ -47,7 +53,8 @@ class KaLMCrossEncoder:
 
     Raises:
         MismatchError: If the encoder has another passage length than the table.
-        InputError: If the ratio or on_missing is impossible.
+        InputError: If the ratio or on_missing is impossible, or if texts are to be matched and the
+            reranker was opened without that.
     """
 
     num_labels = 1
@@ -57,12 +64,14 @@ class KaLMCrossEncoder:
         reranker: Reranker | str | os.PathLike[str],
         *,
         encoder: PassageEncoder | None = None,
+        match_text: bool = False,
         instruction: str | None = None,
         system_instruction: str | None = None,
         ratio: int | None = None,
         on_missing: OnMissing = "error",
     ) -> None:
-        self._reranker = Reranker.of(reranker)
+        self._reranker = Reranker.of(reranker, match_text=match_text)
+        self._match_text = match_text
         self._reranker.stages(ratio=ratio, on_missing=on_missing)
         spec = self._reranker.table.spec
         if encoder is not None and encoder.max_length != spec.max_length:
@@ -105,7 +114,8 @@ class KaLMCrossEncoder:
 
         Args:
             query: Raw text.
-            documents: Ids, or texts if there is an encoder. A repeated one is in the result twice.
+            documents: Ids, or texts if there is an encoder or `match_text`. A repeated one is in
+                the result twice.
             top_k: Number of results to keep; None keeps all.
             return_documents: Whether to add each given document to its result as "text".
             prompt_name: Must be None, as `instruction` says what the task is. A number, which older
@@ -129,6 +139,7 @@ class KaLMCrossEncoder:
         Raises:
             InputError: If an option would change the scores.
             MissingIdsError: If the table does not hold some ids, and on_missing is "error".
+            MissingTextsError: The same with `match_text`.
         """
         self._refuse(prompt_name, prompt, activation_fn, apply_softmax, device, pool)
         found = self._scores([(query, document) for document in documents])
@@ -180,6 +191,7 @@ class KaLMCrossEncoder:
         Raises:
             InputError: If an option would change the scores, or on_missing is "drop".
             MissingIdsError: If the table does not hold some ids, and on_missing is "error".
+            MissingTextsError: The same with `match_text`.
         """
         self._refuse(prompt_name, prompt, activation_fn, apply_softmax, device, pool)
         if self._options["on_missing"] == "drop":
@@ -221,18 +233,22 @@ class KaLMCrossEncoder:
 
     def _scores(self, pairs: Sequence[tuple[str, Id]]) -> list[tuple[float, float] | None]:
         """Return (score, margin) per pair, or None for what was dropped; score each pair once."""
-        named = [(query, as_id(document)) for query, document in pairs]
+        table, named = self._reranker.table, [(query, as_id(given)) for query, given in pairs]
+        if self._match_text or self._encoder is not None:
+            texts = list(dict.fromkeys(document for _, document in named))
+            keys = keys_of(texts, table.ids_by_text(texts) if self._match_text else {})
+            named = [(query, keys[document]) for query, document in named]
         documents = defaultdict(list)
-        for query, document in named:
-            documents[query].append(document)
+        for query, key in named:
+            documents[query].append(key)
         passages: dict[str, PassageStates] = {}
         if self._encoder is not None:
-            texts = list(dict.fromkeys(document for _, document in named))
-            encoded = self._encoder.encode(texts, ratio=self._reranker.table.spec.ratios[0])
-            passages = dict(zip(texts, encoded, strict=True))
+            encode = partial(self._encoder.encode, ratio=table.spec.ratios[0])
+            passages = encode_texts(keys.values(), encode)
         found = {}
         for query, wanted in documents.items():
-            results = self._reranker.rerank(query, wanted, passages=passages, **self._options)
+            with naming_texts(table.uri):
+                results = self._reranker.rerank(query, wanted, passages=passages, **self._options)
             for r in results:
                 found[query, r.id] = r.score, r.margin
         return [found.get(pair) for pair in named]

@@ -22,6 +22,7 @@ from kalm_encoder.rerank.results import (
     falling_scores,
     passage_of,
 )
+from kalm_encoder.rerank.texts import keys_of, naming_texts
 
 Item = TypeVar("Item")
 
@@ -37,12 +38,14 @@ class RerankFields(BaseModel):
         reranker: An open Reranker, or the address of a passage table.
         top_n: Number of items to keep; None keeps all.
         id_key: Metadata key that holds the id of the passage.
+        match_text: Whether the passage of an item is the one with its text, instead of an id.
         instruction: Option of `Reranker.rerank`, like the five below.
         system_instruction: What the model is told before the task.
         ratio: Ratio of the states to score.
         cascade: Stages instead of one ratio.
         max_ms: Time budget in milliseconds.
-        on_missing: What becomes of items whose id the table does not hold: error, drop or last.
+        on_missing: What becomes of items whose id (or text) the table does not hold: error, drop or
+            last.
         where: SQL predicate over the columns of the table. Items whose rows do not satisfy it, and
             those without a row, are left out.
         with_metadata: Whether items get the metadata columns of the table as metadata, in place of
@@ -59,6 +62,7 @@ class RerankFields(BaseModel):
     reranker: Annotated[Reranker | str, BeforeValidator(_address)]
     top_n: int | None = Field(default=None, ge=1)
     id_key: str = "id"
+    match_text: bool = False
     instruction: str | None = None
     system_instruction: str | None = None
     ratio: int | None = None
@@ -74,12 +78,17 @@ class RerankFields(BaseModel):
 
     def model_post_init(self, context: Any) -> None:
         """Open the table if an address was given, and refuse options that it cannot satisfy."""
-        self._reranker = Reranker.of(self.reranker)
+        self._reranker = Reranker.of(self.reranker, match_text=self.match_text)
         self._reranker.stages(ratio=self.ratio, cascade=self.cascade, max_ms=self.max_ms)
         if self.where is not None:
             self._reranker.table.check_filter(self.where)
         if self.group_by is not None:
             self._reranker.table.members([], self.group_by)
+
+    def _keys_of(self, texts: Sequence[str]) -> list[str]:
+        """Return for each text the id of the passage that has it, or a key that no passage has."""
+        keys = keys_of(texts, self._reranker.table.ids_by_text(texts))
+        return [keys[text] for text in texts]
 
     def _rank(
         self, query: str, ids: Sequence[str], items: Sequence[Item]
@@ -92,20 +101,21 @@ class RerankFields(BaseModel):
         The score is P(yes), and never above that of the item before; see `falling_scores`.
         """
         try:
-            results = self._reranker.rerank(
-                query,
-                ids,
-                instruction=self.instruction,
-                system_instruction=self.system_instruction,
-                ratio=self.ratio,
-                cascade=self.cascade,
-                max_ms=self.max_ms,
-                on_missing=self.on_missing,
-                where=self.where,
-                group_by=self.group_by,
-                aggregate=self.aggregate,
-                max_passages=self.max_passages,
-            )
+            with naming_texts(self._reranker.table.uri):
+                results = self._reranker.rerank(
+                    query,
+                    ids,
+                    instruction=self.instruction,
+                    system_instruction=self.system_instruction,
+                    ratio=self.ratio,
+                    cascade=self.cascade,
+                    max_ms=self.max_ms,
+                    on_missing=self.on_missing,
+                    where=self.where,
+                    group_by=self.group_by,
+                    aggregate=self.aggregate,
+                    max_passages=self.max_passages,
+                )
         except MissingIdsError as error:
             remedy = f"name the metadata key that holds them as id_key (now {self.id_key!r}), or "
             raise MissingIdsError(error.ids, error.uri, remedy + error.remedy) from None

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class KaLMCompressor(RerankFields, BaseDocumentCompressor):
     """Keeps the best documents by P(yes); it sends no text to a model.
 
-    The passage id of a document is its metadata `id_key`, or its `id` if it has no such key. The
-    other fields are those of RerankFields.
+    The passage id of a document is its metadata `id_key`, or its `id` if it has no such key. With
+    `match_text` its passage is the one whose text is its `page_content`. The other fields are those
+    of RerankFields.
     """
 
     def compress_documents(
@@ -39,8 +40,12 @@ class KaLMCompressor(RerankFields, BaseDocumentCompressor):
         Raises:
             InputError: If a document has no id.
             MissingIdsError: If the table does not hold some ids; it names them.
+            MissingTextsError: The same with `match_text`.
         """
-        ids = [self._passage_id(*numbered) for numbered in enumerate(documents)]
+        if self.match_text:
+            ids = self._keys_of([document.page_content for document in documents])
+        else:
+            ids = [self._passage_id(*numbered) for numbered in enumerate(documents)]
         staged = self.cascade is not None or self.max_ms is not None
         best = []
         for document, score, ratio, metadata in self._rank(query, ids, documents):

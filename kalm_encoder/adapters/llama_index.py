@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from kalm_encoder.adapters.framework_fields import RerankFields
 from kalm_encoder.errors import InputError
@@ -22,7 +22,8 @@ from kalm_encoder.table.ids import as_id
 class KaLMNodePostprocessor(RerankFields, BaseNodePostprocessor):
     """Keeps the best nodes by P(yes); it sends no text to a model.
 
-    The passage id of a node is its metadata `id_key`, or its `node_id` if it has no such key. The
+    The passage id of a node is its metadata `id_key`, or its `node_id` if it has no such key. With
+    `match_text` its passage is the one whose text is the content of the node, without metadata. The
     fields that are not listed here are those of RerankFields.
 
     Attributes:
@@ -45,10 +46,15 @@ class KaLMNodePostprocessor(RerankFields, BaseNodePostprocessor):
         Raises:
             InputError: If there is no query.
             MissingIdsError: If the table does not hold some ids; it names them.
+            MissingTextsError: The same with `match_text`.
         """
         if query_bundle is None:
             raise InputError("no query to rank by: give query_bundle or query_str")
-        ranked = self._rank(query_bundle.query_str, [self._passage_id(n) for n in nodes], nodes)
+        if self.match_text:
+            ids = self._keys_of([n.node.get_content(MetadataMode.NONE) for n in nodes])
+        else:
+            ids = [self._passage_id(n) for n in nodes]
+        ranked = self._rank(query_bundle.query_str, ids, nodes)
         return [self._scored(node, score, metadata) for node, score, _, metadata in ranked]
 
     def _passage_id(self, node: NodeWithScore) -> str:

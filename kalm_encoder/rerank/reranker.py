@@ -22,7 +22,8 @@ from kalm_encoder.rerank.candidates import CandidateReader
 from kalm_encoder.rerank.cascade import Stage, choose_stages
 from kalm_encoder.rerank.grouping import MAX_PASSAGES, Aggregate, Grouping, rank_documents
 from kalm_encoder.rerank.match import check_match
-from kalm_encoder.rerank.results import OnMissing, RerankResult
+from kalm_encoder.rerank.results import OnMissing, RerankResult, TextResult
+from kalm_encoder.rerank.texts import Encode, rank_texts
 from kalm_encoder.table.ids import Id, as_id, as_ids
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.restricted import RestrictedTable
@@ -80,6 +81,7 @@ class Reranker:
         dtype: Dtype = None,
         hot_bytes: int = 0,
         index_bytes: int = 0,
+        match_text: bool = False,
     ) -> Reranker:
         """Open a table and load the decoder for it; the encoder is never loaded.
 
@@ -95,13 +97,20 @@ class Reranker:
             hot_bytes: Memory on the device for passages that come back with the same instructions.
                 They are not read again, and the fixed part of their prompt is not computed again.
             index_bytes: Memory for an index of the table's rows; see PassageTable.load_index.
+            match_text: Whether `rerank_texts` is wanted. It needs that index, for which 0 is then
+                no limit.
 
         Raises:
             TableError: If there is no such table, or it is not complete.
+            InputError: If texts are to be matched and the index would be larger than the limit.
             CheckpointError: If the model cannot be loaded.
             MismatchError: If table and model do not belong together; it names the field.
         """
-        stored: dict[str, Any] = {"storage_options": storage_options, "index_bytes": index_bytes}
+        stored: dict[str, Any] = {
+            "storage_options": storage_options,
+            "index_bytes": index_bytes,
+            "match_text": match_text,
+        }
         table = PassageTable.open(uri, version=version, **stored)
         if model is None:
             model, revision = table.spec.model, revision or table.spec.revision
@@ -123,9 +132,17 @@ class Reranker:
         return self._reopen, ()
 
     @classmethod
-    def of(cls, given: Reranker | str | os.PathLike[str]) -> Reranker:
-        """Return an open reranker as it is, and open one for the address of a table."""
-        return given if isinstance(given, Reranker) else cls.open(given)
+    def of(cls, given: Reranker | str | os.PathLike[str], *, match_text: bool = False) -> Reranker:
+        """Return an open reranker as it is, and open one for the address of a table.
+
+        Raises:
+            InputError: If texts are to be matched, and the reranker was opened without that.
+        """
+        if not isinstance(given, Reranker):
+            return cls.open(given, match_text=match_text)
+        if match_text:
+            given.table.ids_by_text([])
+        return given
 
     def restricted(self, where: str) -> Reranker:
         """Return a reranker of those rows that satisfy a predicate, as if there were no others.
@@ -239,6 +256,35 @@ class Reranker:
             missing = places.keys() - {result.id for result in ranked}
             ranked += [RerankResult(i, 0.0, -math.inf, None) for i in places if i in missing]
         return ranked[:top_k]
+
+    def rerank_texts(
+        self,
+        query: str | Prompt,
+        texts: Sequence[str],
+        *,
+        encode: Encode | None = None,
+        **options: Any,
+    ) -> list[TextResult]:
+        """Score texts against a query; those that the table holds are scored from stored states.
+
+        Args:
+            query: As in `rerank`.
+            texts: Raw texts in any order, each exactly as it was encoded, title included, if its
+                stored states are to be found. A repeated one is scored once.
+            encode: Function that makes the states of texts that are not stored at the finest stored
+                ratio, such as the method `encode` of a PassageEncoder. None makes none, and
+                `on_missing` says what becomes of these texts.
+            options: Options of `rerank`, except `passages` and `group_by`.
+
+        Returns:
+            One result per text, as `rerank` orders them. The score of a stored text is that of its
+            id.
+
+        Raises:
+            MissingTextsError: If texts are neither stored nor encoded, and on_missing is "error".
+            InputError: If the table was opened without `match_text`, or an option is impossible.
+        """
+        return rank_texts(partial(self.rerank, query, **options), self.table, texts, encode)
 
     def stages(
         self,

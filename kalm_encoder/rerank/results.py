@@ -47,6 +47,25 @@ class DocumentResult(RerankResult):
     span: tuple[int, int] | None
 
 
+@dataclass(frozen=True, slots=True)
+class TextResult:
+    """One text.
+
+    Attributes:
+        text: The text.
+        score: P(yes) in [0, 1].
+        margin: Logit of `yes` minus logit of `no`.
+        ratio: As in `RerankResult`; None if the text is neither stored nor encoded.
+        id: Id of the stored passage that it was scored from; None if the table holds none.
+    """
+
+    text: str
+    score: float
+    margin: float
+    ratio: int | None
+    id: str | None
+
+
 def passage_of(result: RerankResult) -> str:
     """Return the id of the passage of a result: the best one of a document."""
     if isinstance(result, DocumentResult) and result.passage_id is not None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from kalm_encoder import __version__
 from kalm_encoder.rerank.results import DocumentResult, passage_of
+from kalm_encoder.rerank.texts import TEXT
 from kalm_encoder.service.live import Version
 from kalm_encoder.service.requests import Document, Options, RerankRequest, ScoreRequest, TeiRequest
-from kalm_encoder.service.scoring import TEXT, check_count, score_candidates
+from kalm_encoder.service.scoring import check_count, score_candidates
 
 
 def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def rerank(version: Version, request: RerankRequest) -> dict[str, Any]:
             result["document"] = {"text": text}
         if id in metadata:
             result["metadata"] = {n: _as_json(value) for n, value in metadata[id].items()}
-        results.append(result | {"ratio": one.ratio})
+        is_stored = one.ratio is not None and not id.startswith(TEXT)
+        results.append(result | {"ratio": one.ratio, "stored": is_stored})
     meta: dict[str, Any] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     if request.max_tokens_per_doc is not None or request.truncate_prompt_tokens is not None:
         meta["warnings"] = [
@@ -97,6 +99,7 @@ def info(version: Version) -> dict[str, Any]:
         "store_dtype": spec.store_dtype,
         "max_length": spec.max_length,
         "with_encoder": settings.with_encoder,
+        "match_text": settings.match_text,
         "metadata_columns": dict(spec.metadata_columns),
         "filter_columns": sorted(settings.filter_columns),
         "max_candidates": settings.max_candidates,

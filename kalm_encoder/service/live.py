@@ -64,13 +64,15 @@ def open_live(settings: Settings) -> PassageTable:
 
     Raises:
         TableError: There is no table, or it is not complete.
-        InputError: The table lacks a filter column, or cannot apply the predicate of a key.
+        InputError: The table lacks a filter column, or cannot apply the predicate of a key, or is
+            too large for the index that matching texts needs.
     """
     table = PassageTable.open(settings.uri, storage_options=settings.storage_options)
     if lacking := sorted(settings.filter_columns - set(table.dataset.schema.names)):
         raise InputError(f"{settings.uri} has no column {lacking[0]!r} to filter by")
     for predicate in settings.predicates:
         _checked(predicate, table)
+    table.index_size(settings.index_bytes, match_text=settings.match_text)
     return table
 
 
@@ -169,8 +171,8 @@ class LiveTable:
             decoder.device.call(decoder.decoder.warm_up)
         if settings.with_encoder:
             encoder = self._encoder_for(table, encoder, model, how, decoder.device)
-        if settings.index_bytes:
-            table.load_index(settings.index_bytes)
+        if settings.index_bytes or settings.match_text:
+            table.load_index(settings.index_bytes, match_text=settings.match_text)
         first = table.dataset.to_table(columns=["id"], limit=NUM_WARM_UP_PASSAGES)
         reranker.rerank("warm up", first["id"].to_pylist())
         restricted = {

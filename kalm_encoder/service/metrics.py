@@ -20,6 +20,7 @@ SECONDS = Histogram("kalm_request_seconds", "Until answered", ["path"], buckets=
 BATCH_PAIRS = Histogram("kalm_batch_pairs", "Pairs scored in a batch", buckets=BUCKETS_PAIRS)
 BATCH_TEXTS = Histogram("kalm_batch_texts", "Texts encoded in a batch", buckets=BUCKETS_PAIRS)
 PENDING = Gauge("kalm_pending_requests", "Worked on or waiting")
+MATCH_TEXTS = Counter("kalm_match_texts", "Texts looked for in the table", ["found"])
 QUEUED = Gauge("kalm_queued", "Pairs and texts that wait for the device", ["kind"])
 VERSION = Gauge("kalm_table_version", "Version that is served")
 FAILED_SWAPS = Gauge("kalm_failed_swaps", "Failed new versions")
@@ -37,7 +38,8 @@ def page(live: LiveTable, pending: int) -> Response:
         QUEUED.labels("pairs").set(len(version.decoder.queue))
         if version.encoder is not None:
             QUEUED.labels("texts").set(len(version.encoder.queue))
-        INDEX_BYTES.set(version.table.index.nbytes if version.table.index else 0)
+        held = (version.table.index, version.table.by_text)
+        INDEX_BYTES.set(sum(one.nbytes for one in held if one is not None))
         if (hot := version.decoder.decoder.hot) is not None:
             HOT_BYTES.set(hot.nbytes)
             HOT_LOOKUPS.labels("yes").set(hot.hits)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 
 from kalm_encoder import PassageStates, RerankResult
 from kalm_encoder.errors import InputError
-from kalm_encoder.rerank.results import at_places
+from kalm_encoder.rerank.results import OnMissing, at_places
+from kalm_encoder.rerank.texts import TEXT, encode_texts, keys_of
 from kalm_encoder.service.filters import check_filter
 from kalm_encoder.service.live import Version
+from kalm_encoder.service.metrics import MATCH_TEXTS
 from kalm_encoder.service.requests import Document, Options
-
-TEXT = f"text {uuid.uuid4()} "
-"""Beginning of the keys of candidates that are scored from the text that came with the request. It
-is random, so that no id begins with it. The text follows, so that equal texts have one key."""
 
 
 def check_count(version: Version, count: int) -> None:
@@ -35,7 +32,8 @@ def score_candidates(
     Args:
         version: The version to score from.
         query: Raw text.
-        candidates: Stored ids, or texts if the encoder is loaded. One may occur several times.
+        candidates: Stored ids, or texts if the encoder is loaded or texts are matched. One may
+            occur several times.
         options: Instructions, ratio, cascade, max_ms, filter and grouping.
 
     Returns:
@@ -45,7 +43,7 @@ def score_candidates(
 
     Raises:
         InputError: There are too many candidates, a filter that is not allowed, an impossible
-            option, or a text without the encoder.
+            option, or a text that is neither matched nor encoded.
         MissingIdsError: There are ids without stored states and without a text, and on_missing is
             "error".
     """
@@ -68,7 +66,7 @@ def score_candidates(
         max_ms=options.max_ms,
         on_missing=options.on_missing,
         where=where,
-        passages=_encode(version, keys),
+        passages=_encode(version, keys, options.on_missing),
         group_by=options.group_by,
         aggregate=options.aggregate,
         max_passages=options.max_passages,
@@ -78,28 +76,42 @@ def score_candidates(
 
 
 def _keys(version: Version, candidates: Sequence[Document]) -> list[str]:
-    """Return the id of each candidate that is stored or has no text, and a key for other texts."""
+    """Return the id of each candidate that is stored or has no text, and a key for other texts.
+
+    A text that the table holds has the id of its passage, if texts are matched.
+    """
     named = [c.id for c in candidates if c.id is not None and c.text is not None]
     stored = version.table.known(named) if named else set()
+    texts = [c.text for c in candidates if c.text is not None and c.id not in stored]
+    found = {}
+    if version.settings.match_text:
+        found = version.table.ids_by_text(texts)
+        num_found = sum(text in found for text in texts)
+        MATCH_TEXTS.labels("yes").inc(num_found)
+        MATCH_TEXTS.labels("no").inc(len(texts) - num_found)
+    keys = keys_of(texts, found)
     return [
-        c.id if c.id is not None and (c.text is None or c.id in stored) else f"{TEXT}{c.text}"
+        c.id if c.id is not None and (c.text is None or c.id in stored) else keys[c.text or ""]
         for c in candidates
     ]
 
 
-def _encode(version: Version, keys: Sequence[str]) -> dict[str, PassageStates]:
+def _encode(
+    version: Version, keys: Sequence[str], on_missing: OnMissing
+) -> dict[str, PassageStates]:
     """Encode the texts among the candidates; return their states by key.
 
     Raises:
-        InputError: There are texts, and the encoder is not loaded.
+        InputError: There are texts, and the encoder is not loaded. If texts are matched, this is
+            left to `on_missing`.
     """
-    texts = {key: key.removeprefix(TEXT) for key in keys if key.startswith(TEXT)}
-    if not texts:
-        return {}
-    if version.encoder is None:
-        shown = ", ".join(repr(text[:40]) for text in list(texts.values())[:3])
+    if version.encoder is not None:
+        return encode_texts(keys, version.encoder.encode)
+    texts = [key.removeprefix(TEXT) for key in dict.fromkeys(keys) if key.startswith(TEXT)]
+    if texts and not (version.settings.match_text and on_missing != "error"):
+        shown = ", ".join(repr(text[:40]) for text in texts[:3])
         raise InputError(
             f"{len(texts)} candidates are texts without stored states ({shown}): send "
             "document_ids, or start the server with --with-encoder"
         )
-    return dict(zip(texts, version.encoder.encode(list(texts.values())), strict=True))
+    return {}

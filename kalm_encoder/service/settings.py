@@ -21,6 +21,8 @@ class Settings:
         hot_bytes: Memory for passages that are asked for again and again.
         index_bytes: Memory for where each row lies. A new version needs as much again until it has
             taken over.
+        match_text: Whether candidates that come as texts are scored from stored states if the table
+            holds them. It needs the index of rows.
         filter_columns: Columns that a filter of a request may name.
         max_candidates: Number of candidates one request may have.
         refresh_s: Seconds between two looks at the tag `live`.
@@ -44,6 +46,7 @@ class Settings:
     with_encoder: bool = False
     hot_bytes: int = 0
     index_bytes: int = 512 << 20
+    match_text: bool = False
     filter_columns: frozenset[str] = frozenset()
     max_candidates: int = 1000
     refresh_s: float = 10.0

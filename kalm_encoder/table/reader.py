@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from kalm_encoder.errors import MissingIdsError, TableError, first_line
+import numpy as np
+from numpy.typing import NDArray
+
+from kalm_encoder.errors import InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.ids import Id, as_ids, ids_in
 from kalm_encoder.table.location import Location
-from kalm_encoder.table.row_index import ADDRESS, RowIndex
+from kalm_encoder.table.row_index import ADDRESS, RowIndex, TextOrder
 from kalm_encoder.table.rows import read_rows, verified_rows
 from kalm_encoder.table.table_version import TableVersion
 
@@ -25,9 +30,11 @@ class PassageTable(TableVersion):
 
     Attributes:
         index: Index of the rows in memory, or None if it was not wanted or is too large.
+        by_text: The rows of the index in the order of their texts, or None if it was not wanted.
     """
 
     index: RowIndex | None = None
+    by_text: TextOrder | None = None
 
     @classmethod
     def open(
@@ -37,6 +44,7 @@ class PassageTable(TableVersion):
         version: int | str | None = None,
         storage_options: dict[str, str] | None = None,
         index_bytes: int = 0,
+        match_text: bool = False,
     ) -> PassageTable:
         """Open a table.
 
@@ -46,9 +54,12 @@ class PassageTable(TableVersion):
                 table has.
             storage_options: Storage options of Lance, such as aws_endpoint.
             index_bytes: Most memory for an index of the rows (see `load_index`); 0 makes none.
+            match_text: Whether `ids_by_text` is wanted. It needs the index, for which 0 is then no
+                limit.
 
         Raises:
             TableError: If there is no such table or version, or no job has completed it.
+            InputError: If texts are to be matched and the index would be larger than the limit.
             CorruptRowError: If the index cannot be read.
         """
         location = Location(os.fspath(uri), storage_options)
@@ -63,21 +74,45 @@ class PassageTable(TableVersion):
         except (ValueError, OSError) as error:
             raise TableError(f"{uri} has no version {version!r}: {first_line(error)}") from error
         table = cls(uri, at)
-        if index_bytes:
-            table.load_index(index_bytes)
+        if index_bytes or match_text:
+            table.load_index(index_bytes or sys.maxsize, match_text=match_text)
         return table
 
-    def load_index(self, max_bytes: int) -> None:
+    def index_size(self, max_bytes: int, *, match_text: bool) -> int:
+        """Return the bytes that an index of the rows takes.
+
+        Raises:
+            InputError: If texts are to be matched and these are more than `max_bytes`.
+        """
+        rows = len(self)
+        size = RowIndex.size(rows, self.spec.ratios)
+        if not match_text:
+            return size
+        if (size := size + TextOrder.size(rows)) > max_bytes:
+            raise InputError(
+                f"to find passages by their texts, the {rows} rows of {self.uri} must be indexed "
+                f"in memory. That takes {size / 2**20:.1f} MB and the limit is "
+                f"{max_bytes / 2**20:.1f} MB: give --index-mb {-(-size // 2**20)} "
+                f"(index_bytes={size} in Python), or leave --match-text out"
+            )
+        return size
+
+    def load_index(self, max_bytes: int, *, match_text: bool = False) -> None:
         """Index the rows in memory, so that `take` reads nothing but states; see row_index.py.
 
         This reads the small columns once, which takes 0.2 to 0.5 s per million rows on a local
         disk. If the index would be larger than `max_bytes`, the log says so and none is made.
 
+        Args:
+            max_bytes: Most memory for it.
+            match_text: Whether rows are found by their texts too.
+
         Raises:
             CorruptRowError: If the small columns cannot be read.
+            InputError: If texts are to be matched and the index would be larger than the limit.
         """
         began, rows = time.monotonic(), len(self)
-        if (size := RowIndex.size(rows, self.spec.ratios)) > max_bytes:
+        if (size := self.index_size(max_bytes, match_text=match_text)) > max_bytes:
             logger.warning(
                 "an index of %d rows takes %.1f MB of memory and the limit is %.1f MB: rows are "
                 "looked up on disk",
@@ -88,6 +123,8 @@ class PassageTable(TableVersion):
             self.index = RowIndex.build(self.dataset, self.spec.ratios)
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
+        if match_text:
+            self.by_text = TextOrder.of(self.index)
         seconds = time.monotonic() - began
         logger.info("%d rows indexed in memory: %.1f MB, %.1f s", rows, size / 2**20, seconds)
 
@@ -123,6 +160,46 @@ class PassageTable(TableVersion):
             columns += [f"states_r{stored}", f"checksum_r{stored}"]
             found |= read_rows(self.spec, self._scan(columns, ids_in(left)), ratio, uri=self.uri)
         return found
+
+    def ids_by_text(self, texts: Iterable[str]) -> dict[str, str]:
+        """Return the ids of those texts that the table holds, by text.
+
+        A text is held if a row was encoded from exactly this text, title included. Nothing is read
+        for a text that is not held. If several rows hold one, it is the one whose id has the lowest
+        hash, which is the same row in every version.
+
+        Raises:
+            InputError: If the table was opened without `match_text`, or a text is not valid
+                Unicode.
+            CorruptRowError: If the rows cannot be read.
+        """
+        if self.by_text is None:
+            raise InputError(f"{self.uri} was opened without match_text: open it with it")
+        try:
+            hashes = {text: text_hash(text) for text in texts}
+        except UnicodeEncodeError as error:
+            shown = repr(error.object[:80])
+            raise InputError(f"the text {shown} is not valid Unicode: no table holds it") from None
+        order = self.by_text
+        rows = order.find(list(dict.fromkeys(hashes.values())))
+        ids = self._confirmed({key: order.at(rows[key][:1]) for key in rows})
+        # Other rows are read only if the first one has another text with the same first half.
+        ids |= self._confirmed({key: order.at(rows[key][1:]) for key in rows.keys() - ids.keys()})
+        return {text: ids[key] for text, key in hashes.items() if key in ids}
+
+    def _confirmed(self, rows: Mapping[bytes, NDArray[np.uint64]]) -> dict[bytes, str]:
+        """Return by text hash the id of the first row at its addresses that has all 16 bytes."""
+        if not (places := [(key, at) for key, found in rows.items() for at in found.tolist()]):
+            return {}
+        wanted = f"{ADDRESS} IN ({', '.join(str(at) for _, at in places)})"
+        read = self._scan(["id", "text_hash", ADDRESS], wanted)
+        ids, hashes, addresses = (read[name].to_pylist() for name in ("id", "text_hash", ADDRESS))
+        held = dict(zip(addresses, zip(hashes, ids, strict=True), strict=True))
+        confirmed: dict[bytes, str] = {}
+        for key, at in places:
+            if held[at][0] == key:
+                confirmed.setdefault(key, held[at][1])
+        return confirmed
 
     def _take_indexed(
         self, ids: Sequence[str], ratio: int

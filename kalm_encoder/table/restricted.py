@@ -2,7 +2,7 @@
 
 Whoever holds such a table cannot tell an id that the predicate hides from one that is not there.
 Ids are compared with hashes that were made when it was opened, before anything is looked up, so
-that both take the same path and the same time.
+that both take the same path and the same time. Texts are looked up among the visible rows alone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from kalm_encoder.errors import InputError, first_line
 from kalm_encoder.table.ids import Id, as_ids
 from kalm_encoder.table.reader import PassageTable
+from kalm_encoder.table.row_index import ADDRESS
 
 
 class RestrictedTable(PassageTable):
     """A handle of the same version that has only some of the rows; it takes 8 bytes for each.
+
+    It takes 4 bytes more for each if the table finds rows by their texts.
 
     Args:
         table: The open table, whose index in memory serves here too.
@@ -38,6 +41,9 @@ class RestrictedTable(PassageTable):
         # secret nobody can.
         self._secret = os.urandom(16)
         self._found = {"id": self._values(where, "id")}
+        if table.by_text is not None:
+            rows = self._scan([ADDRESS], where, where=where)
+            self.by_text = table.by_text.only(rows[ADDRESS].to_numpy())
 
     def __len__(self) -> int:
         return len(self._found["id"])

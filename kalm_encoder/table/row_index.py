@@ -4,12 +4,14 @@ To find 100 of a million ids, Lance reads 100 pages of its id index and decodes 
 small column for each row. With this index only the states are read. It takes 29 bytes per row and 8
 more for each stored ratio. What the index finds is a guess until the states match their checksum,
 which covers the id.
+
+With 4 bytes more per row it also finds rows by their text: a guess until their whole hash is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lance
@@ -72,7 +74,7 @@ class RowIndex:
         if start != rows:
             raise ValueError(f"{start} rows were read, but the version has {rows}")
         columns["content"] = content
-        order = np.argsort(hashes)
+        order = np.argsort(hashes, kind="stable")
         for array in (hashes, *columns.values()):
             array[:] = array[order]
         return cls(hashes, columns)
@@ -111,6 +113,81 @@ class RowIndex:
         small = {name: column[entries] for name, column in self.columns.items()}
         read = dict(zip(states.column_names, states.columns, strict=True))
         return pa.table({"id": pa.array(order, pa.string()), **read, **small})
+
+
+@dataclass(frozen=True, slots=True)
+class TextOrder:
+    """The rows of an index in the order of their texts' hashes.
+
+    Attributes:
+        contents: First 8 bytes of the text hash of each entry of the index, uint64.
+        addresses: Address of the row of each entry, uint64.
+        order: Entries in ascending order of their contents, and of the hashes of their ids where
+            these are equal: uint32, or uint64 if there are too many rows.
+    """
+
+    contents: NDArray[np.uint64]
+    addresses: NDArray[np.uint64]
+    order: NDArray[np.uint32] | NDArray[np.uint64]
+
+    @staticmethod
+    def size(rows: int) -> int:
+        """Return the bytes that it takes beside an index of so many rows."""
+        return rows * _entry_type(rows).itemsize
+
+    @classmethod
+    def of(cls, index: RowIndex) -> TextOrder:
+        """Sort the rows of an index."""
+        contents = index.columns["content"]
+        order = np.argsort(contents, kind="stable").astype(_entry_type(len(contents)))
+        return cls(contents, index.columns[ADDRESS], order)
+
+    def only(self, addresses: NDArray[np.uint64]) -> TextOrder:
+        """Return the order of those rows that have one of these addresses, as if all were."""
+        kept = np.isin(self.addresses[self.order], addresses)
+        return replace(self, order=self.order[kept])
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes held beside the index."""
+        return self.order.nbytes
+
+    def find(self, hashes: Sequence[bytes]) -> dict[bytes, NDArray[Any]]:
+        """Look texts up.
+
+        Args:
+            hashes: Text hashes of 16 bytes, without repetition.
+
+        Returns:
+            For each hash that shares its first 8 bytes with rows, the entries of all of these,
+            always in the same order.
+        """
+        wanted = first_halves(pa.array(hashes, pa.binary(16)))
+        begins, ends = self._bisect(wanted, np.less), self._bisect(wanted, np.less_equal)
+        return {
+            hashes[i]: self.order[begins[i] : ends[i]]
+            for i in np.flatnonzero(ends > begins).tolist()
+        }
+
+    def at(self, entries: NDArray[Any]) -> NDArray[np.uint64]:
+        """Return the addresses of entries."""
+        addresses: NDArray[np.uint64] = self.addresses[entries]
+        return addresses
+
+    def _bisect(self, wanted: NDArray[np.uint64], is_before: np.ufunc) -> NDArray[np.int64]:
+        """Return how many entries are before each value: np.searchsorted would copy the order."""
+        low = np.zeros(len(wanted), np.int64)
+        high = np.full(len(wanted), len(self.order))
+        while (apart := low < high).any():
+            middle = np.minimum((low + high) // 2, len(self.order) - 1)
+            before = is_before(self.contents[self.order[middle]], wanted)
+            low = np.where(apart & before, middle + 1, low)
+            high = np.where(apart & ~before, middle, high)
+        return low
+
+
+def _entry_type(rows: int) -> np.dtype[Any]:
+    return np.dtype(np.uint32 if rows <= 1 << 32 else np.uint64)
 
 
 def _hashes(ids: Sequence[str]) -> NDArray[np.uint64]:

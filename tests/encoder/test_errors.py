@@ -7,12 +7,13 @@ from kalm_encoder import errors
 MADE = [
     errors.MismatchError("ratios", "differ"),
     errors.MissingIdsError(["a", "b"], "t.lance"),
+    errors.MissingTextsError(["a", "b"], "t.lance"),
     *(
         kind("message")
         for kind in vars(errors).values()
         if isinstance(kind, type)
         and issubclass(kind, errors.KalmError)
-        and kind not in (errors.MismatchError, errors.MissingIdsError)
+        and kind not in (errors.MismatchError, errors.MissingIdsError, errors.MissingTextsError)
     ),
 ]
 

@@ -86,7 +86,8 @@ def test_the_commands_of_a_page_run(name, folder, model_dir):
             program, *words = shlex.split(line)
             if program == "kalm" and words[0] in ("serve", "explore"):
                 tables = [folder / word for word in words if word.endswith(".lance")]
-                client = servers.enter_context(serving(*tables, command=words[0]))
+                options = [word for word in words if word == "--match-text"]
+                client = servers.enter_context(serving(*tables, *options, command=words[0]))
             elif program == "kalm":
                 more = ["--workers", "0"] if words[0] in ("encode", "sync") else []
                 kalm(*words, *more, cwd=folder, check=0)

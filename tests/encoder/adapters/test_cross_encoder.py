@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from kalm_encoder import PassageEncoder, Reranker
 from kalm_encoder.adapters.cross_encoder import KaLMCrossEncoder
-from kalm_encoder.errors import InputError, MismatchError, MissingIdsError
+from kalm_encoder.errors import InputError, MismatchError, MissingIdsError, MissingTextsError
 from tests.conftest import encode_table, make_texts, write_corpus
 
 QUERY = "token state"
@@ -90,6 +90,25 @@ def test_texts_score_as_their_stored_states_do(reranker, encoder, ratio):
     np.testing.assert_allclose(got, stored.predict([(QUERY, i) for i in IDS]), atol=1e-5)
     want = score_of(reranker, **how)
     np.testing.assert_allclose(got, [want[i] for i in IDS], atol=1e-5)
+
+
+def test_texts_that_the_table_holds_are_not_encoded(small_table, encoder):
+    texts, new = make_texts(60), "a text that nobody stored"
+    asked = [*(texts[int(i[1:])] for i in IDS), new]
+    matching = Reranker.open(small_table, match_text=True)
+    by_id = KaLMCrossEncoder(matching).predict([(QUERY, i) for i in IDS])
+    alone = KaLMCrossEncoder(matching, match_text=True)
+    np.testing.assert_array_equal(alone.predict([(QUERY, text) for text in asked[:-1]]), by_id)
+    with pytest.raises(MissingTextsError, match=r"^1 of the texts"):
+        alone.rank(QUERY, asked)
+    dropped = KaLMCrossEncoder(matching, match_text=True, on_missing="drop")
+    assert {row["corpus_id"] for row in dropped.rank(QUERY, asked)} == set(range(len(IDS)))
+    both = KaLMCrossEncoder(small_table, match_text=True, encoder=encoder)
+    scores = both.predict([(QUERY, text) for text in asked])
+    fresh = KaLMCrossEncoder(matching, encoder=encoder).predict((QUERY, new))
+    np.testing.assert_allclose(scores, [*by_id, fresh], atol=1e-6)
+    with pytest.raises(InputError, match="was opened without match_text"):
+        KaLMCrossEncoder(Reranker.open(small_table), match_text=True)
 
 
 @pytest.mark.parametrize(

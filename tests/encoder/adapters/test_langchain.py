@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from kalm_encoder import Reranker
 from kalm_encoder.adapters.langchain import KaLMCompressor
-from kalm_encoder.errors import InputError, MissingIdsError
+from kalm_encoder.errors import InputError, MissingIdsError, MissingTextsError
 from tests.conftest import make_texts
 
 QUERY = "token state"
@@ -45,6 +45,22 @@ def test_documents_come_best_first_with_their_scores(reranker, documents):
         assert document.page_content == original.page_content
         assert document.metadata["page"] == original.metadata["page"]
         assert "relevance_score" not in original.metadata
+
+
+def test_documents_can_be_found_by_their_text(small_table, reranker, documents):
+    strangers = [d.model_copy(update={"id": None, "metadata": {}}) for d in documents]
+    matching = KaLMCompressor(reranker=small_table, match_text=True, on_missing="drop")
+    changed = Document(page_content=documents[0].page_content + "!")
+    got = matching.compress_documents([changed, *strangers], QUERY)
+    assert [(d.page_content, d.metadata) for d in got] == [
+        (d.page_content, {"relevance_score": d.metadata["relevance_score"]})
+        for d in KaLMCompressor(reranker=reranker).compress_documents(documents, QUERY)
+    ]
+    strict = KaLMCompressor(reranker=matching._reranker, match_text=True)
+    with pytest.raises(MissingTextsError, match=r"^1 of the texts"):
+        strict.compress_documents([changed, *strangers], QUERY)
+    with pytest.raises(InputError, match="was opened without match_text"):
+        KaLMCompressor(reranker=reranker, match_text=True)
 
 
 def test_top_n_and_the_rerank_options_are_used(small_table, reranker, documents):

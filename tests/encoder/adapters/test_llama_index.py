@@ -43,6 +43,17 @@ def test_nodes_come_best_first_with_their_scores(reranker, nodes):
     assert [n.score for n in nodes] == [0.5 + i for i in NUMBERS]
 
 
+def test_nodes_can_be_found_by_their_text(small_table, reranker, nodes):
+    want = KaLMNodePostprocessor(reranker=reranker).postprocess_nodes(nodes, query_str=QUERY)
+    strangers = [
+        NodeWithScore(node=TextNode(text=n.text, metadata={"page": "1"}), score=n.score)
+        for n in nodes
+    ]
+    matching = KaLMNodePostprocessor(reranker=small_table, match_text=True)
+    got = matching.postprocess_nodes(strangers, query_str=QUERY)
+    assert [(n.text, n.score) for n in got] == [(n.text, n.score) for n in want]
+
+
 def test_the_retrieval_score_is_kept_where_asked_for(reranker, nodes):
     keep = KaLMNodePostprocessor(reranker=reranker, keep_retrieval_score=True)
     for node in keep.postprocess_nodes(nodes, query_str=QUERY):

@@ -65,6 +65,7 @@ def client(uri, request):
     settings = Settings(
         str(uri), keys=KEYS, filter_columns=frozenset({"year", "tags"}), with_encoder=True,
         index_bytes=1 << 20 if request.param == "indexed" else 0, hot_bytes=1 << 24,
+        match_text=request.param == "indexed",
     )  # fmt: skip
     with TestClient(create_app(settings)) as client:
         wait_until(lambda: client.get("/health").status_code == 200)
@@ -126,6 +127,19 @@ def test_a_hidden_id_answers_as_one_that_is_not_there(client, key, path):
             assert status == other_status
             assert json.loads(json.dumps(one).replace(hidden, absent)) == other
             assert ROWS[hidden]["text"] not in json.dumps(one)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_text_is_found_among_the_rows_that_the_key_sees(client, key):
+    texts = sorted({row["text"] for row in ROWS.values()})
+    seen = {ROWS[id]["text"] for id in SEEN[key]}
+    if not client.app.state.live.settings.match_text:
+        seen = set()
+    _, answer = ask(client, key, query="q", documents=[*texts, "nowhere"], return_metadata=True)
+    found = {r["index"]: r for r in answer["results"]}
+    assert {text for n, text in enumerate(texts) if found[n]["stored"]} == seen
+    assert [n for n, result in found.items() if "metadata" in result and not result["stored"]] == []
+    assert key == "operator" or seen < set(texts), "some texts are hidden"
 
 
 def test_nobody_is_answered_without_a_key_of_the_file(client):

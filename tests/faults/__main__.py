@@ -6,11 +6,15 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pipeline.run.driver
-import pipeline.upkeep.sync  # noqa: F401
-from tests.faults import scenarios
+import pipeline.upkeep.sync
+import pipeline.upkeep.truncate
+import pipeline.upkeep.verify  # noqa: F401
+from tests.faults import scenarios, step_scenarios
+from tests.faults.steps import FINISH, PLANNING, STEPS, SYNC, TRUNCATE, VERIFY
 from tests.faults.world import HEADER, World
 from tests.support.s3_server import serve
 
@@ -26,12 +30,25 @@ def run(*, short: bool, seed: int) -> int:
             lambda: scenarios.split_brain(world, 2 if short else 12),
             lambda: scenarios.store_faults(world, 1 if short else 4),
             lambda: scenarios.sweep(world, 25 if short else 1),
+            *(
+                partial(step_scenarios.kills, world, step, 1 if short else 3)
+                for step in ((TRUNCATE, FINISH) if short else (*STEPS, PLANNING))
+            ),
+            lambda: step_scenarios.at_parts(
+                world, (VERIFY, FINISH, SYNC, PLANNING), 8 if short else 1
+            ),
         ]
         if not short:
             plan += [
                 lambda: scenarios.ray_kills(world, 3),
                 lambda: scenarios.ray_sweep(world),
                 lambda: scenarios.lost_node(world),
+                lambda: step_scenarios.sweep(world, TRUNCATE, 15),
+                lambda: step_scenarios.sweep(world, VERIFY, 30),
+                lambda: step_scenarios.sweep(world, FINISH, 20),
+                lambda: step_scenarios.sweep(world, SYNC, 60),
+                lambda: step_scenarios.ray_kills(world, (TRUNCATE, FINISH, SYNC)),
+                lambda: step_scenarios.no_nodes(world, (TRUNCATE, FINISH)),
             ]
         print(f"seed {seed}\n{HEADER}", flush=True)
         tallies = []

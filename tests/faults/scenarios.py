@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lance
 import psutil
@@ -111,7 +112,7 @@ def ray_kills(world: World, runs: int) -> Tally:
         for attempt in range(20):
             process = world.start_ray(arguments)
             while wait(world.random.uniform(1.0, 6.0), process):
-                workers = _workers(process.pid)
+                workers = workers_of(process.pid)
                 if attempt < 2 and world.random.random() < 0.3:
                     process.kill()
                     tally.faults["SIGKILL driver"] += 1
@@ -154,23 +155,23 @@ def lost_node(world: World) -> Tally:
     """Remove one of two nodes of a cluster while it works."""
     tally = Tally("node lost on Ray")
     table = world.new_table()
-    address, remove, stop = _cluster()
+    cluster, nodes = small_cluster()
     try:
-        arguments = [*world.arguments(table, ray=True), "--address", address]
+        arguments = [*world.arguments(table, ray=True), "--address", cluster.address]
         process = world.start_ray([*arguments, "--cpus-per-worker", "1"])
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             if Path(table, "data").exists() and len(list(Path(table, "data").iterdir())) > 1:
                 break
             time.sleep(0.05)
-        remove()
+        cluster.remove_node(nodes[0])
         tally.faults["node removed"] += 1
         if process.wait() != 0:
             process = world.start_ray(arguments)
             if process.wait() != 0:
                 tally.manual_steps += 1
     finally:
-        stop()
+        cluster.shutdown()
     world.check(tally, table, ray=True)
     return tally
 
@@ -219,7 +220,8 @@ def _control_ids(folder: str) -> list[str]:
     return ids
 
 
-def _workers(pid: int) -> list[psutil.Process]:
+def workers_of(pid: int) -> list[psutil.Process]:
+    """Return the Ray workers that a driver has started on this machine."""
     found = []
     try:
         for child in psutil.Process(pid).children(recursive=True):
@@ -230,9 +232,8 @@ def _workers(pid: int) -> list[psutil.Process]:
     return found
 
 
-def _cluster() -> tuple[str, object, object]:
-    """Start a head without CPUs and two nodes with one; return address, remove-one, stop-all."""
+def small_cluster() -> tuple[Cluster, list[Any]]:
+    """Start a head without CPUs and two nodes with one; return the cluster and the two."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    return cluster.address, lambda: cluster.remove_node(nodes[0]), cluster.shutdown
+    return cluster, [cluster.add_node(num_cpus=1) for _ in range(2)]

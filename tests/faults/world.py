@@ -103,16 +103,39 @@ class World:
             *(self.s3.arguments if on_s3 else []),
         ]  # fmt: skip
 
-    def start(self, arguments: list[str]) -> Any:
-        """Start a job as a fork of this process."""
-        process = FORK.Process(target=_job, args=(arguments, str(self.log)))
+    def start(
+        self,
+        arguments: list[str],
+        change: Callable[[], None] = lambda: None,
+        output: Path | None = None,
+    ) -> Any:
+        """Start a job as a fork of this process.
+
+        Args:
+            arguments: Its command line.
+            change: What it does first, such as to change a constant of a module.
+            output: File for what it prints; None is the log.
+        """
+        process = FORK.Process(
+            target=_job, args=(arguments, str(self.log), change, str(output or self.log))
+        )
         process.start()
         return process
 
-    def start_ray(self, arguments: list[str]) -> subprocess.Popen[bytes]:
-        """Start a job on Ray, as a user does."""
-        log = self.log.open("ab")
-        return subprocess.Popen([sys.executable, "-m", "jobs", *arguments], stdout=log, stderr=log)
+    def start_ray(
+        self, arguments: list[str], module: str = "jobs", output: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a job on Ray, as a user does.
+
+        Args:
+            arguments: Its command line.
+            module: Module that runs it.
+            output: File for what it prints; None is the log.
+        """
+        log, printed = self.log.open("ab"), (output or self.log).open("ab")
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], stdout=printed, stderr=log
+        )
 
     def run_to_the_end(self, tally: Tally, arguments: list[str]) -> None:
         """Start the same job again until it succeeds, as any supervisor would."""
@@ -143,12 +166,24 @@ class World:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def compare(expected: str, table: str, options: dict[str, str] | None) -> tuple[int, int, int, int]:
-    """Return rows lost, doubled, different (content or order), and data files nobody names."""
-    want = lance.dataset(expected, version="live").to_table()
+def compare(
+    expected: str, table: str, options: dict[str, str] | None, *, in_order: bool = True
+) -> tuple[int, int, int, int]:
+    """Return rows lost, doubled, different (content or order), and data files nobody names.
+
+    Args:
+        expected: Address of the table of a run without faults.
+        table: Address of the table to compare.
+        options: Storage options of the tables that are on S3.
+        in_order: Whether another order of the rows is a difference.
+    """
+    on_s3 = options if "://" in expected else None
+    want = lance.dataset(expected, version="live", storage_options=on_s3).to_table()
     dataset = lance.dataset(table, storage_options=options)
     live = "live" in dataset.tags.list()
     got = dataset.checkout_version("live").to_table() if live else want.slice(0, 0)
+    if not in_order:
+        want, got = want.sort_by("id"), got.sort_by("id")
     ids, wanted = got["id"].to_pylist(), want["id"].to_pylist()
     lost, doubled = len(set(wanted) - set(ids)), len(ids) - len(set(ids))
     different = 0
@@ -174,12 +209,13 @@ def in_fork(action: Callable[[], Any]) -> Any:
     return result
 
 
-def _job(arguments: list[str], log: str) -> None:
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
+def _job(arguments: list[str], log: str, change: Callable[[], None], output: str) -> None:
+    with open(log, "ab") as file, open(output, "ab") as printed:
+        os.dup2(printed.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setpgid(0, 0)
     sys.argv = ["kalm", *arguments]
+    change()
     cli.main()
     sys.stdout.flush()
     os._exit(0)

@@ -21,6 +21,7 @@ from jobs import (
     train_demo,
     truncate,
     verify,
+    warm,
 )
 from kalm_encoder.errors import InputError, KalmError
 from pipeline import logs
@@ -42,6 +43,7 @@ for command in (
     encode.encode,
     status.status,
     rerank.rerank,
+    warm.warm,
     verify.verify,
     sync.sync,
     truncate.truncate,

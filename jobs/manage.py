@@ -79,15 +79,24 @@ def erase(
     certificate: Annotated[
         Path | None, typer.Option(help="File for a copy of the certificate, as JSON.")
     ] = None,
+    disk_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a disk cache on this machine to empty too. Give it if nothing runs "
+            "that would drop the erased passages from there."
+        ),
+    ] = None,
     storage_option: StorageOptions = None,
 ) -> None:
     """Erase passages for good: no data file, index or older version holds them afterwards."""
+    from kalm_encoder.table.cache.folder import CacheFolder
     from pipeline.upkeep.erase import erase as erase_rows
 
     ids = [] if ids_file is None else read_ids(ids_file)
     if not ids and where is None:
         raise InputError(f"{ids_file} holds no id" if ids_file else "give --ids-file or --where")
     check_folder(certificate)
+    cache = None if disk_cache is None else CacheFolder.existing(disk_cache)
     done = erase_rows(location(uri, storage_option), ids, where=where, wait_s=wait)
     if certificate is not None:
         certificate.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
@@ -97,6 +106,8 @@ def erase(
     )
     for check in done["checks"]:
         print(f"checked: {check}")
+    if cache is not None:
+        print(f"removed all {cache.purge():,} segments of the disk cache {disk_cache}")
 
 
 def publish(

@@ -17,6 +17,7 @@ import typer
 from kalm_encoder.errors import InputError
 
 if TYPE_CHECKING:
+    from kalm_encoder.table.cache.disk_cache import DiskCache
     from kalm_encoder.table.location import Location
     from pipeline.corpus.passages import FieldOptions
     from pipeline.messages import Executor
@@ -249,6 +250,18 @@ HotMb = Annotated[
         "requests share many candidates."
     ),
 ]
+DiskCacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--disk-cache",
+        help="Folder on a local disk for a cache of states. Give it where the table is on an "
+        "object store. Several processes may share it.",
+    ),
+]
+DiskCacheGb = Annotated[
+    float | None,
+    typer.Option(help="Most gigabytes of the disk cache. Processes that share one give the same."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for a script.")]
 StorageOptions = Annotated[
     list[str] | None,
@@ -276,6 +289,21 @@ def parse_storage_options(pairs: list[str] | None) -> dict[str, str] | None:
             raise InputError(f"--storage-option {key!r} must have the form key=value")
         options[key] = value
     return options
+
+
+def open_disk_cache(folder: Path | None, gigabytes: float | None) -> DiskCache | None:
+    """Return the disk cache in a folder; None if no folder is given.
+
+    Raises:
+        InputError: If only one of both is given, or the cache cannot be used.
+    """
+    from kalm_encoder.table.cache.disk_cache import DiskCache
+
+    if folder is None and gigabytes is None:
+        return None
+    if folder is None or gigabytes is None:
+        raise InputError("a disk cache needs both --disk-cache DIR and --disk-cache-gb N")
+    return DiskCache(folder, int(gigabytes * 1e9))
 
 
 def location(uri: str, pairs: list[str] | None) -> Location:

@@ -65,6 +65,8 @@ def rerank(
     model: options.TableModel = None,
     revision: options.TableRevision = None,
     version: options.Version = None,
+    disk_cache: options.DiskCacheFolder = None,
+    disk_cache_gb: options.DiskCacheGb = None,
     as_json: options.AsJson = False,
     storage_option: options.StorageOptions = None,
 ) -> None:
@@ -81,6 +83,7 @@ def rerank(
         version=options.parse_version(version),
         storage_options=options.parse_storage_options(storage_option),
         dtype=dtype,
+        disk_cache=options.open_disk_cache(disk_cache, disk_cache_gb),
     )
     began = time.perf_counter()
     if ids is not None:

@@ -40,6 +40,8 @@ def serve(
             "--match-text; 0 holds none.",
         ),
     ] = 512,
+    disk_cache: options.DiskCacheFolder = None,
+    disk_cache_gb: options.DiskCacheGb = None,
     filter_columns: Annotated[
         str | None, typer.Option(help="Columns that filters may name, with commas. Default: none.")
     ] = None,
@@ -111,6 +113,7 @@ def serve(
         match_text=match_text,
         hot_bytes=hot_mb << 20,
         index_bytes=index_mb << 20,
+        disk_cache=options.open_disk_cache(disk_cache, disk_cache_gb),
         filter_columns=frozenset(options.split_list(filter_columns or "")),
         max_candidates=max_candidates,
         refresh_s=refresh_s,

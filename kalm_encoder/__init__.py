@@ -16,9 +16,11 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/encoder/test_import
     from kalm_encoder.model.encoder import PassageEncoder as PassageEncoder
     from kalm_encoder.rerank.reranker import Reranker as Reranker
     from kalm_encoder.rerank.results import RerankResult as RerankResult
+    from kalm_encoder.table.cache.disk_cache import DiskCache as DiskCache
     from kalm_encoder.table.reader import PassageTable as PassageTable
 
 MODULES = {
+    "DiskCache": "table.cache.disk_cache",
     "KalmError": "errors",
     "PassageEncoder": "model.encoder",
     "PassageStates": "matryoshka",

@@ -24,6 +24,7 @@ from kalm_encoder.rerank.grouping import MAX_PASSAGES, Aggregate, Grouping, rank
 from kalm_encoder.rerank.match import check_match
 from kalm_encoder.rerank.results import OnMissing, RerankResult, TextResult
 from kalm_encoder.rerank.texts import Encode, rank_texts
+from kalm_encoder.table.cache.disk_cache import DiskCache
 from kalm_encoder.table.ids import Id, as_id, as_ids
 from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.restricted import RestrictedTable
@@ -82,6 +83,7 @@ class Reranker:
         hot_bytes: int = 0,
         index_bytes: int = 0,
         match_text: bool = False,
+        disk_cache: DiskCache | None = None,
     ) -> Reranker:
         """Open a table and load the decoder for it; the encoder is never loaded.
 
@@ -99,6 +101,7 @@ class Reranker:
             index_bytes: Memory for an index of the table's rows; see PassageTable.load_index.
             match_text: Whether `rerank_texts` is wanted. It needs that index, for which 0 is then
                 no limit.
+            disk_cache: Cache of states on the local disk, for a table on an object store.
 
         Raises:
             TableError: If there is no such table, or it is not complete.
@@ -110,6 +113,7 @@ class Reranker:
             "storage_options": storage_options,
             "index_bytes": index_bytes,
             "match_text": match_text,
+            "disk_cache": disk_cache,
         }
         table = PassageTable.open(uri, version=version, **stored)
         if model is None:

@@ -173,6 +173,8 @@ class LiveTable:
             encoder = self._encoder_for(table, encoder, model, how, decoder.device)
         if settings.index_bytes or settings.match_text:
             table.load_index(settings.index_bytes, match_text=settings.match_text)
+        if settings.disk_cache is not None:
+            table.use_disk_cache(settings.disk_cache, settings.storage_options)
         first = table.dataset.to_table(columns=["id"], limit=NUM_WARM_UP_PASSAGES)
         reranker.rerank("warm up", first["id"].to_pylist())
         restricted = {

@@ -25,6 +25,8 @@ QUEUED = Gauge("kalm_queued", "Pairs and texts that wait for the device", ["kind
 VERSION = Gauge("kalm_table_version", "Version that is served")
 FAILED_SWAPS = Gauge("kalm_failed_swaps", "Failed new versions")
 INDEX_BYTES = Gauge("kalm_index_bytes", "Memory of the row index")
+DISK_CACHE_BYTES = Gauge("kalm_disk_cache_bytes", "Bytes of the disk cache")
+DISK_CACHE_LOOKUPS = Gauge("kalm_disk_cache_lookups", "Rows looked for on disk", ["found"])
 HOT_BYTES = Gauge("kalm_hot_bytes", "Memory of repeated passages")
 HOT_LOOKUPS = Gauge("kalm_hot_lookups", "Repeated passages looked for", ["found"])
 
@@ -40,6 +42,11 @@ def page(live: LiveTable, pending: int) -> Response:
             QUEUED.labels("texts").set(len(version.encoder.queue))
         held = (version.table.index, version.table.by_text)
         INDEX_BYTES.set(sum(one.nbytes for one in held if one is not None))
+        if (cache := version.settings.disk_cache) is not None:
+            DISK_CACHE_BYTES.set(cache.nbytes)
+            hits, misses = cache.lookups
+            DISK_CACHE_LOOKUPS.labels("yes").set(hits)
+            DISK_CACHE_LOOKUPS.labels("no").set(misses)
         if (hot := version.decoder.decoder.hot) is not None:
             HOT_BYTES.set(hot.nbytes)
             HOT_LOOKUPS.labels("yes").set(hot.hits)

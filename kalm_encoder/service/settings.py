@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kalm_encoder import DiskCache
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -23,6 +25,7 @@ class Settings:
             taken over.
         match_text: Whether candidates that come as texts are scored from stored states if the table
             holds them. It needs the index of rows.
+        disk_cache: Cache of states on the local disk. None keeps none there.
         filter_columns: Columns that a filter of a request may name.
         max_candidates: Number of candidates one request may have.
         refresh_s: Seconds between two looks at the tag `live`.
@@ -47,6 +50,7 @@ class Settings:
     hot_bytes: int = 0
     index_bytes: int = 512 << 20
     match_text: bool = False
+    disk_cache: DiskCache | None = None
     filter_columns: frozenset[str] = frozenset()
     max_candidates: int = 1000
     refresh_s: float = 10.0

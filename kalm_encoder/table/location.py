@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import quote, unquote
 
 import lance
@@ -115,3 +117,11 @@ class Location:
             )
         except (ValueError, OSError) as error:
             raise TableError(f"no passage table at {self.uri}: {first_line(error)}") from error
+
+
+def read_text(session: LanceFileSession, path: str) -> str:
+    """Return the text of a file; `path` is below the session's."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "text")
+        session.download_file(path, str(file))
+        return file.read_text(encoding="utf-8")

@@ -6,17 +6,23 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table.cache.disk_cache import DiskCache
+from kalm_encoder.table.cache.read_through import CachedStates
 from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.ids import Id, as_ids, ids_in
 from kalm_encoder.table.location import Location
-from kalm_encoder.table.row_index import ADDRESS, RowIndex, TextOrder
+from kalm_encoder.table.row_index import ADDRESS, RowIndex, TextOrder, with_states
 from kalm_encoder.table.rows import read_rows, verified_rows
 from kalm_encoder.table.table_version import TableVersion
 
@@ -31,10 +37,12 @@ class PassageTable(TableVersion):
     Attributes:
         index: Index of the rows in memory, or None if it was not wanted or is too large.
         by_text: The rows of the index in the order of their texts, or None if it was not wanted.
+        cached: States of this version in a cache on the local disk, or None if there is none.
     """
 
     index: RowIndex | None = None
     by_text: TextOrder | None = None
+    cached: CachedStates | None = None
 
     @classmethod
     def open(
@@ -45,6 +53,7 @@ class PassageTable(TableVersion):
         storage_options: dict[str, str] | None = None,
         index_bytes: int = 0,
         match_text: bool = False,
+        disk_cache: DiskCache | None = None,
     ) -> PassageTable:
         """Open a table.
 
@@ -56,6 +65,7 @@ class PassageTable(TableVersion):
             index_bytes: Most memory for an index of the rows (see `load_index`); 0 makes none.
             match_text: Whether `ids_by_text` is wanted. It needs the index, for which 0 is then no
                 limit.
+            disk_cache: Cache of states on the local disk, for a table on an object store.
 
         Raises:
             TableError: If there is no such table or version, or no job has completed it.
@@ -76,6 +86,8 @@ class PassageTable(TableVersion):
         table = cls(uri, at)
         if index_bytes or match_text:
             table.load_index(index_bytes or sys.maxsize, match_text=match_text)
+        if disk_cache is not None:
+            table.use_disk_cache(disk_cache, storage_options)
         return table
 
     def index_size(self, max_bytes: int, *, match_text: bool) -> int:
@@ -128,6 +140,26 @@ class PassageTable(TableVersion):
         seconds = time.monotonic() - began
         logger.info("%d rows indexed in memory: %.1f MB, %.1f s", rows, size / 2**20, seconds)
 
+    def use_disk_cache(
+        self, cache: DiskCache, storage_options: dict[str, str] | None = None
+    ) -> None:
+        """Read states through a cache on the local disk; see cache/disk_cache.py.
+
+        What was kept of the table before an erasure is dropped first. With the index in memory, a
+        row whose states are in the cache needs no request to the store. Without it, the small
+        columns are read first.
+
+        Args:
+            cache: The cache, which other tables and processes may share.
+            storage_options: Storage options of Lance, with which the table was opened.
+
+        Raises:
+            InputError: If the cache cannot be written.
+            TableError: If the erasures of the table cannot be read.
+        """
+        location = Location(self.uri, storage_options)
+        self.cached = CachedStates(cache, location, self.version, self.spec)
+
     def take(self, ids: Sequence[Id], *, ratio: int | None = None) -> list[PassageStates]:
         """Read passages by id and verify their checksums.
 
@@ -154,10 +186,19 @@ class PassageTable(TableVersion):
         """Read those of the passages that the table holds, as `take` does; return them by id."""
         ratio = self.spec.ratios[0] if ratio is None else ratio
         stored = self.spec.source_ratio(ratio)
-        found, left = self._take_indexed(list(dict.fromkeys(self._visible(ids))), ratio)
+        rows, left = self._located(list(dict.fromkeys(self._visible(ids))), stored)
+        found: dict[str, PassageStates] = {}
+        if len(rows):
+            if self.cached is None:
+                whole = self._with_states(rows, stored)
+            else:
+                fetch = partial(self._with_states, stored=stored)
+                whole = self.cached.read(rows, stored, fetch)
+            read = verified_rows(self.spec, whole, ratio)
+            found = {key: passage for key, passage in read if passage is not None}
+            left += [i for i in rows["id"].to_pylist() if i not in found]
         if left:
-            columns = ["id", "num_tokens", "truncated", "text_hash"]
-            columns += [f"states_r{stored}", f"checksum_r{stored}"]
+            columns = [*_small_columns(stored), f"states_r{stored}"]
             found |= read_rows(self.spec, self._scan(columns, ids_in(left)), ratio, uri=self.uri)
         return found
 
@@ -201,22 +242,30 @@ class PassageTable(TableVersion):
                 confirmed.setdefault(key, held[at][1])
         return confirmed
 
-    def _take_indexed(
-        self, ids: Sequence[str], ratio: int
-    ) -> tuple[dict[str, PassageStates], list[str]]:
-        """Read passages through the index; return them and the ids that it cannot settle.
+    def _located(self, ids: list[str], stored: int) -> tuple[pa.Table, list[str]]:
+        """Return addresses and small columns of rows, and the ids that it cannot settle.
 
-        Such an id shares its hash with another one, or its row is damaged. The ordinary look-up
-        tells which.
+        Such an id shares its hash with another one, or its row is there twice. The ordinary look-up
+        tells which. Without an index, this look-up pays only if a cache may hold the states.
         """
-        if self.index is None:
-            return {}, list(ids)
-        single, left = self.index.find(ids)
-        if not single:
-            return {}, left
-        addresses = ", ".join(map(str, self.index.columns[ADDRESS][list(single.values())]))
-        column = f"states_r{self.spec.source_ratio(ratio)}"
-        states = self._scan([column, ADDRESS], f"{ADDRESS} IN ({addresses})")
-        read = verified_rows(self.spec, self.index.rows(states, single), ratio)
-        found = {key: passage for key, passage in read if passage is not None}
-        return found, left + [i for i in single if i not in found]
+        if self.index is not None:
+            single, left = self.index.find(ids)
+            return self.index.rows(single), left
+        if self.cached is None or not ids:
+            return pa.table({"id": []}), ids
+        rows = self._scan([*_small_columns(stored), ADDRESS], ids_in(ids)).combine_chunks()
+        times = Counter(rows["id"].to_pylist())
+        if left := [id for id, count in times.items() if count > 1]:
+            rows = rows.filter(~pc.field("id").isin(left))
+        return rows, left
+
+    def _with_states(self, rows: pa.Table, stored: int) -> pa.Table:
+        """Read the states of rows by address; a row that is damaged may be left out."""
+        addresses = ", ".join(map(str, rows[ADDRESS].to_pylist()))
+        states = self._scan([f"states_r{stored}", ADDRESS], f"{ADDRESS} IN ({addresses})")
+        return with_states(rows, states)
+
+
+def _small_columns(stored: int) -> list[str]:
+    """Return the columns that are read beside the states of a stored ratio."""
+    return ["id", "num_tokens", "truncated", "text_hash", f"checksum_r{stored}"]

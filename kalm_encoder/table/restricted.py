@@ -26,7 +26,7 @@ class RestrictedTable(PassageTable):
     It takes 4 bytes more for each if the table finds rows by their texts.
 
     Args:
-        table: The open table, whose index in memory serves here too.
+        table: The open table, whose index and disk cache serve here too.
         where: SQL predicate over its columns. It is not checked here.
 
     Raises:
@@ -36,6 +36,7 @@ class RestrictedTable(PassageTable):
     def __init__(self, table: PassageTable, where: str) -> None:
         super().__init__(table.uri, table.dataset)
         self.index = table.index
+        self.cached = table.cached
         self.where = where
         # Whoever may write passages could choose an id with the hash of a hidden one. Without this
         # secret nobody can.

@@ -100,19 +100,28 @@ class RowIndex:
         single = {ids[i]: int(first[i]) for i in np.flatnonzero(count == 1).tolist()}
         return single, [ids[i] for i in np.flatnonzero(count > 1).tolist()]
 
-    def rows(self, states: pa.Table, asked: dict[str, int]) -> pa.Table:
-        """Complete states that were read by address to rows that `read_rows` takes.
+    def rows(self, asked: dict[str, int]) -> pa.Table:
+        """Return the addresses and small columns of rows.
 
         Args:
-            states: Rows with a states column and the column ADDRESS.
             asked: Entry by id, as `find` returns them.
         """
-        ids = {int(self.columns[ADDRESS][entry]): id for id, entry in asked.items()}
-        order = [ids[address] for address in states[ADDRESS].to_pylist()]
-        entries = [asked[id] for id in order]
+        entries = list(asked.values())
         small = {name: column[entries] for name, column in self.columns.items()}
-        read = dict(zip(states.column_names, states.columns, strict=True))
-        return pa.table({"id": pa.array(order, pa.string()), **read, **small})
+        return pa.table({"id": pa.array(list(asked), pa.string()), **small})
+
+
+def with_states(rows: pa.Table, states: pa.Table) -> pa.Table:
+    """Complete rows by states that were read by address.
+
+    Args:
+        rows: Rows with the column ADDRESS.
+        states: A states column and the column ADDRESS, in any order; some rows may not be there.
+    """
+    places = {address: i for i, address in enumerate(rows[ADDRESS].to_pylist())}
+    found = rows.take([places[address] for address in states[ADDRESS].to_pylist()])
+    name = next(name for name in states.column_names if name != ADDRESS)
+    return found.append_column(name, states[name])
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,9 +74,7 @@ def build_rows(
                 *facts, pairwise(offsets.tolist()), strict=True
             )
         ]
-        columns[f"states_r{ratio}"] = _ragged(
-            stored, offsets, schema.field(f"states_r{ratio}").type
-        )
+        columns[f"states_r{ratio}"] = ragged(stored, offsets, schema.field(f"states_r{ratio}").type)
     return pa.table(columns, schema=schema)  # takes the columns of the schema, in its order
 
 
@@ -100,7 +98,7 @@ def _pieces(counts: NDArray[np.int64]) -> Iterator[slice]:
     return (slice(begin, end) for begin, end in pairwise(edges) if begin < end)
 
 
-def _ragged(stored: NDArray[Any], offsets: NDArray[np.int64], type: pa.DataType) -> pa.Array:
+def ragged(stored: NDArray[Any], offsets: NDArray[np.int64], type: pa.DataType) -> pa.Array:
     """Build a list<fixed_size_list> column: row i has the vectors from offsets[i] to the next."""
     values = pa.array(stored.reshape(-1), type.value_type.value_type)
     vectors = pa.FixedSizeListArray.from_arrays(values, type=type.value_type)
@@ -148,7 +146,7 @@ def verified_rows(
     ids, *columns = (
         rows[name].to_pylist() for name in ("id", "num_tokens", "truncated", f"checksum_r{stored}")
     )
-    flat, offsets = _vectors(spec, rows[f"states_r{stored}"].combine_chunks())
+    flat, offsets = stored_vectors(spec, rows[f"states_r{stored}"].combine_chunks())
     counts = np.diff(offsets) - spec.codec.extra
     num_tokens = np.array(columns[0], np.int64)
     intact = counts == num_groups(num_tokens, stored)
@@ -223,7 +221,7 @@ def renamed_rows(spec: TableSpec, rows: pa.Table, ids: Sequence[str], *, uri: st
     renew("checksum", row_checksum, rows["text_hash"].to_pylist(), rows["shard_id"].to_pylist())
     facts = [rows[name].to_pylist() for name in ("num_tokens", "truncated")]
     for ratio in spec.ratios:
-        flat, offsets = _vectors(spec, rows[f"states_r{ratio}"].combine_chunks())
+        flat, offsets = stored_vectors(spec, rows[f"states_r{ratio}"].combine_chunks())
         states = [flat[begin:end] for begin, end in pairwise(offsets.tolist())]
         renew(f"checksum_r{ratio}", states_checksum, *facts, states)
     for name, column in columns.items():
@@ -248,7 +246,7 @@ def first_halves(hashes: pa.FixedSizeBinaryArray) -> NDArray[np.uint64]:
     return words[hashes.offset : hashes.offset + len(hashes)].astype(np.uint64)
 
 
-def _vectors(spec: TableSpec, column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
+def stored_vectors(spec: TableSpec, column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
     """Return the vectors of all rows, (n, width), and where each row begins and the last ends."""
     offsets = column.offsets.to_numpy()
     # flatten() honours the slice of the list array; its values start at the first offset.

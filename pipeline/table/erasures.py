@@ -12,9 +12,10 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
+from kalm_encoder.table.cache.erasures import ERASED
 from kalm_encoder.table.location import Location
 from pipeline.corpus.erased import ErasedIds
-from pipeline.table.side_files import ERASED, read_text, write_text
+from pipeline.table.side_files import read_text, write_text
 
 
 def erasures(table: Location) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lance.file import LanceFileSession
 
+from kalm_encoder.table.location import read_text as read_text
+
 KALM = "_kalm"
 """Folder of all of them."""
 REJECTS = "_kalm/rejects"
@@ -22,8 +24,6 @@ KEPT_PLANS = "_kalm/plan"
 """Folder of the plans kept for a resume."""
 SYNCS = "_kalm/sync"
 """Folder in which a sync encodes what changed, before it is merged into the table."""
-ERASED = "_kalm/erased"
-"""Folder of the erased ids, one file per erasure."""
 STEPS = "_kalm/steps"
 """Folder of what the workers of a step exchange; it is removed when the step is done."""
 FINISH = "_kalm/steps/finish"
@@ -40,11 +40,3 @@ def write_text(session: LanceFileSession, path: str, text: str) -> None:
         file = Path(folder, "text")
         file.write_text(text, encoding="utf-8")
         session.upload_file(str(file), path)
-
-
-def read_text(session: LanceFileSession, path: str) -> str:
-    """Return the text of a file; `path` is below the session's."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "text")
-        session.download_file(path, str(file))
-        return file.read_text(encoding="utf-8")

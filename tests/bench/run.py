@@ -12,6 +12,7 @@ import logging
 
 from tests.bench import (
     codecs,
+    disk_cache,
     elastic,
     encode,
     long_documents,
@@ -40,6 +41,7 @@ BENCHES = {
     "documents": long_documents.main,
     "take": take.main,
     "texts": match_text.main,
+    "disk_cache": disk_cache.main,
     "codecs": codecs.main,
     "scale": scale.main,
     "serve": serve.main,

@@ -5,11 +5,11 @@ until it is killed. It is one process with a thread per connection. Each bucket 
 FOLDER. Requests must be signed with the key ACCESS_KEY; the signature is not checked.
 
 `POST /-/faults` with a JSON list of rules replaces the rules, and `GET /-/stats` tells what
-happened. A rule is {"action", "match", "skip", "count", "probability"}. It applies to the requests
-whose "METHOD path?query" the regular expression `match` finds: the first `skip` of them pass, then
-`count` are hit, each with `probability`. The actions are error500, error503, drop (before anything
-is done), lost_reply (after it is done), delay, kill_before and kill_after (SIGKILL to the process
-that sent the request).
+happened. A rule is {"action", "match", "skip", "count", "probability", "seconds"}. It applies to
+the requests whose "METHOD path?query" the regular expression `match` finds: the first `skip` of
+them pass, then `count` are hit, each with `probability`. The actions are error500, error503, drop
+(before anything is done), lost_reply (after it is done), delay (of `seconds`), kill_before and
+kill_after (SIGKILL to the process that sent the request).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Server(ThreadingHTTPServer):
         self.bytes_sent = 0
         self.random = random.Random(0)
 
-    def fault(self, line: str) -> str | None:
-        """Return the action of the rule that hits this request, if any."""
+    def fault(self, line: str) -> tuple[str | None, float]:
+        """Return the action of the rule that hits this request, if any, and its seconds."""
         with self.lock:
             self.requests.append(line)
             for rule in self.rules:
@@ -78,8 +78,8 @@ class Server(ThreadingHTTPServer):
                     continue
                 rule["count"] -= 1
                 self.faults[rule["action"]] += 1
-                return str(rule["action"])
-        return None
+                return str(rule["action"]), float(rule["seconds"])
+        return None, 0.0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that go away, which the tests make them do."""
@@ -103,14 +103,14 @@ class Handler(BaseHTTPRequestHandler):
         body = self._body()
         if path.startswith("/-/"):
             return self._control(path, body)
-        action = self.server.fault(f"{self.command} {unquote(self.path)}")
+        action, seconds = self.server.fault(f"{self.command} {unquote(self.path)}")
         if action == "drop":
             return self._hang_up()
         if action == "kill_before":
             self._kill_client()
             return self._hang_up()
         if action == "delay":
-            time.sleep(0.5)
+            time.sleep(seconds)
         if action == "error503":
             return self._error(503, "SlowDown")
         bucket, _, key = unquote(path).lstrip("/").partition("/")
@@ -297,6 +297,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             if path == "/-/faults":
                 defaults = {"match": "", "skip": 0, "count": 1, "probability": 1.0}
+                defaults |= {"seconds": 0.5}
                 server.rules = [{**defaults, **rule} for rule in json.loads(body)]
                 server.requests.clear()
                 server.faults.clear()

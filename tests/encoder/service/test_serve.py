@@ -31,9 +31,10 @@ def reranker(small_table):
 
 
 @pytest.fixture(scope="module")
-def client(small_table):
+def client(small_table, tmp_path_factory):
     with serving(
         small_table,
+        *("--disk-cache", tmp_path_factory.mktemp("cache"), "--disk-cache-gb", "0.1"),
         *("--with-encoder", "--filter-columns", "id,num_tokens", "--hot-mb", "64"),
         *("--max-candidates", "100", "--max-body-mb", "1"),
     ) as client:
@@ -275,6 +276,8 @@ def test_info_and_metrics(client, small_table):
     assert 'kalm_requests_total{path="/rerank",status="200"}' in text
     assert "kalm_table_version" in text
     assert 'kalm_hot_lookups{found="yes"}' in text
+    assert 'kalm_disk_cache_lookups{found="no"}' in text
+    assert "kalm_disk_cache_bytes 1.25e+07" in text  # the segment that is written is reserved
     assert "made" not in text
 
 

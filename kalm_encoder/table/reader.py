@@ -154,8 +154,7 @@ class PassageTable(TableVersion):
             storage_options: Storage options of Lance, with which the table was opened.
 
         Raises:
-            InputError: If the cache cannot be written.
-            TableError: If the erasures of the table cannot be read.
+            KalmError: If the erasures of the table cannot be read.
         """
         location = Location(self.uri, storage_options)
         self.cached = CachedStates(cache, location, self.version, self.spec)

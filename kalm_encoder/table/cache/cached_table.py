@@ -17,7 +17,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kalm_encoder.errors import InputError
 from kalm_encoder.table.cache.folder import CacheFolder
 from kalm_encoder.table.cache.key_index import KeyIndex, Words
 from kalm_encoder.table.cache.segments import SegmentWriter, read_entries, read_states
@@ -30,14 +29,8 @@ TOUCH_S = 10.0
 """Seconds after which the use of a segment is noted again."""
 RETRY_S = 60.0
 """Seconds for which nothing is added to a cache that could not be written."""
-GOLDEN = 0x9E3779B97F4A7C15
 DAMAGED = 1
 """Number in place of a segment's, for records that are not what was written."""
-
-
-def record_keys(checksums: Words, ratio: int) -> Words:
-    """Return the keys of rows with these checksums of their states at a stored ratio."""
-    return checksums + np.uint64(ratio * GOLDEN % 2**64)
 
 
 class CachedTable:
@@ -74,16 +67,17 @@ class CachedTable:
     def adopt(self, state: str) -> None:
         """Drop what was kept before the erasures that a version of the table has seen.
 
-        Raises:
-            InputError: If the folder cannot be written.
+        If the folder cannot be written, the log says so. Nothing is added to it then, as it does
+        not hold the name of these erasures.
         """
         try:
             self._folder.adopt(self._name, state)
         except OSError as error:
-            raise InputError(
-                f"the disk cache {self._folder.path} cannot be written ({error}), so erased rows "
-                "could not leave it: make it writable, or leave the cache out"
-            ) from error
+            logger.warning(
+                "the disk cache %s cannot be written (%s): nothing is added to it, and if rows "
+                "were erased, they may still be there. Make it writable or remove it.",
+                *(self._folder.path, error),
+            )
         with self._lock:
             self._scan()
 

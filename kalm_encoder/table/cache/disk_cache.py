@@ -58,7 +58,10 @@ class DiskCache:
     @property
     def nbytes(self) -> int:
         """Number of bytes of all segments in the folder, with what writers have reserved."""
-        return sum(file.size for file in self.folder.segments())
+        try:
+            return sum(file.size for file in self.folder.segments())
+        except OSError:  # somebody removed the folder
+            return 0
 
     @property
     def lookups(self) -> tuple[int, int]:

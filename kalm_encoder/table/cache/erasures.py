@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from kalm_encoder.errors import TableError, first_line
+from kalm_encoder.errors import KalmError, first_line
 from kalm_encoder.table.location import Location, read_text
 
 ERASED = "_kalm/erased"
@@ -27,7 +27,7 @@ def erasure_state(table: Location, version: int) -> str | None:
         The text, or None if the version is not there any more: an erasure overtook its reader.
 
     Raises:
-        TableError: If the store refuses.
+        KalmError: If the store refuses.
     """
     try:
         session, seen = table.file_session(), []
@@ -35,7 +35,7 @@ def erasure_state(table: Location, version: int) -> str | None:
             finished = json.loads(read_text(session, path))["finished"]
             seen.append((path, finished or f"under way at version {version}"))
     except (OSError, RuntimeError, ValueError) as error:
-        raise TableError(
+        raise KalmError(
             f"the erasures of {table} cannot be read, which a disk cache must know: "
             f"{first_line(error)}"
         ) from error

@@ -132,8 +132,8 @@ class CacheFolder:
             name = f"{table}-{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
             return SegmentWriter(self.path / name, size)
 
-    def adopt(self, table: str, state: str) -> bool:
-        """Remove the segments of a table that were written before an erasure; say if there was one.
+    def adopt(self, table: str, state: str) -> None:
+        """Remove the segments of a table, unless they were written after the same erasures.
 
         From now on only those who have seen the same erasures write to this table's segments.
 
@@ -142,13 +142,12 @@ class CacheFolder:
         """
         with self._locked():
             if self._state(table) == state:
-                return False
+                return
             for file in self.segments(table):
                 file.path.unlink(missing_ok=True)
             draft = self.path / f"{table}.draft"
             draft.write_text(state)
             draft.replace(self.path / f"{table}.erasures")
-            return True
 
     def purge(self) -> int:
         """Remove all segments, whatever table they are of; return their number.

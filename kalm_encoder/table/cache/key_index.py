@@ -8,8 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
+GOLDEN = 0x9E3779B97F4A7C15
 NOWHERE = 0
 """Place of a key that is not there."""
+
+
+def record_keys(checksums: Words, ratio: int) -> Words:
+    """Return the keys of rows with these checksums of their states at a stored ratio."""
+    return checksums + np.uint64(ratio * GOLDEN % 2**64)
 
 
 class KeyIndex:

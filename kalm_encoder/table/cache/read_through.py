@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from kalm_encoder.matryoshka import num_groups
-from kalm_encoder.table.cache.cached_table import CachedTable, record_keys
+from kalm_encoder.table.cache.cached_table import CachedTable
 from kalm_encoder.table.cache.disk_cache import DiskCache
 from kalm_encoder.table.cache.erasures import erasure_state
-from kalm_encoder.table.cache.key_index import Words
+from kalm_encoder.table.cache.key_index import Words, record_keys
 from kalm_encoder.table.checksums import states_checksum
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.rows import ragged, stored_vectors
@@ -29,8 +29,7 @@ class CachedStates:
         spec: Spec of the table.
 
     Raises:
-        InputError: If the cache cannot be written.
-        TableError: If the erasures of the table cannot be read.
+        KalmError: If the erasures of the table cannot be read.
     """
 
     def __init__(self, cache: DiskCache, table: Location, version: int, spec: TableSpec) -> None:

@@ -77,7 +77,7 @@ def segments(folder):
 
 
 def fill(uri, folder, ids=IDS, max_bytes=16 * MB):
-    """Take rows in a cache of its own, as a process that ends afterwards; return lookups."""
+    """Take rows as a process that ends afterwards; return its numbers of hits and misses."""
     cache = DiskCache(folder, max_bytes)
     table = PassageTable.open(uri, disk_cache=cache)
     assert taken(table, ids) == taken(PassageTable.open(uri), ids)
@@ -167,8 +167,8 @@ def test_flipped_bits_are_misses(uri, folder, finished):
     rng, misses = np.random.default_rng(0), 0
     # The footer is a few thousandths of the file, so it gets flips of its own.
     places = [
-        *rng.integers(0, len(content), 15),
-        *rng.integers(len(content) - 2000, len(content), 5),
+        *rng.integers(0, len(content), 6),
+        *rng.integers(len(content) - 2000, len(content), 3),
     ]
     for place in places:
         damaged = bytearray(content)
@@ -178,14 +178,14 @@ def test_flipped_bits_are_misses(uri, folder, finished):
         file.write_bytes(damaged)
         misses += fill(uri, folder)[1]
         assert fill(uri, folder)[1] == 0, "what was damaged is kept anew"
-    assert misses >= 15
+    assert misses >= 6
 
 
 def test_torn_segments_are_read_up_to_the_tear(uri, folder):
     fill(uri, folder)
     (file,) = segments(folder)
     content = file.read_bytes()
-    for share in (0, 0.001, 0.3, 0.99):
+    for share in (0.001, 0.3, 0.99):
         for other in segments(folder):
             other.unlink()
         file.write_bytes(content[: int(share * len(content))] + bytes(5000))
@@ -300,7 +300,10 @@ def test_a_folder_that_fails_later_costs_a_warning_and_no_request(uri, folder, c
     folder.write_text("in the way")
     for _ in range(2):
         assert taken(table) == taken(PassageTable.open(uri))
-    assert caplog.text.count("nothing is added to it") == 1
+    assert caplog.text.count("nothing is added to it for 60 s") == 1
+    assert taken(PassageTable.open(uri, disk_cache=cache)) == taken(table)
+    assert "if rows were erased, they may still be there" in caplog.text
+    assert cache.nbytes == 0
 
 
 def test_other_files_in_the_folder_leave_less_room(uri, folder, caplog):

@@ -7,24 +7,22 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from kalm_encoder.errors import InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.table.cache.disk_cache import DiskCache
 from kalm_encoder.table.cache.read_through import CachedStates
-from kalm_encoder.table.checksums import text_hash
 from kalm_encoder.table.ids import Id, as_ids, ids_in
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.row_index import ADDRESS, RowIndex, TextOrder, with_states
 from kalm_encoder.table.rows import read_rows, verified_rows
 from kalm_encoder.table.table_version import TableVersion
+from kalm_encoder.table.text_ids import TextIds
 
 logger = logging.getLogger(__name__)
 LIVE_TAG = "live"
@@ -36,12 +34,12 @@ class PassageTable(TableVersion):
 
     Attributes:
         index: Index of the rows in memory, or None if it was not wanted or is too large.
-        by_text: The rows of the index in the order of their texts, or None if it was not wanted.
+        by_text: The ids of their texts, or None if these were not wanted.
         cached: States of this version in a cache on the local disk, or None if there is none.
     """
 
     index: RowIndex | None = None
-    by_text: TextOrder | None = None
+    by_text: TextIds | None = None
     cached: CachedStates | None = None
 
     @classmethod
@@ -136,7 +134,7 @@ class PassageTable(TableVersion):
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
         if match_text:
-            self.by_text = TextOrder.of(self.index)
+            self.by_text = TextIds(TextOrder.of(self.index))
         seconds = time.monotonic() - began
         logger.info("%d rows indexed in memory: %.1f MB, %.1f s", rows, size / 2**20, seconds)
 
@@ -205,8 +203,8 @@ class PassageTable(TableVersion):
         """Return the ids of those texts that the table holds, by text.
 
         A text is held if a row was encoded from exactly this text, title included. Nothing is read
-        for a text that is not held. If several rows hold one, it is the one whose id has the lowest
-        hash, which is the same row in every version.
+        for a text that is not held, nor for one that was found before. If several rows hold one, it
+        is the one whose id has the lowest hash, which is the same row in every version.
 
         Raises:
             InputError: If the table was opened without `match_text`, or a text is not valid
@@ -215,31 +213,7 @@ class PassageTable(TableVersion):
         """
         if self.by_text is None:
             raise InputError(f"{self.uri} was opened without match_text: open it with it")
-        try:
-            hashes = {text: text_hash(text) for text in texts}
-        except UnicodeEncodeError as error:
-            shown = repr(error.object[:80])
-            raise InputError(f"the text {shown} is not valid Unicode: no table holds it") from None
-        order = self.by_text
-        rows = order.find(list(dict.fromkeys(hashes.values())))
-        ids = self._confirmed({key: order.at(rows[key][:1]) for key in rows})
-        # Other rows are read only if the first one has another text with the same first half.
-        ids |= self._confirmed({key: order.at(rows[key][1:]) for key in rows.keys() - ids.keys()})
-        return {text: ids[key] for text, key in hashes.items() if key in ids}
-
-    def _confirmed(self, rows: Mapping[bytes, NDArray[np.uint64]]) -> dict[bytes, str]:
-        """Return by text hash the id of the first row at its addresses that has all 16 bytes."""
-        if not (places := [(key, at) for key, found in rows.items() for at in found.tolist()]):
-            return {}
-        wanted = f"{ADDRESS} IN ({', '.join(str(at) for _, at in places)})"
-        read = self._scan(["id", "text_hash", ADDRESS], wanted)
-        ids, hashes, addresses = (read[name].to_pylist() for name in ("id", "text_hash", ADDRESS))
-        held = dict(zip(addresses, zip(hashes, ids, strict=True), strict=True))
-        confirmed: dict[bytes, str] = {}
-        for key, at in places:
-            if held[at][0] == key:
-                confirmed.setdefault(key, held[at][1])
-        return confirmed
+        return self.by_text.find(texts, self._scan)
 
     def _located(self, ids: list[str], stored: int) -> tuple[pa.Table, list[str]]:
         """Return addresses and small columns of rows, and the ids that it cannot settle.

@@ -37,11 +37,14 @@ def reads(monkeypatch):
 
 
 def test_every_stored_text_is_found_in_one_read(small_table, reads):
-    found = open_matching(small_table).ids_by_text(TEXTS[::-1])
+    table = open_matching(small_table)
+    found = table.ids_by_text(TEXTS[::-1])
     assert found.keys() == set(TEXTS)
     assert all(id in ids_of(text) for text, id in found.items())
     assert [columns for columns, _ in reads] == [["id", "text_hash", "_rowaddr"]]
     assert reads[0][1].count(",") == len(found) - 1, "one row per text"
+    assert table.ids_by_text(TEXTS[:9]) == {text: found[text] for text in TEXTS[:9]}
+    assert len(reads) == 1, "what was found is remembered"
 
 
 def test_nothing_is_read_for_a_text_that_is_not_stored(small_table, reads):

@@ -55,6 +55,7 @@ for command in (
     manage.rollback,
     manage.compact,
     manage.adopt,
+    manage.push,
     manage.gc,
     manage.doctor,
     serve.serve,

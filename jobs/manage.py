@@ -176,6 +176,23 @@ def adopt(
     )
 
 
+def push(
+    uri: Table,
+    to: Annotated[
+        str,
+        typer.Argument(help="Where to: hf://datasets/OWNER/NAME/TABLE.lance."),
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a private dataset, if it has to be made.")
+    ] = False,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Verify the live version and upload it to the Hugging Face hub, with a card."""
+    from pipeline.upkeep.push import push as upload
+
+    print(f"uploaded as {upload(location(uri, storage_option), to, private=private)}")
+
+
 def gc(
     uri: Table,
     older_than: Annotated[

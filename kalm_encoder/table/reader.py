@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from kalm_encoder.errors import InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
+from kalm_encoder.table import hub
 from kalm_encoder.table.cache.disk_cache import DiskCache
 from kalm_encoder.table.cache.read_through import CachedStates
 from kalm_encoder.table.ids import Id, as_ids, ids_in
@@ -56,7 +57,8 @@ class PassageTable(TableVersion):
         """Open a table.
 
         Args:
-            uri: Local path or object store URL of the Lance table.
+            uri: Local path or object store URL of the Lance table, or hf://datasets/… of one that
+                `kalm push` has uploaded; that one is copied to this machine.
             version: A version number or tag; None takes the tag `live`, which only a complete
                 table has.
             storage_options: Storage options of Lance, such as aws_endpoint.
@@ -70,8 +72,11 @@ class PassageTable(TableVersion):
             InputError: If texts are to be matched and the index would be larger than the limit.
             CorruptRowError: If the index cannot be read.
         """
+        shown = None
+        if hub.is_on_hub(os.fspath(uri)):
+            uri, shown = hub.download(os.fspath(uri))
         location = Location(os.fspath(uri), storage_options)
-        uri, dataset = location.uri, location.dataset()
+        uri, dataset = shown or location.uri, location.dataset()
         try:
             if version is None and LIVE_TAG not in dataset.tags.list():
                 raise TableError(

@@ -27,6 +27,7 @@ from pipeline.corpus.access import (
     split_chain,
 )
 from pipeline.corpus.cells import Cells
+from pipeline.corpus.hub import pinned
 from pipeline.corpus.listing import base_name, has_pattern, look_up, matches
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ def expand_inputs(
 
     Raises:
         InputError: If a path does not exist or cannot be read, a glob has no match, a file is given
-            twice, a format is not known, or an HTTP server sends whole files only.
+            twice, a format is not known, an HTTP server sends whole files only, or the hub cannot
+            be asked.
     """
     if format not in (None, *NAMEABLE):
         raise InputError(f"--format {format!r} is not one of {', '.join(NAMEABLE)}")
@@ -147,6 +149,7 @@ def _expand(
         raise InputError("an input is empty: is a variable of your shell not set?")
     if named_format(given) == "lance" and not has_pattern(split_chain(given)[1]):
         return [InputFile(address(given), "lance")]
+    given = pinned(given)
     if "::" in given:
         _check_chain(given)
         check_ranges(given, storage_options)

@@ -21,6 +21,7 @@ from kalm_encoder.errors import InputError, KalmError, MismatchError, first_line
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
 from kalm_encoder.table.spec import SPEC_KEY, TableSpec
+from pipeline.corpus.hub import commits
 from pipeline.corpus.shards import Plan
 from pipeline.messages import ShardResult
 from pipeline.table.claim import EPOCH, LOADING, OWNER, SEALED, STATE, TableClaim
@@ -29,6 +30,8 @@ from pipeline.table.fragments import check_written, with_id, write_once
 logger = logging.getLogger(__name__)
 
 PLAN, NUM_SHARDS, NUM_ROWS = "kalm.plan", "kalm.num_shards", "kalm.num_rows"
+HUB = "kalm.hub"
+"""Metadata key: the datasets of the hub that were read, each at its commit, with commas."""
 EMPTY_SHARDS, GENERATION = "kalm.empty_shards", "kalm.generation"
 ON_DUPLICATE, REJECTED = "kalm.on_duplicate", "kalm.rejected"
 FIXED_SETTINGS = (
@@ -226,6 +229,16 @@ class Ledger(TableClaim):
             if old != new and not is_unknown:
                 begun = f"{self.location} was begun with {name} {old!r}, this job has {new!r}"
                 raise MismatchError(name, f"{begun}: {remedy}")
+        begun_from = self.metadata.get(HUB, "")
+        now = ",".join(commits(shard.path for shard in self._plan.shards))
+        if begun_from and now != begun_from:
+            raise MismatchError(
+                "input",
+                f"{self.location} was begun from {begun_from} of the Hugging Face hub, this job "
+                f"reads {now or 'another corpus'}: name that commit in the address to go on, such "
+                f"as hf://{begun_from.split(',')[0]}/…, run `kalm sync` on the complete table, or "
+                "encode with --new-generation",
+            )
         if self.metadata[PLAN] != self._plan.hash:
             raise MismatchError(
                 "input",
@@ -246,5 +259,6 @@ def _schema(spec: TableSpec, plan: Plan, *, generation: int, epoch: int, owner: 
         PLAN: plan.hash,
         NUM_SHARDS: str(len(plan.shards)),
         NUM_ROWS: str(plan.num_rows),
+        HUB: ",".join(commits(shard.path for shard in plan.shards)),
     }
     return schema.with_metadata({**schema.metadata, **facts})

@@ -21,8 +21,10 @@ import xxhash
 
 from kalm_encoder.errors import InputError
 from pipeline.corpus.access import open_text
+from pipeline.corpus.hub import commits
 from pipeline.corpus.passages import Reject, to_passage
 from pipeline.corpus.shards import Plan, ShardReader
+from pipeline.table.ledger import HUB
 from pipeline.upkeep.comparison.corpus import SHARD_BITS, Places, places_of
 
 logger = logging.getLogger(__name__)
@@ -185,3 +187,9 @@ def source_record(plan: Plan) -> dict[str, str] | None:
     if len(sources) != 1 or plan.shards[0].file.format != "lance":
         return None
     return {SOURCE: json.dumps(list(sources.pop()))}
+
+
+def hub_record(plan: Plan) -> dict[str, str]:
+    """Return by what the table remembers the commits of the hub that it was synced from."""
+    found = commits(shard.path for shard in plan.shards)
+    return {HUB: ",".join(found)} if found else {}

@@ -27,7 +27,8 @@ def table_facts(table: Location) -> dict[str, Any]:
     metadata = metadata_of(dataset)
     fragments = [f.metadata for f in dataset.get_fragments()]
     rows = dataset.count_rows()
-    tokens = pc.sum(dataset.to_table(columns=["num_tokens"])["num_tokens"]).as_py() or 0
+    batches = dataset.scanner(columns=["num_tokens"]).to_batches()
+    tokens = sum(pc.sum(batch["num_tokens"]).as_py() or 0 for batch in batches)
     size = sum(file.file_size_bytes or 0 for f in fragments for file in f.files)
     num_shards, planned = int(metadata[NUM_SHARDS]), int(metadata[NUM_ROWS])
     empty = {n for n in metadata.get(EMPTY_SHARDS, "").split(",") if n}

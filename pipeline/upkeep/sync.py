@@ -29,7 +29,7 @@ from pipeline.table.rejects import RejectStore
 from pipeline.table.side_files import SYNCS
 from pipeline.table.steps import Steps
 from pipeline.upkeep.apply import apply_changes, rejects_name, removed_if_erased
-from pipeline.upkeep.changes import changed_since, read_feed, source_record
+from pipeline.upkeep.changes import changed_since, hub_record, read_feed, source_record
 from pipeline.upkeep.comparison.compare import compared
 from pipeline.upkeep.comparison.corpus import Corpus, Reading, places_of
 from pipeline.upkeep.comparison.differences import Changes
@@ -97,10 +97,11 @@ def sync(
         if claim is None:
             return changes, None
         RejectStore(job.table).write("sync", rejects)
+        record = (source_record(plan) or {}) if feed is None else feed.record
         return changes, apply_changes(
             job, execute, claim, dataset, corpus, changes, deleted=gone,
             gone=[changes.surplus_rows] + [changes.missing_rows] * delete_missing,
-            record=(source_record(plan) or {}) if feed is None else feed.record,
+            record=record | hub_record(plan),
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table import hub
 from kalm_encoder.table.location import Location, address
 from kalm_encoder.table.reader import PassageTable
 from pipeline.corpus.inputs import expand_inputs
@@ -64,6 +65,8 @@ def verify(
             `scratch` cannot be written.
         IncompleteError: If workers could not check some parts; the same call goes on.
     """
+    if hub.is_on_hub(uri):
+        uri, _ = hub.download(uri)
     table = PassageTable.open(uri, version=version, storage_options=storage_options)
     if sample and not table.spec.keep_text:
         raise InputError(

@@ -418,7 +418,8 @@ def test_datasets_of_the_hub_are_read(tmp_path):
             env={**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path)},  # read at import
             capture_output=True, text=True,
         )  # fmt: skip
-    assert done.stdout.splitlines() == [f"{DATASET}/data/c.jsonl 300"] * 4, done.stderr
+    pinned = f"{DATASET}@{Hub.commit}/data/c.jsonl"
+    assert done.stdout.splitlines() == [f"{pinned} 300"] * 4, done.stderr
 
 
 def test_the_hub_offline_is_the_cause_that_is_named(monkeypatch):

@@ -23,6 +23,7 @@ from jobs import (
     verify,
     warm,
 )
+from kalm_encoder import tracing
 from kalm_encoder.errors import InputError, KalmError
 from pipeline import logs
 from pipeline.logs import LogOptions
@@ -68,6 +69,7 @@ for command in (
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: bool = typer.Option(
         False, "--debug", help="Show tracebacks and debug logs, to find out why a command failed."
     ),
@@ -79,6 +81,7 @@ def options(
     if log_format not in logs.FORMATS:
         raise InputError(f"--log-format {log_format!r} is not one of {', '.join(logs.FORMATS)}")
     logs.configure(LogOptions(log_format, logging.DEBUG if debug else logging.INFO))
+    tracing.start(f"kalm-{context.invoked_subcommand}")
 
 
 def main() -> None:
@@ -102,6 +105,8 @@ def main() -> None:
             raise
         _say(f"unexpected {type(error).__name__}: {error} (run `kalm --debug …` to see where)")
         sys.exit(1)
+    finally:
+        tracing.stop()
 
 
 def _say(message: str) -> None:

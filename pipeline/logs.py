@@ -1,4 +1,4 @@
-"""Formats log lines, each of which says where it comes from: run, shard and worker.
+"""Formats log lines, each of which says where it comes from: run, shard, worker, trace, request.
 
 Lines are text or JSON on stderr, in the command and in its workers alike. A process works for one
 run at a time, so run and worker belong to the process. The shard belongs to the thread that works
@@ -22,11 +22,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from kalm_encoder import tracing
+
 TEXT, JSON = "text", "json"
 FORMATS = (TEXT, JSON)
 NOISY = ("httpx", "httpx2", "ray", "transformers", "filelock", "huggingface_hub")
 """Loggers of libraries whose INFO lines would hide ours; --debug shows them."""
-FIELDS = ("run", "shard", "worker")
+FIELDS = ("run", "shard", "worker", "trace", "request")
 """The fields by which a line says where it comes from."""
 
 
@@ -39,12 +41,14 @@ class LogOptions:
         level: Lowest level that is shown.
         run: Id of the run, or "" outside of a run.
         worker: Host and process of a worker, or "" in the command itself.
+        trace: Id of the trace of the run, or "" without traces.
     """
 
     format: str = TEXT
     level: int = logging.INFO
     run: str = ""
     worker: str = ""
+    trace: str = ""
 
 
 _options = LogOptions()
@@ -89,15 +93,27 @@ def configure_worker(options: LogOptions) -> None:
 
 @contextlib.contextmanager
 def in_run() -> Iterator[str]:
-    """Give every line within it the id of a run and yield that id. A run in a run keeps its id."""
+    """Give every line within it the id of a run and yield that id. A run in a run keeps its id.
+
+    A run has a span. In the environment, TRACEPARENT names the span that it is a part of.
+    """
     global _options
     outer = _options
-    run = outer.run or f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}"
-    _options = replace(outer, run=run)
-    try:
-        yield run
-    finally:
-        _options = outer
+    if outer.run:
+        yield outer.run
+        return
+    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}"
+    caller = {"traceparent": os.environ.get("TRACEPARENT", "")}
+    with tracing.entry("run", caller, {"kalm.run": run}) as span:
+        _options = replace(outer, run=run, trace=tracing.trace_id())
+        try:
+            yield run
+        except BaseException as error:
+            if span is not None:
+                tracing.fail(span, type(error).__name__)
+            raise
+        finally:
+            _options = outer
 
 
 @contextlib.contextmanager
@@ -117,7 +133,8 @@ def in_shard(shard_id: str) -> Iterator[None]:
 def _origin(record: logging.LogRecord) -> dict[str, str]:
     """Return what is known about where a line comes from."""
     shard = getattr(record, "shard", "") or _shard.get()
-    values = zip(FIELDS, (_options.run, shard, _options.worker), strict=True)
+    trace, request = tracing.trace_id() or _options.trace, tracing.REQUEST_ID.get()
+    values = zip(FIELDS, (_options.run, shard, _options.worker, trace, request), strict=True)
     return {name: value for name, value in values if value}
 
 

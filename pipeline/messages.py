@@ -169,6 +169,7 @@ class ShardResult:
             waited for this shard.
         worker: Host and process that encoded it; "" if nobody did.
         compute_dtype: Dtype in which the encoder computed; None if nothing was computed.
+        began: When the worker began it, in seconds of Unix time; None if nobody noted it.
     """
 
     shard: Shard
@@ -181,6 +182,7 @@ class ShardResult:
     seconds: dict[str, float] = field(default_factory=dict)
     worker: str = ""
     compute_dtype: str | None = None
+    began: float | None = None
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class QueryDecoder:
         dim: Width d of the states that this decoder attends to.
         hot: Memory of repeated passages, or None.
         graphs: CUDA graphs of the forward, or None on a CPU.
+        num_computed: Number of prompt tokens and states computed so far, with padding.
 
     Raises:
         CheckpointError: If the model is missing, incomplete, damaged or not a KaLM reranker.
@@ -88,6 +89,7 @@ class QueryDecoder:
         self.token_budget = default if token_budget is None else token_budget
         self.hot = HotPassages(hot_bytes) if hot_bytes else None
         self.graphs = DecoderGraphs(self.model) if self._on_gpu else None
+        self.num_computed = 0
         answers = [answer_token_id(self.tokenizer, answer) for answer in ("yes", "no")]
         self._answers = self.model.embed_tokens.weight[answers].float()  # (2, d)
 
@@ -170,6 +172,7 @@ class QueryDecoder:
             for batch in self._make_batches(sizes, length - held):
                 order += (chosen := [members[j] for j in batch])
                 logits.append(self.forward([pairs[i] for i in chosen]))
+                self.num_computed += len(batch) * (length - held + sizes[batch[0]])
         if not order:
             return []
         found = torch.cat(logits).cpu()  # the only wait for a GPU

@@ -58,6 +58,7 @@ class PassageEncoder:
 
     Attributes:
         model: The text encoder in eval mode. `PackedForward` changes its layers.
+        num_computed: Number of tokens computed so far by all threads, about.
 
     Raises:
         CheckpointError: If the model is missing, incomplete, damaged or not a KaLM reranker.
@@ -86,6 +87,7 @@ class PassageEncoder:
         self._forward = PackedForward(self.model)
         self._loaded = mark(self.device)
         self._last = threading.local()
+        self.num_computed = 0
         self.token_budget = token_budget or (
             CPU_TOKEN_BUDGET if self.device.type == "cpu" else self._fitting_budget()
         )
@@ -225,6 +227,7 @@ class PassageEncoder:
         before = getattr(self._last, "ended", self._loaded)
         marks = (before, began, forwarded, mark(self.device))
         self._last.ended = marks[-1]
+        self.num_computed += len(hidden)
         return BatchInFlight(tokens, len(hidden), ratio, pooled, marks)
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 from cachetools import LRUCache
 
@@ -54,7 +55,11 @@ class CandidateReader:
         given: Mapping[str, PassageStates],
     ) -> Iterator[tuple[Sequence[str], dict[str, Candidate]]]:
         """Yield each chunk of ids and its candidates; the next is read while the caller works."""
-        reads = (self._reader.submit(self.read, prompt, ids, ratio, given) for ids in chunks)
+        reads = (
+            # In a copy of this context, so that the span of what is read belongs to the request.
+            self._reader.submit(copy_context().run, self.read, prompt, ids, ratio, given)
+            for ids in chunks
+        )
         ahead = next(reads, None)
         for ids in chunks:
             found = ahead.result() if ahead is not None else {}

@@ -15,8 +15,9 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kalm_encoder import tracing
 from kalm_encoder.errors import InputError, KalmError
-from kalm_encoder.service import answers, metrics
+from kalm_encoder.service import answers, metrics, traces
 from kalm_encoder.service.access import key_check, only_loopback
 from kalm_encoder.service.explore.comparing import Explorer
 from kalm_encoder.service.explore.routes import Page, add_routes
@@ -41,12 +42,15 @@ KEEP_ALIVE_S = 75
 theirs: one that sent a request into a connection that we are closing would answer 502."""
 
 
-def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, explorer: Explorer | None = None, *, names_request: bool = True
+) -> FastAPI:
     """Return the application, which loads its model when it is started.
 
     Args:
         settings: What the operator decided.
         explorer: What answers the explore page at /. None leaves the page out.
+        names_request: Whether answers get an X-Request-ID; the proxy of Ray Serve adds one itself.
 
     Raises:
         InputError: There is a page, which shows all rows, and keys that see only some.
@@ -58,10 +62,12 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        tracing.start("kalm-serve")  # in a replica on Ray; elsewhere the command has done so
         loading = asyncio.create_task(asyncio.to_thread(_load, live))
         yield
         await loading
         await asyncio.to_thread(live.close)
+        await asyncio.to_thread(tracing.stop)
 
     app = FastAPI(
         title="kalm serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
@@ -76,10 +82,11 @@ def create_app(settings: Settings, explorer: Explorer | None = None) -> FastAPI:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization"],
-            expose_headers=["Retry-After", "WWW-Authenticate"],
+            allow_headers=["Authorization", *traces.HEADERS_IN],
+            expose_headers=["Retry-After", "WWW-Authenticate", *traces.HEADERS],
         )
     app.add_middleware(metrics.count)
+    app.add_middleware(traces.trace, names_request=names_request)
     app.add_middleware(_head_as_get)
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_problem)

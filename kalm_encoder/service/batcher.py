@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from kalm_encoder.model.decoder import QueryDecoder
 from kalm_encoder.model.encoder import PassageEncoder
 from kalm_encoder.model.in_flight import PassageTokens
 from kalm_encoder.model.pairs import Pair
+from kalm_encoder.service import traces
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,6 +70,7 @@ class _Call(Generic[T, R]):
     taken: int = 0
     results: dict[int, R] = field(default_factory=dict)
     done: Future[list[R]] = field(default_factory=Future)
+    waiting: traces.Waiting | None = field(default_factory=traces.waiting)
 
     def put(self, place: int, result: R) -> None:
         self.results[place] = result
@@ -84,20 +87,25 @@ class BatchQueue(Generic[T, R]):
     """A queue of items of one kind: first come, first served, in batches across callers.
 
     Args:
+        name: Name of what is done, for the spans of its batches.
         run: Function that works on one batch, in the device thread.
         size: Function that returns the number of tokens of an item.
         budget: Function that returns the most tokens of a batch; a larger item goes alone.
         observe: Function that is told the number of items of every batch.
+        computed: Function that returns the number of tokens computed so far, with padding.
     """
 
     def __init__(
         self,
+        name: str,
         run: Callable[[Sequence[T]], Sequence[R]],
         size: Callable[[T], int],
         budget: Callable[[], int],
         observe: Callable[[int], None],
+        computed: Callable[[], int],
     ) -> None:
         self._run, self._size, self._budget, self._observe = run, size, budget, observe
+        self._name, self._computed = name, computed
         self._calls: deque[_Call[T, R]] = deque()
 
     def __len__(self) -> int:
@@ -135,6 +143,7 @@ class BatchQueue(Generic[T, R]):
         return batch
 
     def _work_on(self, batch: Sequence[tuple[_Call[T, R], int]]) -> None:
+        began, computed = time.time_ns(), self._computed()
         try:
             results = self._run([call.items[place] for call, place in batch])
         except Exception as error:
@@ -148,6 +157,10 @@ class BatchQueue(Generic[T, R]):
         self._observe(len(results))
         for (call, place), result in zip(batch, results, strict=True):
             call.put(place, result)
+        asked = [call.waiting for call, _ in batch]
+        if any(asked):
+            size = sum(self._size(call.items[place]) for call, place in batch)
+            traces.record_batch(self._name, began, asked, size, self._computed() - computed)
 
 
 class DeviceThread:
@@ -211,7 +224,14 @@ class BatchingDecoder:
         if decoder.device.type == "cpu":
             budget = min(budget, CPU_BATCH_TOKENS)
         self.queue: BatchQueue[Pair, Score] = self.device.add(
-            BatchQueue(decoder.score_pairs, lambda pair: pair.size, lambda: budget, observe)
+            BatchQueue(
+                "decode",
+                decoder.score_pairs,
+                lambda pair: pair.size,
+                lambda: budget,
+                observe,
+                lambda: decoder.num_computed,
+            )
         )
 
     def score_pairs(self, pairs: Sequence[Pair]) -> list[Score]:
@@ -239,10 +259,12 @@ class BatchingEncoder:
         self.encoder, self.ratio, self._device = encoder, ratio, device
         self.queue: BatchQueue[PassageTokens, PassageStates] = device.add(
             BatchQueue(
+                "encode",
                 lambda batch: encoder.encode_batch(batch, ratio=ratio),
                 lambda tokens: len(tokens.ids),
                 lambda: encoder.token_budget,
                 observe,
+                lambda: encoder.num_computed,
             )
         )
 

@@ -7,15 +7,17 @@ threads, at the latest when the batch that is being computed is done.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from contextvars import copy_context
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fastapi import HTTPException, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kalm_encoder.service import traces
 from kalm_encoder.service.batcher import Caller
 from kalm_encoder.service.live import LiveTable, Version
 from kalm_encoder.service.problems import answer_problem
@@ -173,9 +175,16 @@ class RequestThreads:
             raise HTTPException(503, LOADING, {"Retry-After": RETRY_LOADING_S})
         if len(self.pending) >= self.live.settings.max_pending:
             raise HTTPException(429, "too many requests are waiting", {"Retry-After": "1"})
-        caller = Caller()
+        caller, waiting = Caller(), traces.waiting()
         seen = version.under(where)
-        future = self._threads.submit(caller.run, partial(answer, seen, *args, **kwargs))
+
+        def work() -> T:
+            if waiting is not None:
+                waiting.taken("thread", time.time_ns())
+            return answer(seen, *args, **kwargs)
+
+        # In a copy of this context, so that spans and log lines know the request.
+        future = self._threads.submit(copy_context().run, caller.run, work)
         self.pending.add(future)
         future.add_done_callback(self.pending.discard)
         try:

@@ -19,8 +19,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {} for status in (400, 401, 403, 408, 413, 415, 421, 422, 429, 503, 504)
 }
 """The errors that the OpenAPI schema lists; the message of an answer says what went wrong."""
-HANDLED = (RequestValidationError, InputError, HTTPException, Exception)
-"""The exceptions that `answer_problem` is registered for."""
+HANDLED = (RequestValidationError, InputError, HTTPException)
+"""The exceptions that `answer_problem` is registered for; traces.py calls it for all others."""
 
 
 async def answer_problem(request: Request, error: Exception) -> Response:

@@ -76,7 +76,7 @@ def listen(settings: Settings, host: str, port: int, *, replicas: int, keep_aliv
 
 def _deployment(settings: Settings) -> Any:
     @serve.deployment
-    @serve.ingress(lambda: create_app(settings))
+    @serve.ingress(lambda: create_app(settings, names_request=False))
     class Replica:
         """One process with one device."""
 

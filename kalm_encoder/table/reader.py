@@ -13,6 +13,7 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalm_encoder import tracing
 from kalm_encoder.errors import InputError, MissingIdsError, TableError, first_line
 from kalm_encoder.matryoshka import PassageStates
 from kalm_encoder.table import hub
@@ -188,20 +189,26 @@ class PassageTable(TableVersion):
         """Read those of the passages that the table holds, as `take` does; return them by id."""
         ratio = self.spec.ratios[0] if ratio is None else ratio
         stored = self.spec.source_ratio(ratio)
-        rows, left = self._located(list(dict.fromkeys(self._visible(ids))), stored)
-        found: dict[str, PassageStates] = {}
-        if len(rows):
-            if self.cached is None:
-                whole = self._with_states(rows, stored)
-            else:
-                fetch = partial(self._with_states, stored=stored)
-                whole = self.cached.read(rows, stored, fetch)
-            read = verified_rows(self.spec, whole, ratio)
-            found = {key: passage for key, passage in read if passage is not None}
-            left += [i for i in rows["id"].to_pylist() if i not in found]
-        if left:
-            columns = [*_small_columns(stored), f"states_r{stored}"]
-            found |= read_rows(self.spec, self._scan(columns, ids_in(left)), ratio, uri=self.uri)
+        with tracing.span("take", {"kalm.ratio": ratio, "kalm.ratio.stored": stored}) as span:
+            rows, left = self._located(list(dict.fromkeys(self._visible(ids))), stored)
+            found: dict[str, PassageStates] = {}
+            if len(rows):
+                if self.cached is None:
+                    whole = self._with_states(rows, stored)
+                else:
+                    fetch = partial(self._with_states, stored=stored)
+                    whole = self.cached.read(rows, stored, fetch)
+                read = verified_rows(self.spec, whole, ratio)
+                found = {key: passage for key, passage in read if passage is not None}
+                left += [i for i in rows["id"].to_pylist() if i not in found]
+            if left:
+                columns = [*_small_columns(stored), f"states_r{stored}"]
+                unsettled = self._scan(columns, ids_in(left))
+                found |= read_rows(self.spec, unsettled, ratio, uri=self.uri)
+            if span is not None:
+                sizes = [self.spec.read_bytes(p.num_tokens, ratio) for p in found.values()]
+                span.set_attributes({"kalm.rows": len(found), "kalm.bytes": sum(sizes)})
+                span.set_attribute("kalm.rows.located", len(rows))
         return found
 
     def ids_by_text(self, texts: Iterable[str]) -> dict[str, str]:
@@ -239,6 +246,8 @@ class PassageTable(TableVersion):
 
     def _with_states(self, rows: pa.Table, stored: int) -> pa.Table:
         """Read the states of rows by address; a row that is damaged may be left out."""
+        if (span := tracing.current()) is not None:  # the others come from the cache on the disk
+            span.set_attribute("kalm.rows.fetched", len(rows))
         addresses = ", ".join(map(str, rows[ADDRESS].to_pylist()))
         states = self._scan([f"states_r{stored}", ADDRESS], f"{ADDRESS} IN ({addresses})")
         return with_states(rows, states)

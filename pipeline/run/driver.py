@@ -26,6 +26,7 @@ from pipeline.run.kept_plan import KeptPlan
 from pipeline.run.progress import Progress
 from pipeline.run.records import RunTotals
 from pipeline.run.run_files import ENCODING
+from pipeline.run.traces import trace_run, trace_shard
 from pipeline.table.committer import Committer
 from pipeline.table.duplicates import DUPLICATE_POLICIES, find_repeated, rows_at
 from pipeline.table.erasures import erased_ids
@@ -175,6 +176,7 @@ def load(
     settings = replace(ledger.spec, model=spec.model, revision=spec.revision)
     settings = replace(settings, compute_dtype=settings.compute_dtype or spec.compute_dtype)
     erased = erased_ids(job.table)
+    trace_run(job.table, plan, len(pending), doing)
     with Progress(job.table, plan, pending, doing) as progress:
         if pending:
             make = work or _encoding(job)
@@ -223,6 +225,7 @@ def _commit_all(
     committer = Committer(ledger, job.commit_every_s, progress.committed)
     try:
         for outcome in progress.received(outcomes):
+            trace_shard(outcome)
             if isinstance(outcome, Failure):
                 failures.append(outcome)
                 with logs.in_shard(outcome.unit.id):

@@ -155,7 +155,7 @@ class TruncateTask(Task):
         columns = ["id", "text_hash", "num_tokens", "truncated"]
         columns += [f"states_r{stored}", f"checksum_r{stored}", *old.metadata_names]
         columns += ["text"] if old.keep_text else []
-        watch = _Watch()
+        began, watch = time.time(), _Watch()
         made: list[pa.Table] = []
         for batch in self._rows.batches(shard.rows.start, shard.rows.num_rows, columns):
             watch.note("read")
@@ -168,7 +168,7 @@ class TruncateTask(Task):
         return ShardResult(
             shard, fragment, num_rows=len(rows), num_tokens=tokens, padded_tokens=tokens,
             num_truncated=pc.sum(rows["truncated"]).as_py(), seconds=watch.seconds,
-            worker=f"{socket.gethostname()}:{os.getpid()}",
+            worker=f"{socket.gethostname()}:{os.getpid()}", began=began,
         )  # fmt: skip
 
     def _converted(self, rows: pa.Table, shard_id: str) -> pa.Table:

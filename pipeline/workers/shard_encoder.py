@@ -122,7 +122,7 @@ class ShardEncoder(Task):
             CancelledError: If `stop` was called while batches waited.
             OSError: If the store refused the write.
         """
-        shard, times = unit, [time.monotonic()]
+        shard, began, times = unit, time.time(), [time.monotonic()]
         rows = self._own.reader.read(shard)
         times.append(time.monotonic())
         tokens = self.encoder.tokenise([p.text for p in rows.passages])
@@ -147,6 +147,7 @@ class ShardEncoder(Task):
             seconds=_stages(times, batches, self._threads.count),
             worker=f"{socket.gethostname()}:{os.getpid()}",
             compute_dtype=self.encoder.compute_dtype,
+            began=began,
         )
 
     @property

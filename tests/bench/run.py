@@ -26,6 +26,7 @@ from tests.bench import (
     steps,
     table,
     take,
+    traces,
 )
 from tests.bench.data import FOLDER, warn_if_busy
 from tests.bench.gpu_check import check, host_ceiling
@@ -45,6 +46,7 @@ BENCHES = {
     "codecs": codecs.main,
     "scale": scale.main,
     "serve": serve.main,
+    "traces": traces.main,
     "elastic": elastic.main,
     "planning": planning.main,
     "steps": steps.main,

@@ -4,6 +4,7 @@ import contextvars
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,7 @@ def test_lines_of_ray_workers_come_in_the_same_form_and_no_users_folder_shadows_
     done = subprocess.run(
         [sys.executable, "-c", script, "--debug", "--log-format", "json", *map(str, command)],
         cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OTEL_TRACES_EXPORTER": "console"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(PassageTable.open(str(table))) == 60
@@ -85,6 +86,11 @@ def test_lines_of_ray_workers_come_in_the_same_form_and_no_users_folder_shadows_
     # Of a cluster that goes down at once the last lines may be lost.
     assert encoded and encoded <= {f"{i:06d}" for i in range(6)}
     assert any(line["logger"] == "pipeline.run.driver" for line in lines if "worker" not in line)
+    # The driver records the shards of all workers, and their lines have the id of its trace.
+    (trace,) = {line["trace"] for line in lines if line["logger"].startswith("pipeline.")}
+    assert set(re.findall(r'"trace_id": "0x(\w+)"', done.stdout)) == {trace}
+    assert done.stdout.count('"name": "shard"') == 6
+    assert set(re.findall(r'"kalm.worker": "(.+)"', done.stdout)) == workers
 
 
 def test_errors_are_lines_too(model_dir, tmp_path):

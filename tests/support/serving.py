@@ -4,11 +4,14 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
 import httpx
+import uvicorn
 
+from kalm_encoder.service.app import create_app
 from tests.support.commands import HANG_S, Command
 
 
@@ -48,3 +51,19 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def serving_here(settings):
+    """Serve in this process over HTTP; yield a client and the application."""
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started and app.state.live.current)
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.config.port}", timeout=HANG_S) as it:
+            yield it, app
+    finally:
+        server.should_exit = True  # what uvicorn does on SIGTERM
+        thread.join()

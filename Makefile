@@ -31,7 +31,7 @@ test: $(INSTALLED)  ## run the tests (about 10 minutes on two cores)
 test-all: $(INSTALLED)  ## run all tests, the long ones too, with more examples for each property
 	$(PYTEST) --hypothesis-profile thorough
 
-faults: $(INSTALLED)  ## inject hundreds of faults into real jobs (20 minutes); fail if a row is wrong
+faults: $(INSTALLED)  ## inject hundreds of faults into real jobs (35 minutes); fail if a row is wrong
 	$(BIN)/python -m tests.faults
 
 lint: $(INSTALLED)  ## check the style and the directions of imports

@@ -33,7 +33,7 @@ WORDS = "the state of a passage is the mean of its tokens and a query reads them
 COMMANDS = ("encode", "verify", "truncate", "sync")
 BEFORE = ("encode: start", "encode: planning", "encode: shards")
 """Steps up to encoding, in which the driver keeps the plan: about 1 KB per shard."""
-SAMPLE_S = 0.2
+SAMPLE_S = 0.5
 
 
 @dataclass
@@ -148,6 +148,10 @@ def _run(command: str, folder: Path) -> list[Step]:
                 step.driver, step.driver_cpu = max(step.driver, memory), step.driver_cpu + more
             else:
                 step.worker, step.workers_cpu = max(step.worker, memory), step.workers_cpu + more
+    for (name, _), start in zip(marks, starts, strict=True):
+        if not steps[name].driver:  # it was over before the next sample
+            later = (sample.processes for sample in samples if sample.seconds >= start)
+            steps[name].driver = next((p[driver.pid][0] for p in later if driver.pid in p), 0)
     return list(steps.values())
 
 

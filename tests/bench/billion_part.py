@@ -104,7 +104,8 @@ def job(folder: Path, corpus: str) -> EncodeJob:
 def encode(folder: Path, execute: Executor) -> None:
     files = checkpoint.resolve("kalm-demo", None)
     like = TableSpec(
-        model=str(files.path), revision=None, fingerprint=files.fingerprint, dim=DIM,
+        model=str(files.path), revision=None, fingerprint=files.fingerprint,
+        files_hash=files.files_hash, weights_hash=files.weights_hash, dim=DIM,
         max_length=1024, ratios=(RATIO,), store_dtype="float16", compute_dtype="float32",
     )  # fmt: skip
     print(run(job(folder, "corpus"), execute, like=like))

@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {
     "pipeline.table.indexes.GROUP_ROWS": 200,
     "pipeline.table.indexes.TEXT_GROUP_ROWS": 400,
     "pipeline.table.partitions.PARTITION_ROWS": 200,
+    "pipeline.upkeep.comparison.corpus.PIECE_ROWS": 200,
     "pipeline.upkeep.truncate.SHARD_BYTES": 100_000,
     "pipeline.upkeep.verification.parts.PARTITION_ROWS": 200,
 }

@@ -26,7 +26,7 @@ from kalm_encoder import tracing
 
 TEXT, JSON = "text", "json"
 FORMATS = (TEXT, JSON)
-NOISY = ("httpx", "httpx2", "ray", "transformers", "filelock", "huggingface_hub")
+NOISY = ("azure", "httpx", "httpx2", "ray", "transformers", "filelock", "huggingface_hub")
 """Loggers of libraries whose INFO lines would hide ours; --debug shows them."""
 FIELDS = ("run", "shard", "worker", "trace", "request")
 """The fields by which a line says where it comes from."""

@@ -17,6 +17,7 @@ from zipfile import BadZipFile
 import fsspec
 
 from kalm_encoder.errors import InputError, KalmError, first_line
+from pipeline.corpus.clouds import fsspec_options
 from pipeline.corpus.foreign import refuse_signature
 
 if sys.version_info >= (3, 14):
@@ -34,14 +35,6 @@ MAGIC = {
 }
 BEGIN_BYTES = 32
 """Bytes of a file that are looked at to find out how it is compressed."""
-S3_OPTIONS = {  # names that s3fs uses, each with the names under which Lance knows the option
-    "key": ("aws_access_key_id", "access_key_id"),
-    "secret": ("aws_secret_access_key", "secret_access_key"),
-    "token": ("aws_session_token", "session_token", "aws_token", "token"),
-    "endpoint_url": ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url"),
-    "region": ("aws_region", "region", "aws_default_region", "default_region"),
-    "anon": ("aws_skip_signature", "skip_signature"),
-}
 REMEDIES = {
     "NoCredentialsError": "give --storage-option aws_access_key_id=… and aws_secret_access_key=…, "
     "or aws_skip_signature=true if the bucket is public",
@@ -193,18 +186,3 @@ def check_ranges(url: str, storage_options: dict[str, str] | None) -> None:
                         f"middle of a file: give {copied}, which copies the file to each machine "
                         "before it is read"
                     ) from error
-
-
-def fsspec_options(url: str, storage_options: dict[str, str] | None) -> dict[str, Any]:
-    """Translate Lance's storage options into those of fsspec, by protocol of a URL or chain."""
-    given = {k.lower(): v for k, v in (storage_options or {}).items()}
-    options: dict[str, Any] = {}
-    for name, aliases in S3_OPTIONS.items():
-        if found := [given[alias] for alias in aliases if alias in given]:
-            options[name] = found[0]
-    if "region" in options:
-        options["client_kwargs"] = {"region_name": options.pop("region")}
-    if "anon" in options:
-        options["anon"] = options["anon"].lower() == "true"
-    protocols = {part.split("://")[0] for part in url.split("::") if "://" in part}
-    return dict.fromkeys(protocols & {"s3", "s3a"}, options)

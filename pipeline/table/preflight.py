@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,16 @@ from lance.schema import LanceSchema
 from kalm_encoder.errors import InputError, first_line
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
-from pipeline.corpus.access import fsspec_options
+from pipeline.corpus.clouds import fsspec_options
 from pipeline.table.fragments import with_id, write_fragment
 from pipeline.table.publish import set_tag, tagged_version
 from pipeline.table.side_files import PROBES, RUN_VIEW, read_text, write_text
 
+CORPUS_LIBRARIES = {
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+}
+"""The library by which a corpus on a cloud is read, by scheme."""
 EXPLANATIONS = (
     ((r"errno 1?3\b", r"os error 1?3\b", "permission denied", "operation not permitted"),
      "this user may not write there: check the owner and the mode of the folder, or choose another "
@@ -59,6 +65,8 @@ EXPLANATIONS = (
      "nothing answers there: check aws_endpoint, and set aws_allow_http=true for an http:// "
      "address"),
     (("install s3fs",), "pip install 'kalm-preencode[batch,s3]'"),
+    (("install gcsfs",), "pip install 'kalm-preencode[batch,gcs]'"),
+    (("install adlfs",), "pip install 'kalm-preencode[batch,azure]'"),
 )  # fmt: skip
 """Patterns in the text of a store's error, and what the error means."""
 ACCEPTED_BY_LANCE = (
@@ -93,7 +101,7 @@ def check_writable(table: Location) -> None:
 
 def examine(table: Location) -> Iterator[Check]:
     """Try everything that a job does on the store of a table, and what Lance must refuse."""
-    yield from _examine(table, _use_lance, _check_refusals)
+    yield from _examine(table, _use_lance, _check_refusals, _read_files)
 
 
 def _examine(table: Location, *parts: Callable[[Location], Iterator[Check]]) -> Iterator[Check]:
@@ -133,7 +141,7 @@ def _explain(error: BaseException) -> str:
 def _check_store(probe: Location) -> Iterator[Check]:
     """Write, conditionally overwrite, read and delete one object."""
     if not probe.is_local and not probe.uri.startswith(("s3://", "s3a://")):
-        return  # On other clouds, Lance's own conditional writes are all there is.
+        return  # On other clouds, Lance's own conditional writes are all that a job stands on.
     path = probe.uri if probe.is_local else unquote(probe.uri)  # s3fs takes a key, Lance a URL
 
     def store() -> Any:
@@ -150,6 +158,30 @@ def _check_store(probe: Location) -> Iterator[Check]:
     yield _check("fsspec: refuse to create it again", create_again, NO_CONDITIONAL_WRITES)
     yield _check("fsspec: read it back", lambda: _expect(store().cat_file(path), b"first"))
     yield _check("fsspec: delete it", lambda: store().rm_file(path))
+
+
+def _read_files(probe: Location) -> Iterator[Check]:
+    """Read a file as those of a corpus are read, on a cloud whose library may not be here."""
+    library = CORPUS_LIBRARIES.get(probe.uri.partition("://")[0])
+    if library is None:
+        return
+    if find_spec(library) is None:
+        yield Check(
+            f"fsspec: not tried, {library} is not installed (a corpus there needs it)", None
+        )
+        return
+    file = probe / "corpus.txt"
+    options = fsspec_options(file.uri, file.options)
+
+    def read() -> None:
+        session = probe.file_session()
+        write_text(session, "corpus.txt", "first")
+        store, path = fsspec.url_to_fs(file.uri, use_listings_cache=False, **options)
+        _expect(store.cat_file(path), b"first")
+        _expect([entry.rpartition("/")[2] for entry in store.find(path)], ["corpus.txt"])
+        session.delete_file("corpus.txt")
+
+    yield _check("fsspec: read a file, and find it", read)
 
 
 def _use_lance(probe: Location) -> Iterator[Check]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 PACKAGES = {
+    "azurite-blob": "npm (then npm install -g azurite)",
     "chromium": "chromium",
     "chromedriver": "chromium-driver",
     "curl": "curl",

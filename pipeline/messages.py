@@ -136,11 +136,14 @@ class Work(ABC):
         table: Address of the table. Its storage options serve for the inputs too; they are passed
             in memory and never written.
         logs: How a worker logs, and the id of the run.
+        is_large: Whether even one unit goes to a worker, if there are any, because it takes more
+            memory than a driver should.
         loads_model: Whether a worker loads a model, so that it wants a GPU if there is one.
     """
 
     table: Location
     logs: LogOptions = field(default_factory=current)
+    is_large: bool = False
     loads_model: ClassVar[bool] = False
 
     @abstractmethod

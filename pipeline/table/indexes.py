@@ -117,7 +117,8 @@ def create_indexes(claim: TableClaim, steps: Steps, kinds: Mapping[str, str]) ->
     ]
     chosen_parts = xxhash.xxh3_64_hexdigest(json.dumps(what).encode())
     folder = f"{FINISH}/{fragments_key(dataset)}/index-{chosen_parts}"
-    building = BuildSegments(table=table, version=dataset.version)
+    is_large = dataset.count_rows() > GROUP_ROWS
+    building = BuildSegments(table=table, version=dataset.version, is_large=is_large)
     parts = [Part(number, some) for number, some in enumerate(what)]
     built = steps.do("building indexes", building, parts, table / folder / "built")
     segments: dict[str, list[dict[str, Any]]] = {column: [] for column in kinds}
@@ -125,7 +126,7 @@ def create_indexes(claim: TableClaim, steps: Steps, kinds: Mapping[str, str]) ->
         segments[part.what[0]].append(segment)
     _check_files(claim, segments, folder)
     several = [c for c, some in segments.items() if len(some) > 1 and kinds[c] != INVERTED]
-    merging = MergeSegments(table=table, version=dataset.version)
+    merging = MergeSegments(table=table, version=dataset.version, is_large=is_large)
     parts = [Part(number, segments[column]) for number, column in enumerate(several)]
     chosen = dict(segments)
     for part, segment in steps.do("merging indexes", merging, parts, table / folder / "merged"):

@@ -24,7 +24,7 @@ LAST_LINES_S = 0.5
 """Time for Ray to bring the last log lines of workers to the driver; Ray does not say when."""
 FEW_UNITS = 8
 """With fewer units, a step that loads no model runs in the driver's process, unless workers or a
-cluster were asked for: it is done before workers would have started."""
+cluster were asked for: it is done before workers would have started. A large work never does."""
 
 
 class Worker:
@@ -92,7 +92,7 @@ class OnRay:
             InputError: If there is no such cluster, or no node can hold one worker.
             KalmError: If the work cannot be loaded, or workers keep dying.
         """
-        if not work.loads_model and self._are_few(units):
+        if not (work.loads_model or work.is_large) and self._are_few(units):
             yield from in_process(work, units)
             return
         try:

@@ -17,7 +17,8 @@ from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.messages import Failure, ShardResult, Task, Work
+from pipeline.messages import Failure, Part, ShardResult, Task, Work
+from pipeline.table.steps import PartResult
 from pipeline.workers.on_ray.actor import OnRay, RayOptions
 
 # The workers get our packages, not this one.
@@ -67,6 +68,18 @@ class Dying(Troubled):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Telling(Work):
+    """Tells in which process it runs."""
+
+    def start(self, place):
+        return Tell()
+
+
+class Tell(Task):
+    def do(self, unit):
+        return PartResult(unit, os.getpid())
+
+
 @pytest.fixture(scope="module")
 def address():
     """One cluster for all tests: its start takes seconds."""
@@ -103,6 +116,14 @@ def test_a_worker_that_cannot_load_ends_the_job_with_its_error(address):
 def test_workers_that_die_at_once_end_the_job(address):
     with pytest.raises(KalmError, match="workers keep dying"):
         outcomes(Dying, make_shards(1), address=address)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_one_unit_of_a_step_leaves_the_driver_only_if_it_is_large(address, is_large):
+    execute = OnRay(RayOptions(address=address, num_workers=1, cpus_per_worker=1))
+    work = Telling(table=Location("unused"), is_large=is_large)
+    (result,) = filter(None, execute(work, [Part(0, None)]))
+    assert (result.value != os.getpid()) == is_large
 
 
 def test_an_impossible_request_fails_at_once(address):

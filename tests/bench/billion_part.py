@@ -26,6 +26,8 @@ from pipeline.corpus.shards import Shard, ShardReader
 from pipeline.messages import Executor, Outcome, Place, ShardResult, Task, Unit, Work
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
+from pipeline.table.claim import CHANGING
+from pipeline.table.finish import SealedTable
 from pipeline.table.fragments import write_fragment
 from pipeline.table.steps import Steps, StepWork
 from pipeline.upkeep.sync import sync
@@ -94,6 +96,23 @@ def announce_steps() -> None:
     Steps.do = announced  # type: ignore[method-assign]
 
 
+def announce_changes() -> None:
+    """Let what a sync does in the driver say its name when it begins."""
+
+    def wrap(method: str, name: str) -> None:
+        do = getattr(SealedTable, method)
+
+        def announced(self: SealedTable, *rest: Any, **more: Any) -> Any:
+            if self.state == CHANGING:
+                announce(name)
+            return do(self, *rest, **more)
+
+        setattr(SealedTable, method, announced)
+
+    wrap("upsert", "merging rows")
+    wrap("finish", "adding to indexes")
+
+
 def job(folder: Path, corpus: str) -> EncodeJob:
     return EncodeJob(
         inputs=(f"{folder}/{corpus}/*.jsonl",), uri=f"{folder}/t.lance", model="kalm-demo",
@@ -115,6 +134,7 @@ def main(command: str, folder: Path) -> None:
     # The workers get our packages, not this one.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     announce_steps()
+    announce_changes()
     announce("start")
     table = f"{folder}/t.lance"
     with OnRay(RayOptions(num_workers=len(os.sched_getaffinity(0)), cpus_per_worker=1)) as on_ray:

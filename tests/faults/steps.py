@@ -42,7 +42,9 @@ def _encode_sound(world: World, table: str) -> None:
 
 def _encode_repeats(world: World, table: str) -> None:
     """Encode all rows of a corpus with repeated ids, up to where they are settled."""
-    world.start([*_repeats(world, table), "--workers", "0"], stop_before_finish).join()
+    options = world.s3.arguments if "://" in table else []
+    arguments = [*_repeats(world, table), "--workers", "0", *options]
+    world.start(arguments, stop_before_finish).join()
 
 
 def _repeats(world: World, table: str) -> list[str]:

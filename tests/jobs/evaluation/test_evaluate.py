@@ -19,6 +19,7 @@ from jobs.evaluation.results import Evaluation
 from kalm_encoder import Reranker
 from kalm_encoder.errors import InputError
 from kalm_encoder.rerank.fusion import fuse
+from pipeline.workers.encode_work import EncodeWork
 from pipeline.workers.local import in_process
 from tests.conftest import SCRIPTS, make_texts, write_corpus
 from tests.jobs.test_end_to_end import kalm
@@ -142,9 +143,10 @@ def test_evaluating_again_encodes_nothing_and_a_changed_corpus_only_what_changed
     corpus = make_folder(tmp_path / "tiny", texts)
     encoded = []
 
-    def counting(config, shards):
-        encoded.append(sum(s.rows.num_rows for s in shards))
-        return in_process(config, shards)
+    def counting(work, units):
+        if isinstance(work, EncodeWork):
+            encoded.append(sum(shard.rows.num_rows for shard in units))
+        return in_process(work, units)
 
     experiment = Experiment(
         collection=read_folder(corpus), model=str(model_dir), folder=tmp_path / "out",

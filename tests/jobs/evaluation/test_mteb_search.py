@@ -8,6 +8,7 @@ from datasets import Dataset
 from jobs.evaluation.mteb_search import KaLMSearch
 from kalm_encoder import PassageTable, QueryDecoder, Reranker
 from kalm_encoder.errors import InputError, MismatchError, MissingIdsError, TableError
+from pipeline.workers.encode_work import EncodeWork
 from pipeline.workers.local import in_process
 from tests.conftest import make_texts
 
@@ -116,9 +117,10 @@ def test_a_retrieval_task_ranks_what_full_text_search_finds(model_dir, tmp_path)
 def test_evaluating_again_encodes_nothing_again(model_dir, tmp_path):
     pending = []
 
-    def counting(config, shards):
-        pending.append(len(shards))
-        return in_process(config, shards)
+    def counting(work, units):
+        if isinstance(work, EncodeWork):
+            pending.append(len(units))
+        return in_process(work, units)
 
     task = make_task("LocalReranking", "Reranking")
     results = []

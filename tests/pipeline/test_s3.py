@@ -58,7 +58,7 @@ def test_a_table_lives_on_s3_from_encode_to_gc(s3, model_dir):
 
     put_corpus(s3, "c.jsonl", ["changed", *texts[1:], "new"])
     changes, _ = sync(job, in_process)
-    assert (changes.unchanged, changes.changed, changes.new, changes.missing) == (39, 1, 1, [])
+    assert (changes.unchanged, changes.changed, changes.new, changes.missing) == (39, 1, 1, 0)
     assert delete(Location(TABLE, s3.options), ["p3"]) == 1
     compact(Location(TABLE, s3.options))
     assert verify(TABLE, storage_options=s3.options).num_problems == 0

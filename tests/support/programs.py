@@ -30,7 +30,7 @@ def require(*programs: str) -> None:
 
 def advice(skip_reasons: Iterable[str]) -> Iterator[str]:
     """Yield one line for each set of programs that tests were skipped for."""
-    found = (re.search(r"missing program: ([\w, ]+)", reason) for reason in skip_reasons)
+    found = (re.search(r"missing program: ([\w, -]+)", reason) for reason in skip_reasons)
     for names, count in sorted(Counter(match[1] for match in found if match).items()):
         programs = names.split(", ")
         tests = "test was" if count == 1 else "tests were"

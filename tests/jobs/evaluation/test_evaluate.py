@@ -207,7 +207,12 @@ def test_what_would_spoil_figures_silently_is_told_or_refused(folder, model_dir,
     other = make_folder(tmp_path / "other", make_texts(9, seed=4), judged=judged)
     told = evaluate(replace(experiment, collection=read_folder(other)), in_process).warnings
     assert "1 of 4 relevant passages are not in the corpus: nowhere" in told
-    again = evaluate(experiment, lambda *_: pytest.fail("the first collection is encoded again"))
+
+    def encodes_nothing(work, units):
+        assert not isinstance(work, EncodeWork), "the first collection is encoded again"
+        return in_process(work, units)
+
+    again = evaluate(experiment, encodes_nothing)
     assert again.num_passages == 40
     write_corpus(other / "corpus.jsonl", ["one", "two"])
     with (other / "corpus.jsonl").open("a") as lines:

@@ -64,9 +64,7 @@ def encoding_nodes(cluster, process, log):
     assert process.poll() is None, log.read_text()
     time.sleep(1)
     tasks = cluster.listed("tasks")
-    return {
-        t["node_id"] for t in tasks if t["name"].endswith(".encode") and t["state"] == "FINISHED"
-    }
+    return {t["node_id"] for t in tasks if t["name"].endswith(".do") and t["state"] == "FINISHED"}
 
 
 def workers_of(table):

@@ -15,24 +15,18 @@ from lance.optimize import Compaction, CompactionOptions, CompactionTask, Rewrit
 from kalm_encoder.errors import KalmError
 from pipeline.messages import Part, Place
 from pipeline.table.claim import TableClaim
-from pipeline.table.fragments import check_written, fragments_key, open_version
+from pipeline.table.fragments import check_written, fragments_key
 from pipeline.table.side_files import FINISH
-from pipeline.table.steps import DoPart, Steps, StepWork, remove_step
+from pipeline.table.steps import DoPart, Steps, VersionWork, remove_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewriteFragments(StepWork):
-    """Tasks of a compaction.
-
-    Attributes:
-        version: Version of the table.
-    """
-
-    version: int
+class RewriteFragments(VersionWork):
+    """Tasks of a compaction."""
 
     def load(self, place: Place) -> DoPart:
         """Open the table. A part is a task, and its result what the commit needs, both as JSON."""
-        dataset = open_version(self.table, self.version)
+        dataset = self.dataset()
         return lambda task: CompactionTask.from_json(task).execute(dataset).json()
 
 
@@ -52,11 +46,10 @@ def rewrite(claim: TableClaim, steps: Steps, options: CompactionOptions) -> None
     folder = f"{FINISH}/{fragments_key(dataset)}/rewrite-{chosen}"
     work = RewriteFragments(table=claim.location, version=dataset.version)
     parts = [Part(number, task) for number, task in enumerate(tasks)]
-    done = steps.do("merging fragments", work, parts, claim.location / folder)
-    results = {part.number: json.loads(result) for part, result in done}
+    done = steps.results("merging fragments", work, parts, claim.location / folder)
     # An earlier run may have recorded them: its claim was another version with the same fragments.
-    ordered = [{**results[number], "read_version": dataset.version} for number in sorted(results)]
-    rewrites = [RewriteResult.from_json(json.dumps(result)) for result in ordered]
+    results = [{**json.loads(result), "read_version": dataset.version} for result in done]
+    rewrites = [RewriteResult.from_json(json.dumps(result)) for result in results]
     written = [fragment for result in rewrites for fragment in result.new_fragments]
     try:
         check_written([_text(fragment) for fragment in written], claim.location)

@@ -19,21 +19,20 @@ import numpy as np
 import pyarrow as pa
 from lance.dataset import LanceOperation
 from lance.fragment import FragmentMetadata
-from numpy.typing import NDArray
 
 from kalm_encoder.table.location import Location
 from pipeline.messages import Part, Place
-from pipeline.table.fragments import fragment_groups, open_version
+from pipeline.table.fragments import fragment_groups
 from pipeline.table.partitions import (
-    HIGH,
-    LOW,
     hashes_of,
     new_name,
     num_partitions,
     read_partition,
+    repeated_in,
+    write_groups,
     write_partitions,
 )
-from pipeline.table.steps import DoPart, Steps, StepWork
+from pipeline.table.steps import DoPart, Steps, StepWork, VersionWork
 
 DUPLICATE_POLICIES = ("error", "first", "last")
 GROUP_ROWS = 1_000_000
@@ -88,7 +87,7 @@ def find_repeated(
         partitions=partitions,
     )
     parts = [Part(number, ids) for number, ids in enumerate(groups)]
-    files = [name for _, name in steps.do("reading ids", hashing, parts, hashing.folder)]
+    files = steps.results("reading ids", hashing, parts, hashing.folder)
     finding = FindRepeated(
         table=table,
         hashed=hashing.folder,
@@ -127,24 +126,6 @@ def rows_at(dataset: lance.LanceDataset, rows: Sequence[int], columns: list[str]
     return found.select(columns).take([places[row] for row in rows])
 
 
-def delete_repeated(
-    steps: Steps, table: Location, dataset: lance.LanceDataset, repeated: Repeated
-) -> LanceOperation.Delete:
-    """Write the marks of deletion of repeated rows and return the operation that commits them.
-
-    Args:
-        steps: How the parts are done.
-        table: Address of the table.
-        dataset: The version in which the rows were found.
-        repeated: The rows, as `find_repeated` returned them.
-
-    Raises:
-        IncompleteError: If some parts failed for good.
-    """
-    files, groups = repeated.files, repeated.groups
-    return delete_rows(steps, table, dataset, files, groups, "repeated rows")
-
-
 def delete_rows(
     steps: Steps,
     table: Location,
@@ -177,22 +158,20 @@ def delete_rows(
 
 
 @dataclass(frozen=True, kw_only=True)
-class HashIds(StepWork):
+class HashIds(VersionWork):
     """Groups of fragments, of which the ids are hashed into partitions.
 
     Attributes:
-        version: Version of the table.
         folder: Where the files go.
         partitions: Number of partitions.
     """
 
-    version: int
     folder: Location
     partitions: int
 
     def load(self, place: Place) -> DoPart:
         """Open the table. A part is a list of fragment ids, its result the name of a file."""
-        dataset = open_version(self.table, self.version)
+        dataset = self.dataset()
 
         def hash_ids(fragment_ids: list[int]) -> str:
             fragments = [dataset.get_fragment(id) for id in fragment_ids]
@@ -232,17 +211,13 @@ class FindRepeated(StepWork):
         starts = np.array(self.group_starts, np.uint64)
 
         def find(number: int) -> dict[str, Any]:
-            tables = list(read_partition(files, number))
-            if not tables:
-                return {"count": 0}
-            found = _repeated_in(pa.concat_tables(tables), self.keep)
+            found = repeated_in(read_partition(files, number), ROW, self.keep)
             if not len(found):
                 return {"count": 0}
             rows = found[:, 2]
             groups = np.searchsorted(starts, rows >> np.uint64(32), side="right") - 1
             name = new_name()
-            grouped = pa.table({HIGH: groups.astype(np.uint64), ROW: rows})
-            write_partitions(grouped, len(starts), self.folder / name)
+            write_groups(pa.table({ROW: rows}), groups, len(starts), self.folder / name)
             return {
                 "count": len(found),
                 "shown": found[:SHOWN].tolist(),
@@ -254,15 +229,13 @@ class FindRepeated(StepWork):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeleteRows(StepWork):
+class DeleteRows(VersionWork):
     """Groups of fragments, of which rows are deleted.
 
     Attributes:
-        version: Version of the table.
         files: Files that hold the addresses of the rows.
     """
 
-    version: int
     files: tuple[Location, ...]
 
     def load(self, place: Place) -> DoPart:
@@ -270,7 +243,7 @@ class DeleteRows(StepWork):
 
         Its result has the new metadata of each changed fragment by its id, None if no row is left.
         """
-        dataset = open_version(self.table, self.version)
+        dataset = self.dataset()
 
         def delete(group: int) -> dict[str, Any]:
             rows = np.sort(pa.concat_tables(read_partition(self.files, group))[ROW].to_numpy())
@@ -284,14 +257,3 @@ class DeleteRows(StepWork):
             return changed
 
         return delete
-
-
-def _repeated_in(rows: pa.Table, keep: str) -> NDArray[np.uint64]:
-    """Return (n, 3) hash halves and address of all rows with a repeated hash, except one each."""
-    columns = np.column_stack([rows[name].to_numpy() for name in (HIGH, LOW, ROW)])
-    columns = columns[np.lexsort((columns[:, 2], columns[:, 1], columns[:, 0]))]
-    same = (columns[1:, :2] == columns[:-1, :2]).all(axis=1)
-    again = np.zeros(len(columns), bool)
-    # Equal hashes are neighbours in table order: mark all but the first, or all but the last.
-    (again[1:] if keep == "first" else again[:-1])[same] = True
-    return columns[again]

@@ -18,7 +18,7 @@ from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
 from pipeline.table.compaction import rewrite
-from pipeline.table.duplicates import delete_repeated, delete_rows, find_repeated
+from pipeline.table.duplicates import delete_rows, find_repeated
 from pipeline.table.fragments import fragments_key, open_to_write
 from pipeline.table.indexes import BTREE, INVERTED, LABEL_LIST, create_indexes
 from pipeline.table.ledger import ON_DUPLICATE, PLAN
@@ -189,8 +189,7 @@ class SealedTable(TableClaim):
         folder = finish_folder(self.location, self.dataset)
         repeated = find_repeated(steps, self.location, self.dataset, keep, folder)
         if repeated.count:
-            operation = delete_repeated(steps, self.location, self.dataset, repeated)
-            self.refresh(self.commit_operation(operation))
+            self.delete_rows(steps, repeated.files, repeated.groups, "repeated rows")
 
     def _compact(self, steps: Steps) -> None:
         """Merge small fragments into ones of about FRAGMENT_BYTES.

@@ -20,9 +20,9 @@ from lance.dataset import Index, IndexFile
 from kalm_encoder.errors import KalmError
 from pipeline.messages import Part, Place
 from pipeline.table.claim import TableClaim
-from pipeline.table.fragments import fragment_groups, fragments_key, open_version
+from pipeline.table.fragments import fragment_groups, fragments_key
 from pipeline.table.side_files import FINISH
-from pipeline.table.steps import DoPart, Steps, StepWork, remove_step
+from pipeline.table.steps import DoPart, Steps, VersionWork, remove_step
 
 BTREE, LABEL_LIST, INVERTED = "BTREE", "LABEL_LIST", "INVERTED"
 GROUP_ROWS = 2_000_000
@@ -34,18 +34,12 @@ INDICES = "_indices"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildSegments(StepWork):
-    """Segments of indexes that are to be built.
-
-    Attributes:
-        version: Version of the table.
-    """
-
-    version: int
+class BuildSegments(VersionWork):
+    """Segments of indexes that are to be built."""
 
     def load(self, place: Place) -> DoPart:
         """Open the table. A part is a column, its kind of index and a list of fragment ids."""
-        dataset = open_version(self.table, self.version)
+        dataset = self.dataset()
 
         def build(what: list[Any]) -> dict[str, Any]:
             column, kind, fragment_ids = what
@@ -64,18 +58,12 @@ class BuildSegments(StepWork):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeSegments(StepWork):
-    """Segments of indexes that are to be merged.
-
-    Attributes:
-        version: Version of the table.
-    """
-
-    version: int
+class MergeSegments(VersionWork):
+    """Segments of indexes that are to be merged."""
 
     def load(self, place: Place) -> DoPart:
         """Open the table. A part is a list of segments, its result the one that has all of them."""
-        dataset = open_version(self.table, self.version)
+        dataset = self.dataset()
 
         def merge(segments: list[dict[str, Any]]) -> dict[str, Any]:
             own = dataset.checkout_version(self.version)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -90,3 +90,24 @@ def read_partition(files: Sequence[Location], number: int) -> Iterator[pa.Table]
         begin, end = json.loads(metadata[STARTS.encode()])[number : number + 2]
         if end > begin:
             yield reader.read_range(begin, end - begin, batch_size=end - begin).to_table()
+
+
+def repeated_in(tables: Iterable[pa.Table], row: str, keep: str) -> NDArray[np.uint64]:
+    """Return (n, 3) hash halves and number of all rows with a repeated hash, except one of each.
+
+    Args:
+        tables: Rows of one partition, with HIGH and LOW.
+        row: Column of the numbers of the rows, in the order of the table (uint64).
+        keep: Which row of a hash is left out: the "first" or the "last" in that order.
+    """
+    found = list(tables)
+    if not found:
+        return np.empty((0, 3), np.uint64)
+    rows = pa.concat_tables(found)
+    columns = np.column_stack([rows[name].to_numpy() for name in (HIGH, LOW, row)])
+    columns = columns[np.lexsort((columns[:, 2], columns[:, 1], columns[:, 0]))]
+    same = (columns[1:, :2] == columns[:-1, :2]).all(axis=1)
+    again = np.zeros(len(columns), bool)
+    # Equal hashes are neighbours in table order: mark all but the first, or all but the last.
+    (again[1:] if keep == "first" else again[:-1])[same] = True
+    return columns[again]

@@ -16,12 +16,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import lance
+from lance.file import LanceFileSession
 from tqdm import tqdm
 
 from kalm_encoder.errors import IncompleteError
 from kalm_encoder.table.location import Location
 from pipeline import logs
 from pipeline.messages import Executor, Failure, Part, Place, Task, Work
+from pipeline.table.fragments import open_version
 from pipeline.table.side_files import read_text, write_text
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class StepTask(Task):
         return PartResult(unit, self._do_part(unit.what))
 
 
+@dataclass(frozen=True, kw_only=True)
 class StepWork(Work):
     """The work of one step."""
 
@@ -64,6 +68,25 @@ class StepWork(Work):
     def start(self, place: Place) -> StepTask:
         """Load in this process what the parts need."""
         return StepTask(self.load(place))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionWork(StepWork):
+    """The work of one step on one version of the table.
+
+    Attributes:
+        version: The version.
+    """
+
+    version: int
+
+    def dataset(self) -> lance.LanceDataset:
+        """Open the version.
+
+        Raises:
+            TableError: If there is no table or no such version, or the store refuses.
+        """
+        return open_version(self.table, self.version)
 
 
 def _tell_nobody(name: str, done: int, total: int) -> None:
@@ -97,7 +120,8 @@ class Steps:
         Raises:
             IncompleteError: If some parts failed for good; those that did not are recorded.
         """
-        known = _recorded(folder)
+        session = None if folder is None else folder.file_session()
+        known = {} if session is None else _recorded(session)
         pending = [part for part in parts if part.number not in known]
         for part in parts:
             if part.number in known:
@@ -117,9 +141,9 @@ class Steps:
                     with logs.in_shard(outcome.unit.id):
                         logger.error("gave up %s of %s: %s", outcome.unit.id, name, outcome.reason)
                 elif outcome is not None:
-                    if folder is not None:
+                    if session is not None:
                         text = json.dumps(outcome.value)
-                        write_text(folder.file_session(), f"{outcome.part.number}.json", text)
+                        write_text(session, f"{outcome.part.number}.json", text)
                     done += 1
                     bar.update()
                     self.tell(name, done, len(parts))
@@ -136,12 +160,20 @@ class Steps:
                 "cause and run the same command again.\n" + "\n".join(lines[:SHOWN_FAILURES])
             )
 
+    def results(
+        self, name: str, work: StepWork, parts: Sequence[Part], folder: Location | None = None
+    ) -> list[Any]:
+        """Do all parts of a step as `do` does, and return their results in the order of the parts.
 
-def _recorded(folder: Location | None) -> dict[int, Any]:
+        Raises:
+            IncompleteError: If some parts failed for good; those that did not are recorded.
+        """
+        found = {part.number: value for part, value in self.do(name, work, parts, folder)}
+        return [found[part.number] for part in parts]
+
+
+def _recorded(session: LanceFileSession) -> dict[int, Any]:
     """Return the results in a folder by the number of their part."""
-    if folder is None:
-        return {}
-    session = folder.file_session()
     names = [path for path in session.list() if path.endswith(".json") and "/" not in path]
     return {int(path.removesuffix(".json")): json.loads(read_text(session, path)) for path in names}
 

@@ -27,9 +27,9 @@ from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import ShardRows
 from pipeline.messages import Place
 from pipeline.table.duplicates import rows_at
-from pipeline.table.fragments import check_written, open_version
+from pipeline.table.fragments import check_written
 from pipeline.table.partitions import read_partition
-from pipeline.table.steps import DoPart, Steps, StepWork
+from pipeline.table.steps import DoPart, Steps, VersionWork
 from pipeline.upkeep.comparison.corpus import SHARD_BITS, Corpus, Piece, Reading
 from pipeline.upkeep.comparison.differences import ENCODE, Groups
 from pipeline.upkeep.comparison.join import PLACE, ROW
@@ -56,19 +56,17 @@ def delta_fields(spec: TableSpec) -> FieldOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagingWork(StepWork):
+class StagingWork(VersionWork):
     """Pieces of a corpus of which some passages are staged. The result of a part is its fragments.
 
     Attributes:
         reading: How the corpus is read.
         files: Files in which the comparison says which passages, by piece.
-        version: Version of the table that was compared.
         target: Where the passages are staged.
     """
 
     reading: Reading
     files: tuple[Location, ...]
-    version: int
     target: Location
 
     @abstractmethod
@@ -87,7 +85,7 @@ class StagingWork(StepWork):
 
     def load(self, place: Place) -> DoPart:
         """Open the table, and load what splits documents."""
-        read, dataset = self.reading.open(), open_version(self.table, self.version)
+        read, dataset = self.reading.open(), self.dataset()
         schema = self.schema(dataset)
 
         def batches(piece: Piece) -> Batches:
@@ -209,8 +207,8 @@ def stage(
     name = f"writing {target.uri.rsplit('/', 1)[-1]}"
     # Its name stands for the pieces, too: other files may have the same changes elsewhere.
     record = target / folder if len(parts) > 1 else None
-    written = {part.number: made for part, made in steps.do(name, work, parts, record)}
-    fragments = [fragment for number in sorted(written) for fragment in written[number]]
+    written = steps.results(name, work, parts, record)
+    fragments = [fragment for made in written for fragment in made]
     check_written(fragments, target)
     metadata = [FragmentMetadata.from_json(fragment) for fragment in fragments]
     schema = work.schema(dataset)

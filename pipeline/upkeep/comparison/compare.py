@@ -74,8 +74,7 @@ def compared(
 
         def do(what: str, work: StepWork, parts: Sequence[Part]) -> list[Any]:
             record = None if is_small else folder / what.replace(" ", "-")
-            results = {part.number: result for part, result in steps.do(what, work, parts, record)}
-            return [results[part.number] for part in parts]
+            return steps.results(what, work, parts, record)
 
         of_both = {
             "table": table, "version": dataset.version, "folder": folder, "partitions": partitions,

@@ -170,17 +170,14 @@ class JoinWork(StepWork):
         corpus_files = [folder / name for name in self.corpus_files]
         table_files = [folder / name for name in self.table_files]
 
-        def write(rows: pa.Table, starts: NDArray[np.int64], keys: NDArray[np.int64]) -> str:
-            name = new_name()
-            groups = np.searchsorted(starts, keys, side="right") - 1
-            if len(rows):
-                write_groups(rows, groups, len(starts), folder / name)
-            return name
+        def groups_of(starts: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.searchsorted(starts, keys, side="right") - 1
 
-        def count(starts: NDArray[np.int64], keys: NDArray[np.int64]) -> list[int]:
-            groups = np.searchsorted(starts, keys, side="right") - 1
-            counts: list[int] = np.bincount(groups, minlength=len(starts)).tolist()
-            return counts
+        def write(rows: pa.Table, groups: NDArray[np.int64], count: int) -> str:
+            name = new_name()
+            if len(rows):
+                write_groups(rows, groups, count, folder / name)
+            return name
 
         def do(number: int) -> dict[str, Any]:
             passages = [side_schema(spec, of_corpus=True).empty_table()]
@@ -190,14 +187,16 @@ class JoinWork(StepWork):
             rows = pa.concat_tables(held)
             found = join(pa.concat_tables(passages), rows, self.keep)
             places = np.concatenate([found.to_encode, found.to_update])
+            pieces, num_pieces = groups_of(self.starts, places >> SHARD_BITS), len(self.starts)
+            of_encode, of_update = np.split(pieces, [len(found.to_encode)])
             sources = np.concatenate([np.full(len(found.to_encode), ENCODE), found.held_as])
             changes = pa.table({PLACE: places, ROW: sources})
             result = {
                 "unchanged": found.unchanged,
                 "new": found.num_new,
-                "to_encode": count(self.starts, found.to_encode >> SHARD_BITS),
-                "to_update": count(self.starts, found.to_update >> SHARD_BITS),
-                "changes": write(changes, self.starts, places >> SHARD_BITS),
+                "to_encode": np.bincount(of_encode, minlength=num_pieces).tolist(),
+                "to_update": np.bincount(of_update, minlength=num_pieces).tolist(),
+                "changes": write(changes, pieces, num_pieces),
                 "repeated": found.num_repeated,
                 "shown": found.repeated.tolist(),
                 "digests": [found.encode_digest, found.update_digest],
@@ -205,8 +204,12 @@ class JoinWork(StepWork):
             for kind, chosen in (("missing", found.missing), ("surplus", found.surplus)):
                 addresses = rows[ROW].to_numpy()[chosen]
                 gone = pa.table({ROW: addresses.astype(np.uint64)})
-                result[kind] = count(self.group_starts, addresses >> 32)
-                result[f"{kind}_file"] = write(gone, self.group_starts, addresses >> 32)
+                groups, num_groups = (
+                    groups_of(self.group_starts, addresses >> 32),
+                    len(self.group_starts),
+                )
+                result[kind] = np.bincount(groups, minlength=num_groups).tolist()
+                result[f"{kind}_file"] = write(gone, groups, num_groups)
             return result
 
         return do

@@ -24,10 +24,9 @@ from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.passages import Reject
 from pipeline.corpus.shards import ShardRows
 from pipeline.messages import Place
-from pipeline.table.fragments import open_version
 from pipeline.table.partitions import HIGH, LOW, hashes_of, new_name, write_partitions
 from pipeline.table.rejects import write_lines
-from pipeline.table.steps import DoPart, StepWork
+from pipeline.table.steps import DoPart, VersionWork
 from pipeline.upkeep.comparison.corpus import SHARD_BITS, Piece, Reading
 from pipeline.upkeep.comparison.join import BEGIN, ID, METADATA, PLACE, ROW, TEXT
 
@@ -43,12 +42,11 @@ def side_schema(spec: TableSpec, *, of_corpus: bool) -> pa.Schema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusSide(StepWork):
+class CorpusSide(VersionWork):
     """Pieces of a corpus, of which what tells passages apart is written.
 
     Attributes:
         reading: How the corpus is read.
-        version: Version of the table.
         folder: Where the files go.
         partitions: Number of partitions.
         looks_up: Whether the rows of the table with the same ids, or of the same documents, are
@@ -56,7 +54,6 @@ class CorpusSide(StepWork):
     """
 
     reading: Reading
-    version: int
     folder: Location
     partitions: int
     looks_up: bool
@@ -67,7 +64,7 @@ class CorpusSide(StepWork):
         Its result has the names of the files, and the number of rejected rows.
         """
         read, spec, folder = self.reading.open(), self.reading.spec, self.folder
-        dataset = open_version(self.table, self.version)
+        dataset = self.dataset()
 
         def do(piece: Piece) -> dict[str, Any]:
             passages = [side_schema(spec, of_corpus=True).empty_table()]
@@ -89,24 +86,22 @@ class CorpusSide(StepWork):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSide(StepWork):
+class TableSide(VersionWork):
     """Groups of fragments of a table, of which what tells rows apart is written.
 
     Attributes:
         spec: Spec of the table.
-        version: Its version.
         folder: Where the files go.
         partitions: Number of partitions.
     """
 
     spec: TableSpec
-    version: int
     folder: Location
     partitions: int
 
     def load(self, place: Place) -> DoPart:
         """Open the table. A part is a list of fragment ids, its result the name of a file."""
-        dataset = open_version(self.table, self.version)
+        dataset = self.dataset()
 
         def do(fragment_ids: list[int]) -> str:
             fragments = [dataset.get_fragment(id) for id in fragment_ids]

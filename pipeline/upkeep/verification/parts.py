@@ -72,36 +72,28 @@ def check_rows(
         is_shared = len(parts) > 1 and _is_writable(folder, must_be=scratch is not None)
         if is_shared:
             _forget_problems(folder)
-            found = _results(steps, "checking rows", replace(work, hashed=folder), parts, folder)
+            found = steps.results("checking rows", replace(work, hashed=folder), parts, folder)
         elif len(parts) > 1:
-            found = _results(steps, "checking rows", work, parts)
+            found = steps.results("checking rows", work, parts)
             # Other machines do not see the temporary folder, so that this process hashes the ids.
             steps, folder = Steps(in_process), Location(temporary)
             hashing = replace(work, hashed=folder, checks=False)
-            hashed = _results(steps, "reading ids", hashing, parts)
+            hashed = steps.results("reading ids", hashing, parts)
             found = [
                 {**one, "file": other["file"]} for one, other in zip(found, hashed, strict=True)
             ]
         else:  # one part is done in this process, wherever others are
             folder = Location(temporary)
-            found = _results(steps, "checking rows", replace(work, hashed=folder), parts)
+            found = steps.results("checking rows", replace(work, hashed=folder), parts)
         _merge(report, found)
         files = tuple(folder / result["file"] for result in found)
         finding = FindRepeated(table=location, files=files)
         numbers = [Part(number, number) for number in range(partitions)]
         joined = folder / REPEATED if is_shared else None
-        repeated = _results(steps, "finding repeated ids", finding, numbers, joined)
+        repeated = steps.results("finding repeated ids", finding, numbers, joined)
         _add_repeated(report, table, repeated)
         if is_shared:
             _remove(folder)
-
-
-def _results(
-    steps: Steps, name: str, work: Any, parts: list[Part], folder: Location | None = None
-) -> list[Any]:
-    """Return the results of all parts in the order of the parts."""
-    results = {part.number: value for part, value in steps.do(name, work, parts, folder)}
-    return [results[part.number] for part in parts]
 
 
 def _merge(report: Report, found: list[dict[str, Any]]) -> None:

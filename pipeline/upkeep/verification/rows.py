@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from kalm_encoder.table.checksums import row_checksum, text_hash
 from kalm_encoder.table.location import Location
@@ -18,7 +16,13 @@ from kalm_encoder.table.reader import PassageTable
 from kalm_encoder.table.rows import verified_rows
 from kalm_encoder.table.spec import TableSpec
 from pipeline.messages import Place
-from pipeline.table.partitions import HIGH, LOW, hashes_of, read_partition, write_partitions
+from pipeline.table.partitions import (
+    hashes_of,
+    new_name,
+    read_partition,
+    repeated_in,
+    write_partitions,
+)
 from pipeline.table.steps import DoPart, StepWork
 from pipeline.upkeep.row_ranges import BATCH_ROWS, Piece, TableRows
 from pipeline.upkeep.verification.report import SHOWN, Report, engine_errors_are_problems
@@ -76,8 +80,7 @@ class CheckRows(StepWork):
                 "problems": [asdict(problem) for problem in found.problems],
             }
             if self.hashed:
-                # A name of its own for each attempt: two workers may do the same part at once.
-                name = result["file"] = f"{uuid.uuid4().hex}.lance"
+                name = result["file"] = new_name()
                 write_partitions(pa.concat_tables(hashed), self.partitions, self.hashed / name)
             return result
 
@@ -101,7 +104,8 @@ class FindRepeated(StepWork):
         """
 
         def find(number: int) -> dict[str, Any]:
-            again = np.sort(_repeated(list(read_partition(self.files, number))))
+            again = repeated_in(read_partition(self.files, number), ROW, "first")[:, 2]
+            again.sort()
             return {"count": len(again), "rows": again[:SHOWN].tolist()}
 
         return find
@@ -119,18 +123,6 @@ def _hashed(ids: list[str], first: int) -> pa.Table:
     """Return the hashes of the ids of consecutive rows, with the numbers of these."""
     numbers = np.arange(first, first + len(ids), dtype=np.uint64)
     return pa.table({**hashes_of(ids), ROW: numbers})
-
-
-def _repeated(tables: list[pa.Table]) -> NDArray[np.uint64]:
-    """Return the rows whose hash an earlier row has. Equal hashes count as equal ids."""
-    if not tables:
-        return np.array([], np.uint64)
-    rows = pa.concat_tables(tables)
-    high, low, numbers = (rows[name].to_numpy() for name in (HIGH, LOW, ROW))
-    order = np.lexsort((numbers, low, high))
-    same = (np.diff(high[order]) == 0) & (np.diff(low[order]) == 0)
-    again: NDArray[np.uint64] = numbers[order][1:][same]
-    return again
 
 
 def _bad_rows(rows: pa.Table, spec: TableSpec) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from pipeline.corpus.inputs import expand_inputs
 from pipeline.corpus.passages import FieldOptions
 from pipeline.corpus.shards import plan_shards
 from pipeline.messages import Executor
+from pipeline.run.planning import ScanOnWorkers
 from pipeline.table.claim import COMPLETE, STATE, metadata_of
 from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import ROWS
@@ -114,7 +115,10 @@ def _check_corpus(
     """Compare ids, text hashes and metadata with a corpus; the first of a repeated id counts."""
     fields, storage_options = replace(fields, keep=table.spec.corpus_columns), location.options
     files = expand_inputs(inputs, storage_options, fields.format, table=address(report.uri))
-    plan = plan_shards(files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options)
+    plan = plan_shards(
+        files, shard_size=BATCH_ROWS, fields=fields, storage_options=storage_options,
+        scan_files=ScanOnWorkers(location, execute),
+    )  # fmt: skip
     erased = erased_ids(location)
     reading = Reading(table.spec, model, table.spec.revision, erased, storage_options)
     corpus = Corpus(reading, plan.shards)

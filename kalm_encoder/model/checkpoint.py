@@ -93,6 +93,11 @@ class Checkpoint:
             )
         return config
 
+    @property
+    def recorded_name(self) -> str:
+        """The name under which a table records it: that of the hub, or the absolute directory."""
+        return self.name if self.revision else str(self.path)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 over all that decides states and scores; see contract.py.

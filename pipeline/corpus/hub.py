@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from kalm_encoder.table.hub import SCHEME
 from pipeline.corpus.access import open_store, readable
 
-SCHEME = "hf://"
 PINNED = re.compile(r"hf://(datasets/[^@:]+@[0-9a-f]{40})(?=/|$)")
 """A dataset at a commit, in an address."""
 
@@ -41,6 +41,6 @@ def _pinned(part: str) -> str:
     return f"{SCHEME}{place.repo_type}s/{place.repo_id}@{commit}{inside}"
 
 
-def commits(paths: Iterable[str]) -> list[str]:
-    """Return the datasets at their commits that are in some addresses, sorted."""
-    return sorted({found for path in paths for found in PINNED.findall(path)})
+def commits(paths: Iterable[str]) -> str:
+    """Return the datasets at their commits that are in some addresses, sorted, with commas."""
+    return ",".join(sorted({found for path in paths for found in PINNED.findall(path)}))

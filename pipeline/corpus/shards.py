@@ -18,6 +18,7 @@ from kalm_encoder.errors import InputError
 from kalm_encoder.table.metadata import Columns
 from pipeline.corpus.cells import Cells
 from pipeline.corpus.erased import ERASED_REASON, NONE_ERASED, ErasedIds
+from pipeline.corpus.hub import commits
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.metadata import text_fields, with_metadata
 from pipeline.corpus.passages import FieldOptions, Fields, Passage, RawRow, Reject, to_passage
@@ -95,6 +96,11 @@ class Plan:
             for s in self.shards
         )
         return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+    @property
+    def hub_commits(self) -> str:
+        """The datasets of the Hugging Face hub that it reads, each at its commit, with commas."""
+        return commits(shard.path for shard in self.shards)
 
     @property
     def readings(self) -> list[str]:

@@ -110,7 +110,7 @@ def run(job: EncodeJob, execute: Executor, *, like: TableSpec | None = None) -> 
         if not ledger.done:
             first_look(job, plan)
 
-    model = files.name if files.revision else str(files.path)
+    model = files.recorded_name
     spec = like or TableSpec(
         model=model,
         revision=files.revision,

@@ -21,7 +21,6 @@ from kalm_encoder.errors import InputError, KalmError, MismatchError, first_line
 from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import LIVE_TAG
 from kalm_encoder.table.spec import SPEC_KEY, TableSpec
-from pipeline.corpus.hub import commits
 from pipeline.corpus.shards import Plan
 from pipeline.messages import ShardResult
 from pipeline.table.claim import EPOCH, LOADING, OWNER, SEALED, STATE, TableClaim
@@ -230,7 +229,7 @@ class Ledger(TableClaim):
                 begun = f"{self.location} was begun with {name} {old!r}, this job has {new!r}"
                 raise MismatchError(name, f"{begun}: {remedy}")
         begun_from = self.metadata.get(HUB, "")
-        now = ",".join(commits(shard.path for shard in self._plan.shards))
+        now = self._plan.hub_commits
         if begun_from and now != begun_from:
             raise MismatchError(
                 "input",
@@ -259,6 +258,6 @@ def _schema(spec: TableSpec, plan: Plan, *, generation: int, epoch: int, owner: 
         PLAN: plan.hash,
         NUM_SHARDS: str(len(plan.shards)),
         NUM_ROWS: str(plan.num_rows),
-        HUB: ",".join(commits(shard.path for shard in plan.shards)),
+        HUB: plan.hub_commits,
     }
     return schema.with_metadata({**schema.metadata, **facts})

@@ -74,7 +74,7 @@ def adopt(
     claim.begin_change(rows=False)
     adopted = replace(
         spec,
-        model=files.name if files.revision else str(files.path),
+        model=files.recorded_name,
         revision=files.revision,
         fingerprint=files.fingerprint,
         files_hash=files.files_hash,

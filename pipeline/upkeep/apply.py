@@ -76,8 +76,8 @@ def apply_changes(
     if differ:
         summary = _encode(job, steps, claim, dataset, corpus, changes, encoded)
     if changes.metadata_changed:
-        chosen, name = changes.to_update, changes.folder.uri.rsplit("/", 1)[-1]
-        stage(steps, UpdatesWork, job.table, dataset, corpus, chosen, name, updated)
+        chosen = changes.to_update
+        stage(steps, UpdatesWork, job.table, dataset, corpus, chosen, changes.name, updated)
     claim.begin_change()
     staged = [encoded] * differ + [updated] * (changes.metadata_changed > 0)
 
@@ -110,8 +110,8 @@ def _encode(
     """Stage the passages that are new or changed, and encode them."""
     spec = claim.spec
     source = job.table / f"{SYNCS}/{changes.digest}/delta.lance"
-    chosen, name = changes.to_encode, changes.folder.uri.rsplit("/", 1)[-1]
-    stage(steps, DeltaWork, job.table, dataset, corpus, chosen, name, source)
+    chosen = changes.to_encode
+    stage(steps, DeltaWork, job.table, dataset, corpus, chosen, changes.name, source)
     staging = replace(
         job, inputs=(source.uri,), uri=encoded.uri, fields=delta_fields(spec), limit=None,
         new_generation=False, on_duplicate="error", index_columns=(), split=None,

@@ -21,7 +21,6 @@ import xxhash
 
 from kalm_encoder.errors import InputError
 from pipeline.corpus.access import open_text
-from pipeline.corpus.hub import commits
 from pipeline.corpus.passages import Reject, to_passage
 from pipeline.corpus.shards import Plan, ShardReader
 from pipeline.table.ledger import HUB
@@ -191,5 +190,4 @@ def source_record(plan: Plan) -> dict[str, str] | None:
 
 def hub_record(plan: Plan) -> dict[str, str]:
     """Return by what the table remembers the commits of the hub that it was synced from."""
-    found = commits(shard.path for shard in plan.shards)
-    return {HUB: ",".join(found)} if found else {}
+    return {HUB: found} if (found := plan.hub_commits) else {}

@@ -1,4 +1,4 @@
-"""What a disk cache keeps of one table: looking states up, adding them, and dropping them."""
+"""Looks up, adds and drops the states that a disk cache keeps of one table."""
 
 from __future__ import annotations
 

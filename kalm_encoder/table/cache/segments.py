@@ -26,7 +26,7 @@ RECORD = struct.Struct("<4sIQQ")
 FOOTER_MARK = b"KSF1"
 FOOTER = struct.Struct("<4sIQ")
 ENTRY = np.dtype([("key", "<u8"), ("offset", "<u4")])
-"""Where in a segment the record of a key begins."""
+"""An entry of a segment: a key, and the byte at which its record begins."""
 
 
 def read_entries(path: Path, start: int) -> tuple[NDArray[Any], int | None]:

@@ -100,6 +100,11 @@ class Changes:
     update_digest: int = 0
 
     @property
+    def name(self) -> str:
+        """Name of the comparison, which is that of its folder."""
+        return self.folder.uri.rsplit("/", 1)[-1]
+
+    @property
     def digest(self) -> str:
         """Name of what is to be encoded."""
         return f"{self.encode_digest:032x}"
@@ -204,10 +209,8 @@ class JoinWork(StepWork):
             for kind, chosen in (("missing", found.missing), ("surplus", found.surplus)):
                 addresses = rows[ROW].to_numpy()[chosen]
                 gone = pa.table({ROW: addresses.astype(np.uint64)})
-                groups, num_groups = (
-                    groups_of(self.group_starts, addresses >> 32),
-                    len(self.group_starts),
-                )
+                groups = groups_of(self.group_starts, addresses >> 32)
+                num_groups = len(self.group_starts)
                 result[kind] = np.bincount(groups, minlength=num_groups).tolist()
                 result[f"{kind}_file"] = write(gone, groups, num_groups)
             return result

@@ -10,6 +10,7 @@ those that torch.compile itself emits for a CPU. Results differ only by float32 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,20 @@ class PackedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (…, out_features) of (…, in_features)."""
         return _product(x, self._weight)
+
+    def __reduce__(self) -> tuple[Callable[[torch.Tensor], torch.nn.Module], tuple[torch.Tensor]]:
+        # The layout is this CPU's: torch does not pickle it, and another CPU may want none.
+        return _linear, (self._weight.to_dense(),)
+
+
+def _linear(weight: torch.Tensor) -> torch.nn.Module:
+    """Return the Linear of a weight, packed if that is faster on this machine."""
+    if packable(weight):
+        return PackedLinear(weight)
+    outputs, inputs = weight.shape
+    plain = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return plain
 
 
 def pack_linears(module: Any) -> None:

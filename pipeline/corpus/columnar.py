@@ -27,7 +27,7 @@ from pipeline.corpus.inputs import InputFile, RowRange, range_hash
 from pipeline.corpus.metadata import column_type
 from pipeline.corpus.passages import FieldOptions, Fields, RawRow
 
-NOT_UTF8 = re.compile(r"utf-?8 (byte )?sequence", re.IGNORECASE)
+NOT_UTF8 = re.compile(r"utf-?8 ((byte )?sequence|character|codepoint)", re.IGNORECASE)
 """How the errors read with which Lance refuses a string; they have no class of their own."""
 
 

@@ -226,21 +226,26 @@ class SealedTable(TableClaim):
         return [c for c in columns if c not in indexed] if self.dataset.count_rows() else []
 
     def _indexed(self) -> set[str]:
-        return {name for index in self.dataset.describe_indices() for name in index.field_names}
+        """Return the columns with an index that covers all rows."""
+        fragments = {fragment.fragment_id for fragment in self.dataset.get_fragments()}
+        lacking: dict[str, set[int]] = {}
+        for index in self.dataset.describe_indices():
+            covered = {id for segment in index.segments for id in segment.fragment_ids}
+            for name in index.field_names:
+                lacking[name] = lacking.get(name, fragments) - covered
+        return {name for name, fragments in lacking.items() if not fragments}
 
     def _index(self, steps: Steps) -> None:
-        """Index text, ids and metadata if there are rows; add to the indexes what they lack."""
-        there = self._indexed()
+        """Index text, ids and metadata if there are rows and an index does not cover them all."""
         if self.dataset.count_rows():
             kinds = {"text": INVERTED} if self.spec.keep_text else {}  # the longest first
             kinds["id"] = BTREE
             types = dict(self.spec.metadata_columns)
             for name in indexed_columns(self.metadata):
                 kinds[name] = LABEL_LIST if types[name] == "list<string>" else BTREE
+            there = self._indexed()
             lacking = {column: kind for column, kind in kinds.items() if column not in there}
             create_indexes(self, steps, lacking)
-            if there:
-                self.dataset.optimize.optimize_indices()
         self.refresh(open_to_write(self.location))
 
     def _incomplete(self) -> InputError:

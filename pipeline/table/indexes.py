@@ -1,5 +1,11 @@
 """Builds the indexes of a table on the workers: a segment per group of fragments.
 
+After rows were added or changed, an index is built anew and replaces the one before. Lance's own
+`optimize_indices` merges the new rows into the old index in one process: with 1 % of 10 million
+rows changed, a full-text index took it 175 CPU seconds and 2.1 GB, and building it takes 48 CPU
+seconds and 1.0 GB, which the workers share. A segment of the new rows alone beside the old one
+would answer wrongly: a row that was updated keeps its row id, and is found by its old value too.
+
 The segments of a B-tree or a list of labels are merged into one, because a look-up asks each
 segment: 100 ids of 16 million took 23 ms in one segment and 88 ms in eight. Merging reads sorted
 files and needs 17 MB per million ids. The segments of a full-text index stay: merging them needs as
@@ -50,7 +56,12 @@ class BuildSegments(VersionWork):
             # Lance lets only one thread at a time use a dataset for this.
             own = dataset.checkout_version(self.version)
             segment = own.create_index_uncommitted(
-                column, kind, name=index_name(column), fragment_ids=fragment_ids, **options
+                column,
+                kind,
+                name=index_name(column),
+                replace=True,
+                fragment_ids=fragment_ids,
+                **options,
             )
             return _to_json(segment)
 
@@ -78,7 +89,7 @@ def index_name(column: str) -> str:
 
 
 def create_indexes(claim: TableClaim, steps: Steps, kinds: Mapping[str, str]) -> None:
-    """Build and commit indexes that a table does not have yet.
+    """Build indexes of all rows and commit each in place of the one that the column has.
 
     Lance lets the commit of an index pass a claim that another process made meanwhile. Therefore
     the claim is looked at just before. An index that slips through all the same is right: it names

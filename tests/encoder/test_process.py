@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import pickle
 
+import numpy as np
 import pytest
 
 from kalm_encoder import PassageEncoder, PassageTable, QueryDecoder, Reranker
@@ -12,8 +13,11 @@ from kalm_encoder.adapters.lancedb import KaLMReranker
 from kalm_encoder.adapters.langchain import KaLMCompressor
 from kalm_encoder.adapters.llama_index import KaLMNodePostprocessor
 from kalm_encoder.errors import InputError, MissingIdsError
+from kalm_encoder.model import onednn
 from tests.support.commands import FORKS, HANG_S
 from tests.support.forking import IDS, open_and_fork, rank
+
+PACKED = [False, True] if onednn.AVAILABLE else [False]
 
 
 def test_what_was_opened_before_a_fork_says_so_and_what_the_worker_opens_works(
@@ -63,12 +67,25 @@ def test_what_cannot_be_pickled_says_what_to_do(small_table, decoder, encoder):
         copy.deepcopy(encoder)
 
 
-def test_a_decoder_and_a_table_are_pickled(small_table, model_dir):
+def test_a_table_is_pickled(small_table):
     table = pickle.loads(pickle.dumps(PassageTable.open(small_table, index_bytes=1 << 20)))
     assert len(table.take(IDS)) == 3
+
+
+@pytest.mark.parametrize("here", PACKED)
+@pytest.mark.parametrize("there", PACKED)
+def test_a_decoder_is_pickled_for_any_cpu(model_dir, here, there, monkeypatch):
+    monkeypatch.setattr(onednn, "FASTER", here)
     hot = QueryDecoder(model_dir, hot_bytes=1 << 20)
-    again = pickle.loads(pickle.dumps(hot))
+    pickled = pickle.dumps(hot)
+    monkeypatch.setattr(onednn, "FASTER", there)
+    again = pickle.loads(pickled)
     assert again.prompt("q") == hot.prompt("q") and again.hot.nbytes == 0
+    is_packed = any(isinstance(module, onednn.PackedLinear) for module in again.model.modules())
+    assert is_packed == (here and there)
+    passages = [np.random.default_rng(n).standard_normal((n, hot.dim)) for n in (3, 9)]
+    before, after = (each.score("q", passages) for each in (hot, again))
+    np.testing.assert_allclose(after, before, atol=1e-6)
 
 
 def test_errors_survive_the_way_back_from_a_worker():

@@ -70,7 +70,7 @@ class OnRay:
 
     def __init__(self, options: RayOptions) -> None:
         self._options = options
-        self._is_kept = self._is_connected = False
+        self._is_kept = self._is_connected = self._had_room = False
 
     def __enter__(self) -> Self:
         self._is_kept = True
@@ -100,7 +100,9 @@ class OnRay:
                 with tempfile.TemporaryDirectory() as folder:
                     connect(self._options, Path(folder))
                 self._is_connected = True
-            with closing(Dispatcher(Worker, self._options, work, units)) as dispatcher:
+            made = Dispatcher(Worker, self._options, work, units, self._had_room)
+            self._had_room = True
+            with closing(made) as dispatcher:
                 while dispatcher.num_unfinished():
                     yield from dispatcher.step() or [None]
         finally:

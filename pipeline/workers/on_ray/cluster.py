@@ -167,9 +167,16 @@ def alive_nodes() -> Nodes:
 
 
 def worker_resources(
-    options: RayOptions, nodes: Nodes, *, loads_model: bool = True
+    options: RayOptions, nodes: Nodes, *, loads_model: bool = True, had_room: bool = False
 ) -> WorkerResources:
     """Choose what a worker asks for. One that loads no model asks for no GPU and for one CPU.
+
+    Args:
+        options: What the user asked for.
+        nodes: Nodes that are alive.
+        loads_model: Whether the workers load a model.
+        had_room: Whether the cluster held workers of this command before. One without a model
+            then waits for nodes that left to come back.
 
     Raises:
         InputError: If an option makes no sense, or no node of the cluster can hold one worker.
@@ -190,7 +197,7 @@ def worker_resources(
     if cpus < 1:
         raise InputError(f"--cpus-per-worker {cpus} must be at least 1")
     resources = WorkerResources(cpus, gpus, loads_model)
-    if not resources.room(nodes):
+    if not resources.room(nodes) and (loads_model or not had_room):
         kinds = Counter((n.get("CPU", 0), n.get("GPU", 0)) for n in nodes.values())
         has = ", ".join(f"{count} of {c:g} CPUs and {g:g} GPUs" for (c, g), count in kinds.items())
         raise InputError(

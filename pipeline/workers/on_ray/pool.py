@@ -64,6 +64,7 @@ class WorkerPool:
         options: What the workers ask for, and how many there are.
         work: What each worker loads.
         answers: Where the answers to calls arrive.
+        had_room: Whether the cluster held workers of this command before.
 
     Attributes:
         nodes: Nodes that were alive at the last look.
@@ -75,10 +76,19 @@ class WorkerPool:
         InputError: If no node can hold one worker.
     """
 
-    def __init__(self, worker: type, options: RayOptions, work: Work, answers: Answers) -> None:
+    def __init__(
+        self,
+        worker: type,
+        options: RayOptions,
+        work: Work,
+        answers: Answers,
+        had_room: bool = False,
+    ) -> None:
         self._options, self._work, self._answers = options, work, answers
         self.nodes = alive_nodes()
-        self._resources = worker_resources(options, self.nodes, loads_model=work.loads_model)
+        self._resources = worker_resources(
+            options, self.nodes, loads_model=work.loads_model, had_room=had_room
+        )
         self._actor = ray.remote(worker).options(
             num_cpus=self._resources.cpus,
             num_gpus=self._resources.gpus,

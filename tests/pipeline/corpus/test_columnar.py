@@ -87,6 +87,20 @@ def test_a_bad_string_in_a_lance_table_is_one_reject(tmp_path, column, version):
     assert all("not UTF-8" in r.reason for r in rejects)
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+@pytest.mark.parametrize("version", LANCE_VERSIONS)
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_a_character_that_two_strings_share_is_two_rejects(tmp_path, character, version, kind):
+    """Lance checks all bytes of a column at once and reads this as an offset in a character."""
+    whole = character.encode()
+    texts = strings([b"a", whole[:1], whole[1:], "é".encode(), b"b"], kind)
+    table = pa.table({"id": ["0", "1", "2", "3", "4"], "text": texts})
+    file = write(tmp_path / "c.lance", table, data_storage_version=version)
+    passages, rejects = read(file)
+    assert passages == [Passage("0", "a"), Passage("3", "é"), Passage("4", "b")]
+    assert [r.line for r in rejects] == [2, 3]
+
+
 @pytest.mark.parametrize("name", ["c.parquet", "c.lance"])
 def test_an_estimate_counts_a_bad_string_and_goes_on(tmp_path, name):
     table = pa.table({"id": ["a", "b", "c"], "text": strings([b"x", BAD, b"y"])})

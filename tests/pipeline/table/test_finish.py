@@ -9,6 +9,7 @@ import lance
 import lancedb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from kalm_encoder.errors import FencedError, InputError, KalmError
@@ -200,6 +201,52 @@ def test_a_full_text_index_of_several_segments_finds_the_same(tmp_path, small_pa
     segments = {index.name: len(index.segments) for index in parts.describe_indices()}
     assert segments == {"id_idx": 1, "text_idx": 2, "year_idx": 1, "tags_idx": 1}
     assert answers(parts) == answers(alone)
+
+
+def test_rows_that_changed_are_found_by_their_new_values_alone(tmp_path, small_parts, monkeypatch):
+    """An updated row keeps its row id, under which the old index still has its old values."""
+    monkeypatch.setattr(indexes, "TEXT_GROUP_ROWS", 4 * SHARD)
+    uri = sealed(tmp_path, make_rows(11))
+    SealedTable(Location(uri)).finish(Steps(in_process), index_columns=["year", "tags"])
+    claim = SealedTable(Location(uri))
+    claim.begin_change()
+    held = claim.dataset.to_table().filter(pc.equal(pc.field("year"), 1993))
+    changed = held.slice(0, 5)
+    for name, value in (("year", 2050), ("text", "gnu"), ("tags", ["z"])):
+        column = pa.array([value] * len(changed), held.schema.field(name).type)
+        changed = changed.set_column(held.schema.get_field_index(name), name, column)
+    added = changed.slice(0, 2).set_column(0, held.schema.field("id"), pa.array(["new0", "new1"]))
+    assert held.schema.names[0] == "id" and len(held) > 5
+    rows = pa.concat_tables([changed, added]).cast(held.schema)
+    claim.upsert(pa.RecordBatchReader.from_batches(rows.schema, rows.to_batches()))
+    claim.delete([int(claim.dataset.scanner(with_row_id=True).to_table()["_rowid"][0].as_py())])
+    claim.finish(Steps(in_process))
+    dataset = lance.dataset(uri)
+    for predicate in ("year = 1993", "year = 2050", "array_has_any(tags, ['z'])", "id = 'new1'"):
+        scanner = dataset.scanner(columns=["id"], filter=predicate)
+        assert "ScalarIndexQuery" in scanner.explain_plan(True), predicate
+        by_scan = dataset.scanner(columns=["id"], filter=predicate, use_scalar_index=False)
+        assert sorted(scanner.to_table()["id"].to_pylist()) == sorted(
+            by_scan.to_table()["id"].to_pylist()
+        )
+    texts = texts_of(uri)
+    for word in ("gnu", "cat", "eel", changed["text"][0].as_py()):
+        found = dataset.scanner(columns=["text", "_score"], full_text_query=word, limit=400)
+        assert sorted(found.to_table()["text"].to_pylist()) == sorted(
+            text for text in texts if word in text.split()
+        )
+    rows = dataset.count_rows()
+    for index in dataset.describe_indices():
+        assert dataset.stats.index_stats(index.name)["num_unindexed_rows"] == 0
+        assert index.num_rows_indexed == rows
+    before = {segment.uuid for index in dataset.describe_indices() for segment in index.segments}
+    compact(Location(uri))
+    claim = SealedTable(Location(uri))
+    claim.begin_change()
+    claim.delete([int(claim.dataset.scanner(with_row_id=True).to_table()["_rowid"][0].as_py())])
+    claim.finish(Steps(in_process), compact=False)
+    after = lance.dataset(uri).describe_indices()
+    assert {segment.uuid for index in after for segment in index.segments} == before, "not needed"
 
 
 def test_files_that_are_gone_are_made_again(tmp_path, small_parts):

@@ -25,8 +25,9 @@ from kalm_encoder.table.location import Location
 from pipeline.corpus.inputs import InputFile, RowRange
 from pipeline.corpus.passages import Fields
 from pipeline.corpus.shards import Shard
-from pipeline.messages import IN_FLIGHT, ShardResult, Task, Work
+from pipeline.messages import IN_FLIGHT, Part, ShardResult, Task, Work
 from pipeline.run.records import read_records
+from pipeline.table.steps import PartResult
 from pipeline.workers.on_ray.actor import OnRay, RayOptions, Worker
 from pipeline.workers.on_ray.cluster import connect
 from pipeline.workers.on_ray.pool import WorkerPool
@@ -54,12 +55,21 @@ class NotingTask(Task):
         self._folder = folder
 
     def do(self, unit):
+        if isinstance(unit, Part):
+            return PartResult(unit, unit.number)
         node = ray.get_runtime_context().get_node_id()
         (self._folder / f"run-{unit.number}-{node}").touch()
         while len(list(self._folder.glob("worker-*"))) < unit.rows.first_line:
             time.sleep(POLL_S)
         time.sleep(0.05)
         return ShardResult(unit, None, 1, worker=f"{node}:{os.getpid()}:{ray.get_gpu_ids()}")
+
+
+class NotingStep(Noting):
+    """Does parts of a step, for which a worker loads no model."""
+
+    loads_model = False
+    is_large = True
 
 
 def make_shards(count, *, workers_first=1):
@@ -134,6 +144,21 @@ def test_workers_asked_for_start_when_there_is_room(cluster, start, tmp_path):
         assert next(outcomes) is None  # one worker waits for another
         cluster.add_node(num_cpus=1)
         assert len({o.worker for o in outcomes if o}) == 2
+
+
+def test_a_step_waits_for_the_nodes_that_the_step_before_had(cluster, start, tmp_path):
+    options, step = RayOptions(address=cluster.address), NotingStep(table=Location(str(tmp_path)))
+    parts = [Part(number, None) for number in range(9)]
+    node = cluster.add_node(num_cpus=1)
+    with OnRay(options) as execute:
+        assert len(list(filter(None, execute(step, parts)))) == 9
+        cluster.remove_node(node)
+        while any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes()):
+            time.sleep(POLL_S)
+        with closing(execute(step, parts)) as outcomes:
+            assert next(outcomes) is None
+            cluster.add_node(num_cpus=1)
+            assert len(list(filter(None, outcomes))) == 9
 
 
 def test_workers_without_a_place_are_given_up_when_no_longer_wanted(cluster, start, tmp_path):

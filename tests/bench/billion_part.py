@@ -110,7 +110,7 @@ def announce_changes() -> None:
         setattr(SealedTable, method, announced)
 
     wrap("upsert", "merging rows")
-    wrap("finish", "adding to indexes")
+    wrap("finish", "finishing")
 
 
 def job(folder: Path, corpus: str) -> EncodeJob:

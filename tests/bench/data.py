@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,20 @@ from tests.support.random_model import TINY, make_checkpoint
 
 FOLDER = Path("bench-data")
 QUERY = "how do I read a compressed file line by line without loading all of it"
+
+
+def on_one_cpu(run: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a process of its own that has the first CPU alone, and return its result.
+
+    The process has one CPU from its start, so that no library in it makes threads for more.
+    """
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(run, *arguments).result()
+    finally:
+        os.sched_setaffinity(0, cpus)
 
 
 def checkpoint_of(name: str, dimensions: Dimensions) -> str:

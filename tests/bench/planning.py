@@ -25,10 +25,10 @@ from pipeline.run.job import EncodeJob, plan_job
 from pipeline.run.plan_work import PlanWork
 from pipeline.table.steps import DoPart
 from pipeline.workers.on_ray.actor import OnRay, RayOptions
-from tests.bench.data import FOLDER, bar, spread, timed
+from tests.bench.data import FOLDER, bar, on_one_cpu, spread, timed
 from tests.bench.table import random_texts
 
-FILES, COPIES, PASSAGES, ROUNDS = 8, 15, 20_000, 3
+FILES, COPIES, PASSAGES, ROUNDS = 8, 15, 20_000, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def main() -> list[str]:
     here, one, two = [], [], []
     plan = plan_job(job)  # what is read first is read from the disk
     for _ in range(ROUNDS):
-        here.append(timed(lambda: plan_job(replace(job, limit=plan.num_rows))))  # in one thread
+        here.append(on_one_cpu(_here, replace(job, limit=plan.num_rows)))  # in one thread
         one.append(_on_ray(job, 1))
         two.append(_on_ray(job, 2))
     size = sum(os.path.getsize(file.path) for file in job.files()) / 1e9
@@ -87,6 +87,10 @@ def _corpus() -> Path:
         if not file.exists():
             file.write_text(rows * COPIES)
     return folder
+
+
+def _here(job: EncodeJob) -> float:
+    return timed(lambda: plan_job(job))
 
 
 def _on_ray(job: EncodeJob, num_workers: int) -> float:

@@ -1,11 +1,12 @@
 """Steps that touch every row: one worker on Ray against this process, and two against one.
 
 A rate counts from when each worker has sent its first result, so that starting Ray, its workers and
-their imports is left out. A worker has one CPU.
+their imports is left out. A worker has one CPU to itself, and so has this process.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import lance
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from kalm_encoder.matryoshka import PackedStates
@@ -35,7 +37,7 @@ from pipeline.upkeep.truncate import truncate
 from pipeline.upkeep.verify import verify
 from pipeline.workers.local import in_process
 from pipeline.workers.on_ray.actor import OnRay, RayOptions
-from tests.bench.data import FOLDER, bar
+from tests.bench.data import FOLDER, bar, on_one_cpu
 
 FRAGMENTS, FRAGMENT_ROWS, UNITS = 10, 100_000, 40
 TOKENS, DIM = 16, 16
@@ -56,25 +58,11 @@ def main() -> list[str]:
     part_bytes = (
         TableRows(Location(uri).dataset()).num_bytes() * 11 // (10 * UNITS)
     )  # no fragment in five
-    found: dict[str, list[float]] = {}
-    for workers in (0, 1, 2):
-        with ExitStack() as stack:
-            execute: Executor = in_process
-            if workers:
-                options = RayOptions(num_workers=workers, cpus_per_worker=1)
-                execute = stack.enter_context(OnRay(options))
-            clock = _Clock(execute, max(1, workers))
-            verify(uri, execute=clock, part_bytes=part_bytes)
-            _truncate(uri, clock)
-            _find_repeated(ids, clock)
-        for step, works in WORKS.items():
-            seconds = sum(clock.seconds[name] for name in works)
-            found.setdefault(step, []).append(seconds)
-            where = f"{workers} on Ray" if workers else "this process"
-            rows = IDS if step == "duplicates" else FRAGMENTS * FRAGMENT_ROWS
-            print(f"{step}, {where}: {rows / seconds:,.0f} rows/s, {seconds:.1f} s", flush=True)
+    took = [on_one_cpu(_seconds, uri, ids, part_bytes, 0)]
+    took += [_seconds(uri, ids, part_bytes, workers) for workers in (1, 2)]
     bars = []
-    for step, (alone, one, two) in found.items():
+    for step in WORKS:
+        alone, one, two = (seconds[step] for seconds in took)
         least = 1.5 if step == "duplicates" else 1.7
         bars.append(bar(f"steps_{step}_two_workers", one / two, ">=", least))
         bars.append(bar(f"steps_{step}_one_on_ray", alone / one, ">=", 0.9))
@@ -89,12 +77,41 @@ def _find_repeated(uri: str, execute: Executor) -> None:
     shutil.rmtree(folder.uri)
 
 
+def _seconds(uri: str, ids: str, part_bytes: int, workers: int) -> dict[str, float]:
+    """Return the seconds of each step on so many workers, or in this process if there is none."""
+    with ExitStack() as stack:
+        execute: Executor = in_process
+        if workers:
+            options = RayOptions(num_workers=workers, cpus_per_worker=1)
+            execute = stack.enter_context(OnRay(options))
+        clock = _Clock(execute, max(1, workers))
+        verify(uri, execute=clock, part_bytes=part_bytes)
+        _truncate(uri, clock)
+        _find_repeated(ids, clock)
+    found = {}
+    for step, works in WORKS.items():
+        found[step] = sum(clock.seconds[name] for name in works)
+        where = f"{workers} on Ray" if workers else "this process"
+        rows = IDS if step == "duplicates" else FRAGMENTS * FRAGMENT_ROWS
+        print(f"{step}, {where}: {rows / found[step]:,.0f} rows/s, {found[step]:.1f} s", flush=True)
+    return found
+
+
 def _truncate(uri: str, execute: Executor) -> None:
     target = FOLDER / "steps-int8.lance"
     shutil.rmtree(target, ignore_errors=True)
     rows = FRAGMENTS * FRAGMENT_ROWS // UNITS
     truncate(uri, str(target), store_dtype="int8", shard_size=rows, execute=execute)
     shutil.rmtree(target)
+
+
+def pin_workers() -> None:
+    """Keep all threads of each worker on one CPU: it asks Ray for one but may use more."""
+    cpus = sorted(os.sched_getaffinity(0))
+    found = [p for p in psutil.process_iter(["name"]) if p.info["name"].startswith("ray::Worker")]
+    for number, process in enumerate(sorted(found, key=lambda process: process.pid)):
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, {cpus[number % len(cpus)]})
 
 
 class _Clock:
@@ -110,9 +127,11 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, work: Work, units: Sequence[Unit]) -> Generator[Outcome]:
-        arrived = []
+        arrived: list[float] = []
         for outcome in self._execute(work, units):
             if outcome is not None:
+                if len(arrived) < self._workers:
+                    pin_workers()
                 arrived.append(time.perf_counter())
             yield outcome
         first = self._workers - 1

@@ -17,7 +17,6 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
-from lance.dataset import LanceOperation
 from lance.fragment import FragmentMetadata
 
 from kalm_encoder.table.location import Location
@@ -126,15 +125,15 @@ def rows_at(dataset: lance.LanceDataset, rows: Sequence[int], columns: list[str]
     return found.select(columns).take([places[row] for row in rows])
 
 
-def delete_rows(
+def marks_of_deletion(
     steps: Steps,
     table: Location,
     dataset: lance.LanceDataset,
     files: Sequence[Location],
     groups: Sequence[int],
     what: str,
-) -> LanceOperation.Delete:
-    """Write the marks of deletion of some rows and return the operation that commits them.
+) -> tuple[list[FragmentMetadata], list[int]]:
+    """Write the marks of deletion of some rows, which a commit is to name.
 
     Args:
         steps: How the parts are done.
@@ -143,6 +142,9 @@ def delete_rows(
         files: Files of groups with the addresses of the rows, as in `Repeated`.
         groups: Numbers of the groups that hold any.
         what: What they are, such as "repeated rows".
+
+    Returns:
+        The changed fragments with their marks, and the ids of those of which no row is left.
 
     Raises:
         IncompleteError: If some parts failed for good.
@@ -153,8 +155,7 @@ def delete_rows(
     for _, fragments in steps.do(f"deleting {what}", work, parts):
         changed |= {int(id): fragment for id, fragment in fragments.items()}
     updated = [FragmentMetadata.from_json(text) for _, text in sorted(changed.items()) if text]
-    removed = [id for id in sorted(changed) if not changed[id]]
-    return LanceOperation.Delete(updated, removed, what)
+    return updated, [id for id in sorted(changed) if not changed[id]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import lance
 import numpy as np
-import pyarrow as pa
+from lance.dataset import LanceOperation
 from lance.optimize import CompactionOptions
 
 from kalm_encoder.errors import InputError
@@ -18,10 +18,11 @@ from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
 from pipeline.table.compaction import rewrite
-from pipeline.table.duplicates import delete_rows, find_repeated
+from pipeline.table.duplicates import find_repeated, marks_of_deletion
 from pipeline.table.fragments import fragments_key, open_to_write
 from pipeline.table.indexes import BTREE, INVERTED, LABEL_LIST, create_indexes
 from pipeline.table.ledger import ON_DUPLICATE, PLAN
+from pipeline.table.merging import merge_rows
 from pipeline.table.side_files import FINISH
 from pipeline.table.steps import Steps, remove_step
 
@@ -148,11 +149,13 @@ class SealedTable(TableClaim):
         what = {PLAN: "changed", CHANGE: OF_ROWS} if rows else {CHANGE: OF_FILES}
         self.take_over({STATE: CHANGING, **what}, unchanged=True)
 
-    def upsert(self, rows: pa.RecordBatchReader) -> None:
-        """Replace rows by id and add new ones in one commit; run it again after any failure."""
-        builder = self.dataset.merge_insert("id").when_matched_update_all()
-        builder.when_not_matched_insert_all().conflict_retries(0).execute(rows)
-        self.refresh(self.dataset)
+    def merge(self, steps: Steps, staged: Sequence[Location]) -> None:
+        """Replace rows by id and add new ones in one commit; run it again after any failure.
+
+        See `merging.merge_rows`.
+        """
+        operation = merge_rows(steps, self.location, self.dataset, staged)
+        self.refresh(self.commit_operation(operation))
 
     def delete(self, row_ids: Sequence[int]) -> None:
         """Delete rows by stable row id. Rows that are gone already are no error."""
@@ -165,12 +168,12 @@ class SealedTable(TableClaim):
     def delete_rows(
         self, steps: Steps, files: Sequence[Location], groups: Sequence[int], what: str
     ) -> None:
-        """Delete rows by their addresses in one commit; see `duplicates.delete_rows`.
+        """Delete rows by their addresses in one commit; see `marks_of_deletion`.
 
         The addresses hold as long as no fragment is rewritten.
         """
-        operation = delete_rows(steps, self.location, self.dataset, files, groups, what)
-        self.refresh(self.commit_operation(operation))
+        marks = marks_of_deletion(steps, self.location, self.dataset, files, groups, what)
+        self.refresh(self.commit_operation(LanceOperation.Delete(*marks, what)))
 
     def purge(self, steps: Steps) -> None:
         """Rewrite the fragments with deleted rows, and drop the indexes, which hold their values.

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 
 import lance
-import pyarrow as pa
 
 from kalm_encoder.table.location import Location
 from pipeline.corpus.erased import ErasedIds
@@ -32,8 +31,6 @@ from pipeline.upkeep.comparison.differences import Changes, Groups
 from pipeline.upkeep.delta import DeltaWork, UpdatesWork, delta_fields, stage
 
 GONE = "rows that the corpus lacks"
-MERGED_AT_ONCE = 1024
-"""Rows that are in memory at the same time as they are merged in, with their states."""
 
 
 def apply_changes(
@@ -80,14 +77,8 @@ def apply_changes(
         stage(steps, UpdatesWork, job.table, dataset, corpus, chosen, changes.name, updated)
     claim.begin_change()
     staged = [encoded] * differ + [updated] * (changes.metadata_changed > 0)
-
-    def merged() -> Iterator[pa.RecordBatch]:
-        for location in staged:
-            yield from location.dataset().scanner(batch_size=MERGED_AT_ONCE).to_batches()
-
     if staged:
-        schema = dataset.schema
-        claim.retry(lambda: claim.upsert(pa.RecordBatchReader.from_batches(schema, merged())))
+        claim.retry(lambda: claim.merge(steps, staged))
     for rows in gone:
         if rows.files:
             claim.retry(partial(claim.delete_rows, steps, rows.files, rows.numbers, GONE))

@@ -109,7 +109,6 @@ def announce_changes() -> None:
 
         setattr(SealedTable, method, announced)
 
-    wrap("upsert", "merging rows")
     wrap("finish", "finishing")
 
 

@@ -30,6 +30,8 @@ SMALL: dict[str, Any] = {
     "pipeline.table.finish.FRAGMENT_ROWS": 200,
     "pipeline.table.indexes.GROUP_ROWS": 200,
     "pipeline.table.indexes.TEXT_GROUP_ROWS": 400,
+    "pipeline.table.merging.COPIED_ROWS": 100,
+    "pipeline.table.merging.GROUP_ROWS": 200,
     "pipeline.table.partitions.PARTITION_ROWS": 200,
     "pipeline.upkeep.comparison.corpus.PIECE_ROWS": 200,
     "pipeline.upkeep.truncate.SHARD_BYTES": 100_000,

@@ -204,7 +204,6 @@ def test_a_full_text_index_of_several_segments_finds_the_same(tmp_path, small_pa
 
 
 def test_rows_that_changed_are_found_by_their_new_values_alone(tmp_path, small_parts, monkeypatch):
-    """An updated row keeps its row id, under which the old index still has its old values."""
     monkeypatch.setattr(indexes, "TEXT_GROUP_ROWS", 4 * SHARD)
     uri = sealed(tmp_path, make_rows(11))
     SealedTable(Location(uri)).finish(Steps(in_process), index_columns=["year", "tags"])
@@ -217,8 +216,9 @@ def test_rows_that_changed_are_found_by_their_new_values_alone(tmp_path, small_p
         changed = changed.set_column(held.schema.get_field_index(name), name, column)
     added = changed.slice(0, 2).set_column(0, held.schema.field("id"), pa.array(["new0", "new1"]))
     assert held.schema.names[0] == "id" and len(held) > 5
-    rows = pa.concat_tables([changed, added]).cast(held.schema)
-    claim.upsert(pa.RecordBatchReader.from_batches(rows.schema, rows.to_batches()))
+    staged = tmp_path / "staged.lance"
+    lance.write_dataset(pa.concat_tables([changed, added]).cast(held.schema), staged)
+    claim.merge(Steps(in_process), [Location(str(staged))])
     claim.delete([int(claim.dataset.scanner(with_row_id=True).to_table()["_rowid"][0].as_py())])
     claim.finish(Steps(in_process))
     dataset = lance.dataset(uri)

@@ -172,8 +172,9 @@ class LedgerMachine(RuleBasedStateMachine):
         if crash_after == 0:
             return
         if upserts:
-            table = rows_of(upserts, value)
-            writer.retry(lambda: writer.upsert(table.to_reader()))
+            staged = Location(f"{self.uri}-staged-{value}-{crash_after}.lance")
+            lance.write_dataset(rows_of(upserts, value), staged.uri, mode="overwrite")
+            writer.retry(lambda: writer.merge(Steps(in_process), [staged]))
         if crash_after == 1:
             return
         wanted = pc.field("id").isin(pa.array(deletes, pa.string()))

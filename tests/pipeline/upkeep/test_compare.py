@@ -146,7 +146,9 @@ def test_pieces_change_nothing(encoded, tmp_path, request):
         pytest.param("DeltaWork", 2, [0, 0, 0], marks=pytest.mark.slow),
         pytest.param("EncodeWork", 1, [0, 0, 0], marks=pytest.mark.slow),
         ("UpdatesWork", 3, [0, 0, 0]),
-        ("DeleteRows", 0, [6, 7, 6]),  # what is merged in by then is compared again
+        ("CopyRows", 1, [0, 0, 0]),
+        pytest.param("DeleteRows", 0, [0, 0, 0], marks=pytest.mark.slow),
+        ("DeleteRows", 1, [6, 8, 6]),  # what is merged in by then is compared again
     ],
 )
 def test_a_killed_sync_is_finished(encoded, in_pieces, tmp_path, kinds, most, left):

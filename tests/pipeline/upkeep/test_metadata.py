@@ -134,7 +134,7 @@ def test_metadata_that_change_alone_encode_nothing(model_dir, tmp_path, count_en
     assert (changes.metadata_changed, PassageTable.open(job.uri).version) == (0, version)
 
 
-@pytest.mark.parametrize("step", ["upsert", "_index", "change"])
+@pytest.mark.parametrize("step", ["merge", "_index", "change"])
 def test_an_interrupted_sync_of_metadata_is_finished(model_dir, tmp_path, monkeypatch, step):
     job, corpus = new_job(model_dir, tmp_path, index_columns=("lang",))
     run(job, in_process)

@@ -116,7 +116,7 @@ def test_missing_passages_stay_unless_told(job):
     assert len(PassageTable.open(job.uri)) == 1
 
 
-@pytest.mark.parametrize("step", ["upsert", "delete", "_index", "change", "publish"])
+@pytest.mark.parametrize("step", ["merge", "delete", "_index", "change", "publish"])
 def test_readers_see_old_or_new_and_an_interrupted_sync_is_finished(job, monkeypatch, step):
     passages = passages_of(job)
     old = set(passages)

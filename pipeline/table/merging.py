@@ -34,7 +34,7 @@ from pipeline.table.steps import DoPart, Steps, VersionWork, remove_step
 
 COPIED_ROWS = 50_000
 """About how many rows one part copies; a staged fragment is never cut."""
-COPIED_AT_ONCE = 1024
+COPIED_AT_ONCE = 256
 """Rows that are in memory at the same time as they are copied, with their states."""
 LOOKED_UP_AT_ONCE = 10_000
 """Ids that one query looks up. They are sorted, so that the queries share no page of the index."""

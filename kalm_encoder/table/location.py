@@ -78,17 +78,20 @@ class Location:
         """Return the location of something below this one, in the same store."""
         return Location(f"{self.uri.rstrip('/')}/{path}", self.options)
 
-    def dataset(self, *, metadata_cache_bytes: int | None = None) -> lance.LanceDataset:
+    def dataset(
+        self, *, metadata_cache_bytes: int | None = None, index_cache_bytes: int | None = None
+    ) -> lance.LanceDataset:
         """Open the latest version of the Lance dataset that lies here.
 
         Args:
             metadata_cache_bytes: Most bytes of metadata that Lance keeps in memory for this
                 dataset. None leaves the limit to Lance, which is right for a reader.
+            index_cache_bytes: The same for pages of indexes.
 
         Raises:
             TableError: There is no dataset here, or the store refused.
         """
-        return self._open(self.uri, metadata_cache_bytes)
+        return self._open(self.uri, metadata_cache_bytes, index_cache_bytes)
 
     def tags(self) -> Tags:
         """Return the tags of the dataset, to change them.
@@ -107,13 +110,19 @@ class Location:
         """Open the folder of this location for reading and writing whole files."""
         return LanceFileSession(self.uri, storage_options=self.options)
 
-    def _open(self, uri: str, metadata_cache_bytes: int | None = None) -> lance.LanceDataset:
+    def _open(
+        self,
+        uri: str,
+        metadata_cache_bytes: int | None = None,
+        index_cache_bytes: int | None = None,
+    ) -> lance.LanceDataset:
         check_process()
         try:
             return lance.dataset(
                 uri,
                 storage_options=self.options,
                 metadata_cache_size_bytes=metadata_cache_bytes,
+                index_cache_size_bytes=index_cache_bytes,
             )
         except (ValueError, OSError) as error:
             raise TableError(f"no passage table at {self.uri}: {first_line(error)}") from error

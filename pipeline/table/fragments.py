@@ -22,6 +22,8 @@ CHECKED_AT_ONCE = 32
 """Data files opened at the same time: on an object store each takes tens of milliseconds."""
 METADATA_CACHE_BYTES = 1 << 20
 """Most metadata that Lance keeps in memory for a process that writes."""
+INDEX_CACHE_BYTES = 64 << 20
+"""Most bytes of indexes that it keeps; its own limit is 6 GB."""
 
 
 def open_to_write(location: Location) -> lance.LanceDataset:
@@ -34,7 +36,9 @@ def open_to_write(location: Location) -> lance.LanceDataset:
     Raises:
         TableError: If there is no table, or the store refuses.
     """
-    return location.dataset(metadata_cache_bytes=METADATA_CACHE_BYTES)
+    return location.dataset(
+        metadata_cache_bytes=METADATA_CACHE_BYTES, index_cache_bytes=INDEX_CACHE_BYTES
+    )
 
 
 def open_version(location: Location, version: int) -> lance.LanceDataset:

@@ -124,16 +124,18 @@ def merge_rows(
     """
     what: list[tuple[int, list[int]]] = []
     facts: list[Any] = []
+    num_rows = 0
     for number, location in enumerate(staged):
         source = location.dataset()
         what += [(number, ids) for ids in fragment_groups(source, COPIED_ROWS)]
         facts += [location.uri, fragments_key(source)]
+        num_rows += source.count_rows()
     name = xxhash.xxh3_64_hexdigest(json.dumps([facts, what]).encode())
     folder = f"{FINISH}/{fragments_key(dataset)}/merge-{name}"
     starts = tuple(ids[0] for ids in fragment_groups(dataset, GROUP_ROWS))
     work = CopyRows(
         table=table, version=dataset.version, staged=tuple(staged), group_starts=starts,
-        folder=table / folder,
+        folder=table / folder, is_large=num_rows > LOOKED_UP_AT_ONCE,
     )  # fmt: skip
     parts = [Part(number, some) for number, some in enumerate(what)]
     copied = steps.results("merging rows", work, parts, table / folder)

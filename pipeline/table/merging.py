@@ -27,6 +27,7 @@ from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.location import Location
 from pipeline.messages import Part, Place
 from pipeline.table.duplicates import GROUP_ROWS, ROW, marks_of_deletion
+from pipeline.table.erasures import erased_ids
 from pipeline.table.fragments import check_written, fragment_groups, fragments_key
 from pipeline.table.partitions import new_name, write_groups
 from pipeline.table.side_files import FINISH
@@ -79,6 +80,7 @@ class CopyRows(VersionWork):
                 max_rows_per_file=2**31 - 1,
             )  # fmt: skip
             ids = source.scanner(columns=["id"], fragments=fragments).to_table()["id"]
+            self._remove_if_erased(ids, written)
             addresses = _addresses(dataset, ids)
             groups = np.searchsorted(starts, addresses >> np.uint64(32), side="right") - 1
             name = new_name()
@@ -91,6 +93,18 @@ class CopyRows(VersionWork):
             }
 
         return copy
+
+    def _remove_if_erased(self, ids: pa.ChunkedArray, written: list[FragmentMetadata]) -> None:
+        """Remove what was just written if one of its rows has been erased since it was staged.
+
+        An erasure records its ids before it removes files, so either it finds these or we find it.
+        """
+        erased = erased_ids(self.table)
+        if any(id in erased for id in ids.to_pylist()):
+            session = self.table.file_session()
+            for file in (file for fragment in written for file in fragment.files):
+                session.delete_file(f"data/{file.path}")
+            raise KalmError("some of the passages were erased meanwhile. Run the same again")
 
 
 def _addresses(dataset: lance.LanceDataset, ids: pa.ChunkedArray) -> NDArray[np.uint64]:

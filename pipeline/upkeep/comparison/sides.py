@@ -130,19 +130,26 @@ def _held(spec: TableSpec, dataset: lance.LanceDataset, **which: Any) -> pa.Tabl
     """Return what the table side holds of some rows, which are chosen as in Lance's scanner."""
     names = ["id", "text_hash", *([CHECKSUM] if spec.metadata_columns else [])]
     names += ["doc_id"] if spec.split else []
-    rows = dataset.scanner(columns=names, with_row_address=True, **which).to_table()
-    ids, hashes = rows["id"].to_pylist(), rows["text_hash"].to_pylist()
-    columns = {
-        **_hashes(spec, ids, rows, hashes),
-        ROW: rows["_rowaddr"].to_numpy().astype(np.int64),
-    }
-    if spec.metadata_columns:
-        columns[METADATA] = rows[CHECKSUM].to_numpy()
-    return pa.table(columns, schema=side_schema(spec, of_corpus=False))
+    schema = side_schema(spec, of_corpus=False)
+    held = [schema.empty_table()]
+    # Batch by batch: as Python's objects, the ids and hashes of a fragment take a gigabyte.
+    for rows in dataset.scanner(columns=names, with_row_address=True, **which).to_batches():
+        ids, hashes = rows["id"].to_pylist(), rows["text_hash"].to_pylist()
+        columns = {
+            **_hashes(spec, ids, rows, hashes),
+            ROW: rows["_rowaddr"].to_numpy().astype(np.int64),
+        }
+        if spec.metadata_columns:
+            columns[METADATA] = rows[CHECKSUM].to_numpy()
+        held.append(pa.table(columns, schema=schema))
+    return pa.concat_tables(held)
 
 
 def _hashes(
-    spec: TableSpec, ids: Sequence[str], metadata: pa.Table | None, hashes: Sequence[bytes]
+    spec: TableSpec,
+    ids: Sequence[str],
+    metadata: pa.Table | pa.RecordBatch | None,
+    hashes: Sequence[bytes],
 ) -> dict[str, NDArray[Any]]:
     """Return the hashes of ids, documents and texts by the names of their columns."""
     of_texts = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 from lance.commit import CommitConflictError
 
-from kalm_encoder.errors import KalmError
+from kalm_encoder.errors import IncompleteError, KalmError
 from kalm_encoder.table.location import Location
 from pipeline.table import merging
+from pipeline.table.erasures import begin_erasure
 from pipeline.table.merging import merge_rows
 from pipeline.table.steps import Steps
 from pipeline.workers.local import in_process
@@ -115,6 +116,16 @@ def test_files_that_are_gone_are_written_again(tmp_path, small_parts):
     with pytest.raises(KalmError, match="Run again"):
         merge(table, [staged])
     assert held(merge(table, [staged])) == ({"a": 0, "b": 1, "c": 1}, 3)
+
+
+def test_what_was_erased_since_it_was_staged_is_not_left_in_a_file(tmp_path):
+    table = write(tmp_path / "t.lance", {"a": 0, "b": 0}, 9)
+    staged = write(tmp_path / "s.lance", {"b": 1, "c": 1}, 9)
+    before = {path.name for path in (tmp_path / "t.lance/data").iterdir()}
+    begin_erasure(table, ["c"])
+    with pytest.raises(IncompleteError, match="erased meanwhile"):
+        merge(table, [staged])
+    assert {path.name for path in (tmp_path / "t.lance/data").iterdir()} == before
 
 
 def test_a_change_by_another_process_is_a_conflict(tmp_path):

@@ -23,6 +23,8 @@ from kalm_encoder.table.location import Location
 from pipeline.messages import Part, Place
 from pipeline.table.fragments import fragment_groups
 from pipeline.table.partitions import (
+    HIGH,
+    LOW,
     hashes_of,
     new_name,
     num_partitions,
@@ -158,6 +160,11 @@ def marks_of_deletion(
     return updated, [id for id in sorted(changed) if not changed[id]]
 
 
+def hashed_schema() -> pa.Schema:
+    """Return the columns of hashed ids: two halves of a hash, and the address of the row."""
+    return pa.schema([(name, pa.uint64()) for name in (HIGH, LOW, ROW)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class HashIds(VersionWork):
     """Groups of fragments, of which the ids are hashed into partitions.
@@ -165,10 +172,12 @@ class HashIds(VersionWork):
     Attributes:
         folder: Where the files go.
         partitions: Number of partitions.
+        column: Column of the ids, strings or integers. A null is no id.
     """
 
     folder: Location
     partitions: int
+    column: str = "id"
 
     def load(self, place: Place) -> DoPart:
         """Open the table. A part is a list of fragment ids, its result the name of a file."""
@@ -176,11 +185,14 @@ class HashIds(VersionWork):
 
         def hash_ids(fragment_ids: list[int]) -> str:
             fragments = [dataset.get_fragment(id) for id in fragment_ids]
-            scanner = dataset.scanner(columns=["id"], fragments=fragments, with_row_address=True)
-            rows = [
-                pa.table({**hashes_of(batch["id"].to_pylist()), ROW: batch["_rowaddr"]})
-                for batch in scanner.to_batches()
-            ]
+            scanner = dataset.scanner(
+                columns=[self.column], fragments=fragments, with_row_address=True
+            )
+            rows = [hashed_schema().empty_table()]
+            for batch in scanner.to_batches():
+                some = batch.filter(batch[self.column].is_valid())
+                ids = some[self.column].cast(pa.string()).to_pylist()
+                rows.append(pa.table({**hashes_of(ids), ROW: some["_rowaddr"]}))
             name = new_name()
             write_partitions(pa.concat_tables(rows), self.partitions, self.folder / name)
             return name

@@ -15,16 +15,17 @@ from dataclasses import dataclass, field
 
 import lance
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from kalm_encoder.errors import InputError
+from kalm_encoder.table.location import Location
 from pipeline.corpus.access import open_text
 from pipeline.corpus.passages import Reject, to_passage
 from pipeline.corpus.shards import Plan, ShardReader
 from pipeline.table.ledger import HUB
+from pipeline.table.steps import Steps
 from pipeline.upkeep.comparison.corpus import SHARD_BITS, Places, places_of
+from pipeline.upkeep.comparison.gone import ids_gone
 
 logger = logging.getLogger(__name__)
 
@@ -129,15 +130,16 @@ def _known_part(
 
 
 def changed_since(
-    plan: Plan, version: int, metadata: dict[str, str], options: dict[str, str] | None
+    steps: Steps, table: Location, plan: Plan, version: int, metadata: dict[str, str]
 ) -> Feed | None:
     """Find what changed in a source table since one of its versions.
 
     Args:
+        steps: How the ids of both versions are compared.
+        table: Address of the table; its storage options are those of the source too.
         plan: Shards of the source.
         version: The version that was synced last.
         metadata: Schema metadata of the table.
-        options: Storage options of the source.
 
     Returns:
         None if the table was not synced from this version of this source, or the source does not
@@ -150,7 +152,7 @@ def changed_since(
     if record is None:
         raise InputError("--since compares two versions of a source: give one Lance table")
     path, now = plan.shards[0].path, plan.shards[0].rows.version
-    source = lance.dataset(path, version=now, storage_options=options)
+    source = lance.dataset(path, version=now, storage_options=table.options)
     why = None
     if json.loads(metadata.get(SOURCE, "null")) != [path, version]:
         why = f"the table was not synced from version {version} of {path}"
@@ -161,15 +163,10 @@ def changed_since(
     if why:
         logger.warning("%s: all rows are compared", why)
         return None
-    # Row ids do not tell what is gone: an id may be deleted and written again as another row.
-    column = plan.shards[0].fields.id
-    old, new = (
-        d.scanner(columns=[column]).to_table()[column].cast(pa.string()).drop_null()
-        for d in (source.checkout_version(version), source)
-    )
-    gone = old.filter(pc.invert(pc.is_in(old, value_set=new)))
+    address, column = Location(path, table.options), plan.shards[0].fields.id
+    gone = ids_gone(steps, table, address, column, version, now)
     rows = ((path, row + 1) for row in _changed_rows(source, version))
-    return Feed(places_of(plan.shards, rows), gone.to_pylist(), record)
+    return Feed(places_of(plan.shards, rows), gone, record)
 
 
 def _changed_rows(source: lance.LanceDataset, version: int) -> Iterator[int]:

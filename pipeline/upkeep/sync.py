@@ -72,11 +72,11 @@ def sync(
     plan = _plan(job, dataset, execute, is_feed)
     log_readings(plan)
     corpus = _corpus(job, dataset, plan.shards, on_duplicate)
-    metadata, feed = metadata_of(dataset), None
+    steps, metadata, feed = Steps(execute), metadata_of(dataset), None
     if is_feed:
         feed = read_feed(plan, metadata, job.storage_options)
     elif since is not None:
-        feed = changed_since(plan, since, metadata, job.storage_options)
+        feed = changed_since(steps, job.table, plan, since, metadata)
     gone: list[int] = []
     if feed is not None:
         corpus = corpus.only(feed.lines)
@@ -84,7 +84,6 @@ def sync(
         if corpus.reading.spec.split:
             deleted = list(passages_and_documents(dataset, deleted))
         gone = list(row_ids_of(dataset, deleted).values())
-    steps = Steps(execute)
     with (
         removed_if_erased(job, corpus.reading.erased),
         compared(steps, job.table, dataset, corpus, on_duplicate, job.table / SYNCS) as changes,

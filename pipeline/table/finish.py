@@ -239,7 +239,10 @@ class SealedTable(TableClaim):
         return {name for name, fragments in lacking.items() if not fragments}
 
     def _index(self, steps: Steps) -> None:
-        """Index text, ids and metadata if there are rows and an index does not cover them all."""
+        """Index text, ids and metadata if there are rows and an index does not cover them all.
+
+        An index that somebody made of another column is brought up to date.
+        """
         if self.dataset.count_rows():
             kinds = {"text": INVERTED} if self.spec.keep_text else {}  # the longest first
             kinds["id"] = BTREE
@@ -249,6 +252,10 @@ class SealedTable(TableClaim):
             there = self._indexed()
             lacking = {column: kind for column, kind in kinds.items() if column not in there}
             create_indexes(self, steps, lacking)
+            indexes = self.dataset.describe_indices()
+            if others := [i.name for i in indexes if not kinds.keys() & i.field_names]:
+                # Whoever made them knows what they cost; Lance adds the new rows to them here.
+                self.dataset.optimize.optimize_indices(index_names=others)
         self.refresh(open_to_write(self.location))
 
     def _incomplete(self) -> InputError:

@@ -207,6 +207,7 @@ def test_rows_that_changed_are_found_by_their_new_values_alone(tmp_path, small_p
     monkeypatch.setattr(indexes, "TEXT_GROUP_ROWS", 4 * SHARD)
     uri = sealed(tmp_path, make_rows(11))
     SealedTable(Location(uri)).finish(Steps(in_process), index_columns=["year", "tags"])
+    lance.dataset(uri).create_scalar_index("num_tokens", "BITMAP", name="made_by_hand")
     claim = SealedTable(Location(uri))
     claim.begin_change()
     held = claim.dataset.to_table().filter(pc.equal(pc.field("year"), 1993))

@@ -18,9 +18,10 @@ from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.table.claim import CHANGING, COMPLETE, LOADING, SEALED, STATE, TableClaim
 from pipeline.table.compaction import rewrite
-from pipeline.table.duplicates import find_repeated, marks_of_deletion
+from pipeline.table.deletions import marks_of_deletion
+from pipeline.table.duplicates import find_repeated
 from pipeline.table.fragments import fragments_key, open_to_write
-from pipeline.table.indexes import BTREE, INVERTED, LABEL_LIST, create_indexes
+from pipeline.table.indexes import BTREE, INVERTED, LABEL_LIST, bring_up_to_date
 from pipeline.table.ledger import ON_DUPLICATE, PLAN
 from pipeline.table.merging import merge_rows
 from pipeline.table.side_files import FINISH
@@ -225,38 +226,18 @@ class SealedTable(TableClaim):
 
     def without_index(self, columns: Sequence[str]) -> list[str]:
         """Return those of the columns that are not indexed, if there are rows to index."""
-        indexed = self._indexed()
+        indexed = {name for index in self.dataset.describe_indices() for name in index.field_names}
         return [c for c in columns if c not in indexed] if self.dataset.count_rows() else []
 
-    def _indexed(self) -> set[str]:
-        """Return the columns with an index that covers all rows."""
-        fragments = {fragment.fragment_id for fragment in self.dataset.get_fragments()}
-        lacking: dict[str, set[int]] = {}
-        for index in self.dataset.describe_indices():
-            covered = {id for segment in index.segments for id in segment.fragment_ids}
-            for name in index.field_names:
-                lacking[name] = lacking.get(name, fragments) - covered
-        return {name for name, fragments in lacking.items() if not fragments}
-
     def _index(self, steps: Steps) -> None:
-        """Index text, ids and metadata if there are rows and an index does not cover them all.
-
-        An index that somebody made of another column is brought up to date.
-        """
+        """Index text, ids and metadata, if there are rows."""
         if self.dataset.count_rows():
             kinds = {"text": INVERTED} if self.spec.keep_text else {}  # the longest first
             kinds["id"] = BTREE
             types = dict(self.spec.metadata_columns)
             for name in indexed_columns(self.metadata):
                 kinds[name] = LABEL_LIST if types[name] == "list<string>" else BTREE
-            there = self._indexed()
-            lacking = {column: kind for column, kind in kinds.items() if column not in there}
-            create_indexes(self, steps, lacking)
-            indexes = self.dataset.describe_indices()
-            if others := [i.name for i in indexes if not kinds.keys() & i.field_names]:
-                # Whoever made them knows what they cost; Lance adds the new rows to them here.
-                self.dataset.optimize.optimize_indices(index_names=others)
-        self.refresh(open_to_write(self.location))
+            bring_up_to_date(self, steps, kinds)
 
     def _incomplete(self) -> InputError:
         return InputError(f"{self.location} is not complete yet: run its `kalm encode` again first")

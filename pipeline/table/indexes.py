@@ -4,7 +4,8 @@ After rows were added or changed, an index is built anew and replaces the one be
 `optimize_indices` merges the new rows into the old index in one process: with 1 % of 10 million
 rows changed, a full-text index took it 175 CPU seconds and 2.1 GB, and building it takes 48 CPU
 seconds and 1.0 GB, which the workers share. A segment of the new rows alone beside the old one
-would answer wrongly: a row that was updated keeps its row id, and is found by its old value too.
+would answer wrongly in a table that was ever changed by `merge_insert`, as tables once were: a row
+that it updates keeps its row id, and the old segment finds it by its old value.
 
 The segments of a B-tree or a list of labels are merged into one, because a look-up asks each
 segment: 100 ids of 16 million took 23 ms in one segment and 88 ms in eight. Merging reads sorted
@@ -26,7 +27,7 @@ from lance.dataset import Index, IndexFile
 from kalm_encoder.errors import KalmError
 from pipeline.messages import Part, Place
 from pipeline.table.claim import TableClaim
-from pipeline.table.fragments import fragment_groups, fragments_key
+from pipeline.table.fragments import fragment_groups, fragments_key, open_to_write
 from pipeline.table.side_files import FINISH
 from pipeline.table.steps import DoPart, Steps, VersionWork, remove_step
 
@@ -44,15 +45,13 @@ class BuildSegments(VersionWork):
     """Segments of indexes that are to be built."""
 
     def load(self, place: Place) -> DoPart:
-        """Open the table. A part is a column, its kind of index and a list of fragment ids."""
+        """Open the table. A part is a column, a kind of index, its options and fragment ids."""
         dataset = self.dataset()
 
         def build(what: list[Any]) -> dict[str, Any]:
-            column, kind, fragment_ids = what
-            options: dict[str, Any] = {}
-            if kind == INVERTED:
-                options = {"with_position": False}
-                options |= {"num_workers": place.cpus} if place.cpus else {}
+            column, kind, options, fragment_ids = what
+            if kind == INVERTED and place.cpus:
+                options = options | {"num_workers": place.cpus}
             # Lance lets only one thread at a time use a dataset for this.
             own = dataset.checkout_version(self.version)
             segment = own.create_index_uncommitted(
@@ -88,8 +87,43 @@ def index_name(column: str) -> str:
     return f"{column}_idx"
 
 
-def create_indexes(claim: TableClaim, steps: Steps, kinds: Mapping[str, str]) -> None:
-    """Build indexes of all rows and commit each in place of the one that the column has.
+def bring_up_to_date(claim: TableClaim, steps: Steps, kinds: Mapping[str, str]) -> None:
+    """Build the indexes that do not cover all rows, each in place of the one that is there.
+
+    What somebody changed stays: the options of a full-text index, and an index of another kind or
+    name, to which Lance adds the new rows in this process.
+
+    Args:
+        claim: The claim to the table, which has rows.
+        steps: How the segments are built.
+        kinds: The kind of index by column.
+
+    Raises:
+        As `create_indexes` does.
+    """
+    fragments = {fragment.fragment_id for fragment in claim.dataset.get_fragments()}
+    present = {index.name: index for index in claim.dataset.describe_indices()}
+    lacking: dict[str, tuple[str, dict[str, Any]]] = {}
+    for column, kind in kinds.items():
+        index = present.get(index_name(column))
+        if index is None:
+            lacking[column] = kind, {"with_position": False} if kind == INVERTED else {}
+        elif index.index_type.upper() == kind.replace("_", ""):
+            del present[index.name]
+            if fragments - {id for segment in index.segments for id in segment.fragment_ids}:
+                # Lance tells this option and does not take it; it is None for strings.
+                options = {k: v for k, v in index.details.items() if k != "lance_tokenizer"}
+                lacking[column] = kind, options if kind == INVERTED else {}
+    create_indexes(claim, steps, lacking)
+    if present:
+        claim.dataset.optimize.optimize_indices(index_names=list(present))
+    claim.refresh(open_to_write(claim.location))
+
+
+def create_indexes(
+    claim: TableClaim, steps: Steps, kinds: Mapping[str, tuple[str, dict[str, Any]]]
+) -> None:
+    """Build indexes of all rows and commit each in place of the one of the same name.
 
     Lance lets the commit of an index pass a claim that another process made meanwhile. Therefore
     the claim is looked at just before. An index that slips through all the same is right: it names
@@ -98,7 +132,7 @@ def create_indexes(claim: TableClaim, steps: Steps, kinds: Mapping[str, str]) ->
     Args:
         claim: The claim to the table, which has rows.
         steps: How the segments are built.
-        kinds: The kind of index by column.
+        kinds: The kind of index and its options by column.
 
     Raises:
         IncompleteError: If some segments failed for good; the others are not built again.
@@ -110,8 +144,8 @@ def create_indexes(claim: TableClaim, steps: Steps, kinds: Mapping[str, str]) ->
         return
     dataset, table = claim.dataset, claim.location
     what = [
-        [column, kind, ids]
-        for column, kind in kinds.items()
+        [column, kind, options, ids]
+        for column, (kind, options) in kinds.items()
         for ids in fragment_groups(dataset, TEXT_GROUP_ROWS if kind == INVERTED else GROUP_ROWS)
     ]
     chosen_parts = xxhash.xxh3_64_hexdigest(json.dumps(what).encode())
@@ -124,7 +158,7 @@ def create_indexes(claim: TableClaim, steps: Steps, kinds: Mapping[str, str]) ->
     for part, segment in sorted(built, key=lambda pair: pair[0].number):
         segments[part.what[0]].append(segment)
     _check_files(claim, segments, folder)
-    several = [c for c, some in segments.items() if len(some) > 1 and kinds[c] != INVERTED]
+    several = [c for c, some in segments.items() if len(some) > 1 and kinds[c][0] != INVERTED]
     merging = MergeSegments(table=table, version=dataset.version, is_large=is_large)
     parts = [Part(number, segments[column]) for number, column in enumerate(several)]
     chosen = dict(segments)

@@ -26,10 +26,11 @@ from kalm_encoder.errors import KalmError
 from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.location import Location
 from pipeline.messages import Part, Place
-from pipeline.table.duplicates import GROUP_ROWS, ROW, marks_of_deletion
+from pipeline.table.deletions import marks_of_deletion
+from pipeline.table.duplicates import GROUP_ROWS
 from pipeline.table.erasures import erased_ids
 from pipeline.table.fragments import check_written, fragment_groups, fragments_key
-from pipeline.table.partitions import new_name, write_groups
+from pipeline.table.partitions import ROW, new_name, write_groups
 from pipeline.table.side_files import FINISH
 from pipeline.table.steps import DoPart, Steps, VersionWork, remove_step
 
@@ -104,7 +105,7 @@ class CopyRows(VersionWork):
             session = self.table.file_session()
             for file in (file for fragment in written for file in fragment.files):
                 session.delete_file(f"data/{file.path}")
-            raise KalmError("some of the passages were erased meanwhile. Run the same again")
+            raise KalmError("some of the passages were erased after they were staged")
 
 
 def _addresses(dataset: lance.LanceDataset, ids: pa.ChunkedArray) -> NDArray[np.uint64]:
@@ -136,31 +137,35 @@ def merge_rows(
         IncompleteError: If some parts failed for good; the others are not done again.
         KalmError: If files that an interrupted run had written are gone.
     """
-    what: list[tuple[int, list[int]]] = []
+    pieces: list[tuple[int, list[int]]] = []
     facts: list[Any] = []
     num_rows = 0
     for number, location in enumerate(staged):
         source = location.dataset()
-        what += [(number, ids) for ids in fragment_groups(source, COPIED_ROWS)]
+        pieces += [(number, ids) for ids in fragment_groups(source, COPIED_ROWS)]
         facts += [location.uri, fragments_key(source)]
         num_rows += source.count_rows()
-    name = xxhash.xxh3_64_hexdigest(json.dumps([facts, what]).encode())
+    name = xxhash.xxh3_64_hexdigest(json.dumps([facts, pieces]).encode())
     folder = f"{FINISH}/{fragments_key(dataset)}/merge-{name}"
-    starts = tuple(ids[0] for ids in fragment_groups(dataset, GROUP_ROWS))
+    group_starts = tuple(ids[0] for ids in fragment_groups(dataset, GROUP_ROWS))
     work = CopyRows(
-        table=table, version=dataset.version, staged=tuple(staged), group_starts=starts,
+        table=table, version=dataset.version, staged=tuple(staged), group_starts=group_starts,
         folder=table / folder, is_large=num_rows > LOOKED_UP_AT_ONCE,
     )  # fmt: skip
-    parts = [Part(number, some) for number, some in enumerate(what)]
+    parts = [Part(number, piece) for number, piece in enumerate(pieces)]
     copied = steps.results("merging rows", work, parts, table / folder)
-    written = [fragment for some in copied for fragment in some["fragments"]]
+    written = [fragment for result in copied for fragment in result["fragments"]]
+    files = [result["file"] for result in copied if result["groups"]]
     try:
         check_written(written, table)
+        if lacking := set(files) - set((table / folder).file_session().list()):
+            raise KalmError(f"{lacking.pop()} in {table / folder} is gone. Run again")
     except KalmError:
         remove_step(table, folder)  # or the next run would find the same result
         raise
-    files = [table / folder / some["file"] for some in copied if some["groups"]]
-    groups = sorted({group for some in copied for group in some["groups"]})
-    updated, removed = marks_of_deletion(steps, table, dataset, files, groups, "replaced rows")
+    groups = sorted({group for result in copied for group in result["groups"]})
+    updated, removed = marks_of_deletion(
+        steps, table, dataset, [table / folder / file for file in files], groups, "replaced rows"
+    )
     added = [FragmentMetadata.from_json(fragment) for fragment in written]
     return LanceOperation.Update(removed, updated, added)

@@ -25,6 +25,8 @@ STARTS = "kalm.starts"
 """Metadata key of a file: the first row of each partition, and the number of rows."""
 HIGH, LOW = "hash_high", "hash_low"
 """Columns of the two halves of a 128-bit hash. The high half chooses the partition."""
+ROW = "row"
+"""Column of row addresses: the id of the fragment in the high 32 bits, the offset in the low."""
 
 
 def num_partitions(num_rows: int) -> int:

@@ -34,6 +34,14 @@ STORE_ERRORS = OSError, RuntimeError, ValueError
 """What a LanceFileSession raises where the store fails."""
 
 
+def is_data(path: str) -> bool:
+    """Return whether a file is neither a manifest nor a result, which say that others are there.
+
+    Where many files are removed these go first.
+    """
+    return "/_versions/" not in path and not path.endswith(".json")
+
+
 def write_text(session: LanceFileSession, path: str, text: str) -> None:
     """Write a file, in place of what is there; `path` is below the session's."""
     with tempfile.TemporaryDirectory() as folder:

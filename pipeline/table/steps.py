@@ -25,7 +25,7 @@ from kalm_encoder.table.location import Location
 from pipeline import logs
 from pipeline.messages import Executor, Failure, Part, Place, Task, Work
 from pipeline.table.fragments import open_version
-from pipeline.table.side_files import read_text, write_text
+from pipeline.table.side_files import is_data, read_text, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -184,5 +184,5 @@ def remove_step(table: Location, folder: str) -> None:
     Results go first, so that none is found later without the files that it names.
     """
     session = table.file_session()
-    for path in sorted(session.list(folder), key=lambda path: not path.endswith(".json")):
+    for path in sorted(session.list(folder), key=is_data):
         session.delete_file(path)

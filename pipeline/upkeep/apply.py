@@ -24,7 +24,7 @@ from pipeline.table.erasures import erased_ids
 from pipeline.table.finish import SealedTable
 from pipeline.table.publish import publish, publish_rest
 from pipeline.table.rejects import RejectStore
-from pipeline.table.side_files import SYNCS
+from pipeline.table.side_files import SYNCS, is_data
 from pipeline.table.steps import Steps
 from pipeline.upkeep.comparison.corpus import Corpus
 from pipeline.upkeep.comparison.differences import Changes, Groups
@@ -133,10 +133,6 @@ def _remove_staged(job: EncodeJob) -> None:
 
     The manifests and records go first, so that what is removed in part is not taken for whole.
     """
-
-    def is_data(path: str) -> bool:
-        return "/_versions/" not in path and not path.endswith(".json")
-
     session = job.table.file_session()
     for path in sorted(session.list(SYNCS), key=is_data):
         session.delete_file(path)

@@ -25,7 +25,7 @@ from pipeline.table.finish import SealedTable
 from pipeline.table.ledger import GENERATION
 from pipeline.table.publish import PREVIOUS_TAG, publish, set_tag
 from pipeline.table.rejects import RejectStore
-from pipeline.table.side_files import KALM, STEPS, SYNCS
+from pipeline.table.side_files import KALM, STEPS, SYNCS, is_data
 from pipeline.table.steps import Steps
 from pipeline.upkeep.delete import passages_and_documents, row_ids_of
 from pipeline.workers.local import in_process
@@ -149,7 +149,8 @@ def _remove_rest(table: Location, erased: ErasedIds) -> None:
         older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
     )
     session = table.file_session()
-    for path in [*session.list(SYNCS), *session.list(STEPS)]:  # the latter holds hashes of ids
+    left = [*session.list(SYNCS), *session.list(STEPS)]  # the latter holds hashes of ids
+    for path in sorted(left, key=is_data):
         session.delete_file(path)
     store = RejectStore(table)
     store.drop({r.id for r in store.read() if r.id is not None and r.id in erased})

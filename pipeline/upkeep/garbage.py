@@ -10,7 +10,7 @@ import pyarrow as pa
 from kalm_encoder.errors import InputError
 from kalm_encoder.table.location import Location
 from pipeline.table.claim import COMPLETE, TableClaim
-from pipeline.table.side_files import PROBES, STEPS, SYNCS
+from pipeline.table.side_files import PROBES, STEPS, SYNCS, is_data
 
 SAFE_AGE = timedelta(days=7)
 """Age of a data file that no running command can be about to commit."""
@@ -59,15 +59,29 @@ def collect_garbage(
 
 
 def _unnamed_files(table: Location, age: timedelta) -> list[tuple[str, int]]:
-    """Return (path, bytes) of the data files that are older than `age` and in no version."""
+    """Return (path, bytes) of the files that are older than `age` and in no version.
+
+    What a command staged or exchanged stays as long as one file of it is younger: results name
+    files, and of a part of them the command that continues would make nothing. For the same reason
+    the results and manifests come first.
+    """
     before = datetime.now(UTC) - age
     # All files first: one that is committed meanwhile is then found among the tracked ones.
     files: pa.Table = table.dataset().all_files().read_all()
     tracked = set(table.dataset().tracked_files().read_all()["path"].to_pylist())
-    return [
-        (file["path"], file["size_bytes"])
+    unnamed = [
+        file
         for file in files.to_pylist()
-        if file["path"].startswith(PLACES)
-        and file["path"] not in tracked
-        and file["last_modified"] < before
+        if file["path"].startswith(PLACES) and file["path"] not in tracked
     ]
+    in_use = {_unit(file["path"]) for file in unnamed if file["last_modified"] >= before}
+    old = [(file["path"], file["size_bytes"]) for file in unnamed]
+    old = [(path, size) for path, size in old if _unit(path) not in in_use]
+    return sorted(old, key=lambda file: is_data(file[0]))
+
+
+def _unit(path: str) -> str:
+    """Return the folder that is removed as a whole or not at all, else the path itself."""
+    if path.startswith((f"{SYNCS}/", f"{STEPS}/")):
+        return "/".join(path.split("/")[:3])
+    return path

@@ -18,7 +18,7 @@ from kalm_encoder.table.location import Location
 from pipeline.messages import Part, Place
 from pipeline.table.duplicates import GROUP_ROWS, HashIds, hashed_schema, rows_at
 from pipeline.table.fragments import fragment_groups, fragments_key, open_version
-from pipeline.table.partitions import HIGH, LOW, num_partitions, read_partition
+from pipeline.table.partitions import HIGH, LOW, ROW, num_partitions, read_partition
 from pipeline.table.side_files import STEPS
 from pipeline.table.steps import DoPart, Steps, VersionWork, remove_step
 
@@ -30,7 +30,7 @@ READ_AT_ONCE = 10_000
 class FindGone(VersionWork):
     """Partitions of hashes, of which those that the later version lacks are found.
 
-    The table and the version are the source's, before.
+    `table` and `version` are the source and the earlier one of its versions.
 
     Attributes:
         column: Column of the ids.
@@ -52,7 +52,7 @@ class FindGone(VersionWork):
                 for files in (self.before, self.now)
             )
             gone = before.join(now, keys=[HIGH, LOW], join_type="left anti")
-            rows = sorted(gone["row"].to_pylist())
+            rows = sorted(gone[ROW].to_pylist())
             ids: dict[str, None] = {}
             for start in range(0, len(rows), READ_AT_ONCE):
                 found = rows_at(dataset, rows[start : start + READ_AT_ONCE], [self.column])

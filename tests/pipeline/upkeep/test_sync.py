@@ -334,6 +334,72 @@ def test_delete_compact_and_gc(job):
     assert verify(job.uri).num_problems == 0
 
 
+AGED = ["_kalm/sync/*/encoded.lance/data/*", "_kalm/sync/*/encoded.lance/_versions/*"]
+
+
+@pytest.mark.parametrize("aged", AGED)
+def test_what_a_stopped_sync_staged_is_removed_as_a_whole_or_not_at_all(job, monkeypatch, aged):
+    passages = {**passages_of(job), "p1": "changed"}
+    rewrite(job, passages)
+    with monkeypatch.context() as patch:
+        patch.setattr(SealedTable, "begin_change", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sync(job, in_process)
+    table, old = Path(job.uri), time.time() - 8 * 86400
+    for path in table.glob(aged):
+        os.utime(path, (old, old))
+    staged = [path for path in table.rglob("_kalm/sync/**/*") if path.is_file()]
+    collect_garbage(Location(job.uri))
+    assert all(path.exists() for path in staged)
+    sync(job, in_process)
+    assert verify(job.uri, inputs=job.inputs).num_problems == 0
+    rewrite(job, {**passages, "p1": "again"})
+    with monkeypatch.context() as patch:
+        patch.setattr(SealedTable, "begin_change", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sync(job, in_process)
+    for path in table.rglob("_kalm/sync/**/*"):
+        os.utime(path, (old, old))
+    collect_garbage(Location(job.uri))
+    assert not [path for path in table.rglob("_kalm/sync/**/*") if path.is_file()]
+    sync(job, in_process)
+    assert verify(job.uri, inputs=job.inputs).num_problems == 0
+
+
+def stopped(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_indexes_that_somebody_made_follow_a_sync_as_they_are(job):
+    def make(*arguments, **options):
+        lance.dataset(job.uri).create_scalar_index(*arguments, **options)
+
+    make("text", "INVERTED", with_position=True, stem=False, language="German", replace=True)
+    make("text", "NGRAM", name="trigrams")
+    make("id", "BITMAP", name="id_idx", replace=True)
+    make("num_tokens", "BTREE", name="by_length")
+
+    def described():
+        return {
+            i.name: (i.index_type, i.details) for i in lance.dataset(job.uri).describe_indices()
+        }
+
+    before = described()
+    rewrite(job, {**passages_of(job), "p1": "ein Zebra im Wald"})
+    sync(job, in_process)
+    dataset = lance.dataset(job.uri)
+    assert described() == before and before["text_idx"][1]["with_position"]
+    for index in dataset.describe_indices():
+        assert dataset.stats.index_stats(index.name)["num_unindexed_rows"] == 0, index.name
+    phrase = lance.query.PhraseQuery("Zebra im Wald", "text")
+    for found in (
+        dataset.to_table(full_text_query=phrase, columns=["id", "_score"]),
+        dataset.to_table(filter="contains(text, 'Zebra')", columns=["id"]),
+        dataset.to_table(filter="id = 'p1'", columns=["id"]),
+    ):
+        assert found["id"].to_pylist() == ["p1"]
+
+
 def test_only_complete_versions_can_be_published(job):
     with pytest.raises(InputError, match=r"version 1 of .* is loading"):
         publish(Location(job.uri), 1)

@@ -153,18 +153,19 @@ def changed_since(
         raise InputError("--since compares two versions of a source: give one Lance table")
     path, now = plan.shards[0].path, plan.shards[0].rows.version
     source = lance.dataset(path, version=now, storage_options=table.options)
-    why = None
+    why, column = None, plan.shards[0].fields.id
     if json.loads(metadata.get(SOURCE, "null")) != [path, version]:
         why = f"the table was not synced from version {version} of {path}"
     elif not source.has_stable_row_ids:
         why = f"{path} has no stable row ids, so that it does not tell which rows changed"
     elif version not in {v["version"] for v in source.versions()}:
         why = f"{path} has no version {version} any more"
+    elif column not in source.checkout_version(version).schema.names:
+        why = f"version {version} of {path} has no column {column!r}"
     if why:
         logger.warning("%s: all rows are compared", why)
         return None
-    address, column = Location(path, table.options), plan.shards[0].fields.id
-    gone = ids_gone(steps, table, address, column, version, now)
+    gone = ids_gone(steps, table, Location(path, table.options), column, version, now)
     rows = ((path, row + 1) for row in _changed_rows(source, version))
     return Feed(places_of(plan.shards, rows), gone, record)
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from kalm_encoder.errors import InputError
+from pipeline.corpus.passages import FieldOptions
 from pipeline.run.driver import run
 from pipeline.run.job import EncodeJob
 from pipeline.table.claim import TableClaim
@@ -202,6 +203,19 @@ def test_rows_of_a_source_that_were_written_again_stay(job, tmp_path, mode):
     after = {**START, "p5": "again"}
     del after["p7"]
     assert held(job) == after
+
+
+def test_a_version_of_a_source_without_the_ids_is_compared_as_a_whole(job, tmp_path, caplog):
+    path = str(tmp_path / "source.lance")
+    rows = pa.Table.from_pylist([{"id": i, "text": t} for i, t in START.items()])
+    source = lance.write_dataset(rows, path, enable_stable_row_ids=True)
+    follow = replace(job, inputs=(path,))
+    sync(follow, in_process)
+    first = source.version
+    source.add_columns({"key": "concat(id, '-2')"})
+    sync(replace(follow, fields=FieldOptions(id="key")), in_process, since=first)
+    assert "has no column 'key': all rows are compared" in caplog.text
+    assert held(job) == {**START, **{f"{i}-2": t for i, t in START.items()}}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ option reads it.
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def quoted_records(
                 if _is_open(error):
                     what = "is never closed"
                 raise InputError(_unclosed(path, line, what)) from error
+            if cells.quoting == "csv" and _goes_on_if_escaped(read[0]):
+                raise _escapes(path, line) from error
             found = _malformed(error)
         raw = read[0] if len(read) == 1 else b"".join(read)
         if not isinstance(found, str):
@@ -171,13 +174,17 @@ def _checked(found: list[str], raw: bytes, cells: Cells, path: str, line: int) -
     """
     text = raw.decode("utf-8", "surrogateescape")
     if cells.quoting == "csv" and (_may_be_escaped(found, text) or _may_end_earlier(text)):
-        raise InputError(
-            f"{path} line {line}: a backslash stands before the closing quote of a cell, or before "
-            "a quote of a cell without quotes or over several lines. Give --quoting if backslashes "
-            "are ordinary characters. If they escape quotes, as Spark writes CSV by default, write "
-            'the file again with quotes doubled: option("escape", \'"\')'
-        )
+        raise _escapes(path, line)
     return MIXED if _is_mixed(found, text) else found
+
+
+def _escapes(path: str, line: int) -> InputError:
+    return InputError(
+        f"{path} line {line}: a backslash stands before the closing quote of a cell, or before "
+        "a quote of a cell without quotes or over several lines. Give --quoting if backslashes "
+        "are ordinary characters. If they escape quotes, as Spark writes CSV by default, write "
+        'the file again with quotes doubled: option("escape", \'"\')'
+    )
 
 
 def _is_mixed(found: list[str], text: str) -> bool:
@@ -197,6 +204,11 @@ def _may_be_escaped(found: list[str], text: str) -> bool:
 def _may_end_earlier(text: str) -> bool:
     """Return whether a record over several lines would be one line if backslashes escape quotes."""
     return '\\""' in text and "\n" in text.rstrip("\r\n")
+
+
+def _goes_on_if_escaped(raw: bytes) -> bool:
+    """Return whether a line ends within a quoted cell if backslashes escape quotes."""
+    return b'\\"' in raw and re.sub(rb"\\.", b"", raw).count(b'"') % 2 == 1
 
 
 def _bare(found: list[str], text: str) -> list[str]:

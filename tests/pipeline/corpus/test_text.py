@@ -110,6 +110,17 @@ def test_a_backslash_before_a_closing_quote_is_not_guessed_at(read):
     assert read("c.csv", code)[0] == {"1": 'print(\\"hi\\")', "2": "C:\\"}
 
 
+def test_a_line_with_text_behind_a_quote_may_go_on_in_the_next_if_backslashes_escape(read):
+    """The second line would be a row that nobody wrote."""
+    goes_on = 'id,title,text\r\n"0\\"\\"\r\n\'",,\r\n'
+    with pytest.raises(InputError, match=r"c.csv line 2: .*backslash.*over several lines"):
+        read("c.csv", goes_on)
+    reason = "a quoted cell has text behind its closing quote"
+    assert read("c.csv", goes_on, quoting=True) == ({"'\"": ""}, {2: reason})
+    ends = 'id,text\r\n"a \\"b\\" c",x\r\nd,e\r\n'
+    assert read("c.csv", ends) == ({"d": "e"}, {2: reason})
+
+
 def test_a_quote_within_an_unquoted_cell_is_a_quote(read):
     assert read("c.csv", 'id,text\n1,5" disk\n2,a "b" c\n')[0] == {"1": '5" disk', "2": 'a "b" c'}
 

@@ -207,8 +207,14 @@ def _may_end_earlier(text: str) -> bool:
 
 
 def _goes_on_if_escaped(raw: bytes) -> bool:
-    """Return whether a line ends within a quoted cell if backslashes escape quotes."""
-    return b'\\"' in raw and re.sub(rb"\\.", b"", raw).count(b'"') % 2 == 1
+    """Return whether a line ends within a quoted cell if backslashes escape quotes.
+
+    Some writers escape backslashes as well, and Spark does not.
+    """
+    if b'\\"' not in raw:
+        return False
+    readings = re.sub(rb"\\.", b"", raw), raw.replace(b'\\"', b"")
+    return any(rest.count(b'"') % 2 for rest in readings)
 
 
 def _bare(found: list[str], text: str) -> list[str]:

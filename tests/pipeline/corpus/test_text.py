@@ -115,6 +115,9 @@ def test_a_line_with_text_behind_a_quote_may_go_on_in_the_next_if_backslashes_es
     goes_on = 'id,title,text\r\n"0\\"\\"\r\n\'",,\r\n'
     with pytest.raises(InputError, match=r"c.csv line 2: .*backslash.*over several lines"):
         read("c.csv", goes_on)
+    by_spark = 'id,title,text\n0,"","\\"\\\\"\r\n"\n1,",\'",""\n'
+    with pytest.raises(InputError, match=r"c.csv line 2: .*backslash.*over several lines"):
+        read("c.csv", by_spark)
     reason = "a quoted cell has text behind its closing quote"
     assert read("c.csv", goes_on, quoting=True) == ({"'\"": ""}, {2: reason})
     ends = 'id,text\r\n"a \\"b\\" c",x\r\nd,e\r\n'

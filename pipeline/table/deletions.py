@@ -11,10 +11,11 @@ import lance
 import numpy as np
 import pyarrow as pa
 from lance.fragment import FragmentMetadata
+from numpy.typing import NDArray
 
 from kalm_encoder.table.location import Location
 from pipeline.messages import Part, Place
-from pipeline.table.partitions import ROW, read_partition
+from pipeline.table.partitions import ROW, read_partition, write_groups
 from pipeline.table.steps import DoPart, Steps, VersionWork
 
 
@@ -49,6 +50,29 @@ def marks_of_deletion(
         changed |= {int(id): fragment for id, fragment in fragments.items()}
     updated = [FragmentMetadata.from_json(text) for _, text in sorted(changed.items()) if text]
     return updated, [id for id in sorted(changed) if not changed[id]]
+
+
+def write_addresses(
+    addresses: NDArray[np.uint64], group_starts: Sequence[int], file: Location
+) -> NDArray[np.int64]:
+    """Write the addresses of rows that are to be deleted, unless there are none.
+
+    Args:
+        addresses: (rows,) the addresses.
+        group_starts: The first fragment id of each group of fragments.
+        file: File to write.
+
+    Returns:
+        (rows,) the number of the group that holds each row.
+
+    Raises:
+        OSError: If the store refuses.
+    """
+    starts = np.array(group_starts, np.uint64)
+    groups = np.searchsorted(starts, addresses >> np.uint64(32), side="right") - 1
+    if len(addresses):
+        write_groups(pa.table({ROW: addresses}), groups, len(starts), file)
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)

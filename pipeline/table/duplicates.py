@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from kalm_encoder.table.location import Location
 from pipeline.messages import Part, Place
+from pipeline.table.deletions import write_addresses
 from pipeline.table.fragments import fragment_groups
 from pipeline.table.partitions import (
     HIGH,
@@ -29,7 +30,6 @@ from pipeline.table.partitions import (
     num_partitions,
     read_partition,
     repeated_in,
-    write_groups,
     write_partitions,
 )
 from pipeline.table.steps import DoPart, Steps, StepWork, VersionWork
@@ -185,16 +185,13 @@ class FindRepeated(StepWork):
     def load(self, place: Place) -> DoPart:
         """Load nothing. A part is the number of a partition."""
         files = [self.hashed / name for name in self.files]
-        starts = np.array(self.group_starts, np.uint64)
 
         def find(number: int) -> dict[str, Any]:
             found = repeated_in(read_partition(files, number), ROW, self.keep)
             if not len(found):
                 return {"count": 0}
-            rows = found[:, 2]
-            groups = np.searchsorted(starts, rows >> np.uint64(32), side="right") - 1
             name = new_name()
-            write_groups(pa.table({ROW: rows}), groups, len(starts), self.folder / name)
+            groups = write_addresses(found[:, 2], self.group_starts, self.folder / name)
             return {
                 "count": len(found),
                 "shown": found[:SHOWN].tolist(),

@@ -26,11 +26,11 @@ from kalm_encoder.errors import KalmError
 from kalm_encoder.table.ids import ids_in
 from kalm_encoder.table.location import Location
 from pipeline.messages import Part, Place
-from pipeline.table.deletions import marks_of_deletion
+from pipeline.table.deletions import marks_of_deletion, write_addresses
 from pipeline.table.duplicates import GROUP_ROWS
 from pipeline.table.erasures import erased_ids
 from pipeline.table.fragments import check_written, fragment_groups, fragments_key
-from pipeline.table.partitions import ROW, new_name, write_groups
+from pipeline.table.partitions import new_name
 from pipeline.table.side_files import FINISH
 from pipeline.table.steps import DoPart, Steps, VersionWork, remove_step
 
@@ -63,7 +63,6 @@ class CopyRows(VersionWork):
         of the rows to replace, and the numbers of the groups of fragments that hold any.
         """
         dataset = self.dataset()
-        starts = np.array(self.group_starts, np.uint64)
 
         def copy(what: tuple[int, list[int]]) -> dict[str, Any]:
             number, fragment_ids = what
@@ -83,10 +82,8 @@ class CopyRows(VersionWork):
             ids = source.scanner(columns=["id"], fragments=fragments).to_table()["id"]
             self._remove_if_erased(ids, written)
             addresses = _addresses(dataset, ids)
-            groups = np.searchsorted(starts, addresses >> np.uint64(32), side="right") - 1
             name = new_name()
-            if len(addresses):
-                write_groups(pa.table({ROW: addresses}), groups, len(starts), self.folder / name)
+            groups = write_addresses(addresses, self.group_starts, self.folder / name)
             return {
                 "fragments": [json.dumps(fragment.to_json()) for fragment in written],
                 "file": name,

@@ -14,6 +14,7 @@ from kalm_encoder.table.location import Location
 from kalm_encoder.table.spec import TableSpec
 from pipeline.corpus.passages import Reject
 from pipeline.messages import Place
+from pipeline.table.deletions import write_addresses
 from pipeline.table.partitions import new_name, read_partition, write_groups
 from pipeline.table.rejects import read_lines
 from pipeline.table.steps import DoPart, StepWork
@@ -175,15 +176,6 @@ class JoinWork(StepWork):
         corpus_files = [folder / name for name in self.corpus_files]
         table_files = [folder / name for name in self.table_files]
 
-        def groups_of(starts: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.int64]:
-            return np.searchsorted(starts, keys, side="right") - 1
-
-        def write(rows: pa.Table, groups: NDArray[np.int64], count: int) -> str:
-            name = new_name()
-            if len(rows):
-                write_groups(rows, groups, count, folder / name)
-            return name
-
         def do(number: int) -> dict[str, Any]:
             passages = [side_schema(spec, of_corpus=True).empty_table()]
             passages += read_partition(corpus_files, number)
@@ -192,27 +184,29 @@ class JoinWork(StepWork):
             rows = pa.concat_tables(held)
             found = join(pa.concat_tables(passages), rows, self.keep)
             places = np.concatenate([found.to_encode, found.to_update])
-            pieces, num_pieces = groups_of(self.starts, places >> SHARD_BITS), len(self.starts)
+            pieces = np.searchsorted(self.starts, places >> SHARD_BITS, side="right") - 1
+            name, num_pieces = new_name(), len(self.starts)
             of_encode, of_update = np.split(pieces, [len(found.to_encode)])
             sources = np.concatenate([np.full(len(found.to_encode), ENCODE), found.held_as])
-            changes = pa.table({PLACE: places, ROW: sources})
+            if len(places):
+                changes = pa.table({PLACE: places, ROW: sources})
+                write_groups(changes, pieces, num_pieces, folder / name)
             result = {
                 "unchanged": found.unchanged,
                 "new": found.num_new,
                 "to_encode": np.bincount(of_encode, minlength=num_pieces).tolist(),
                 "to_update": np.bincount(of_update, minlength=num_pieces).tolist(),
-                "changes": write(changes, pieces, num_pieces),
+                "changes": name,
                 "repeated": found.num_repeated,
                 "shown": found.repeated.tolist(),
                 "digests": [found.encode_digest, found.update_digest],
             }
             for kind, chosen in (("missing", found.missing), ("surplus", found.surplus)):
                 addresses = rows[ROW].to_numpy()[chosen]
-                gone = pa.table({ROW: addresses.astype(np.uint64)})
-                groups = groups_of(self.group_starts, addresses >> 32)
-                num_groups = len(self.group_starts)
-                result[kind] = np.bincount(groups, minlength=num_groups).tolist()
-                result[f"{kind}_file"] = write(gone, groups, num_groups)
+                name, starts = new_name(), self.group_starts.tolist()
+                groups = write_addresses(addresses.astype(np.uint64), starts, folder / name)
+                result[kind] = np.bincount(groups, minlength=len(starts)).tolist()
+                result[f"{kind}_file"] = name
             return result
 
         return do

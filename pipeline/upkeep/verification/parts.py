@@ -15,7 +15,7 @@ from kalm_encoder.table.location import Location
 from kalm_encoder.table.reader import PassageTable
 from pipeline.messages import Executor, Part
 from pipeline.table.partitions import PARTITION_ROWS, num_partitions
-from pipeline.table.side_files import STEPS, STORE_ERRORS, read_text, write_text
+from pipeline.table.side_files import STEPS, STORE_ERRORS, is_data, read_text, write_text
 from pipeline.table.steps import Steps
 from pipeline.upkeep.row_ranges import TableRows
 from pipeline.upkeep.verification.report import (
@@ -154,7 +154,7 @@ def _remove(folder: Location) -> None:
     """Remove what the workers exchanged, the results first: they name the other files."""
     session = folder.file_session()
     try:
-        for path in sorted(session.list(), key=lambda path: not path.endswith(".json")):
+        for path in sorted(session.list(), key=is_data):
             session.delete_file(path)
     except STORE_ERRORS as error:
         logger.warning("%s cannot be removed: %s", folder, first_line(error))

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -70,7 +71,7 @@ class OnRay:
 
     def __init__(self, options: RayOptions) -> None:
         self._options = options
-        self._is_kept = self._is_connected = self._had_room = False
+        self._is_kept = self._is_connected = False
 
     def __enter__(self) -> Self:
         self._is_kept = True
@@ -100,9 +101,9 @@ class OnRay:
                 with tempfile.TemporaryDirectory() as folder:
                     connect(self._options, Path(folder))
                 self._is_connected = True
-            made = Dispatcher(Worker, self._options, work, units, self._had_room)
-            self._had_room = True
-            with closing(made) as dispatcher:
+            with closing(Dispatcher(Worker, self._options, work, units)) as dispatcher:
+                # There was room for workers, so nodes that have left by the next step come back.
+                self._options = replace(self._options, waits_for_nodes=True)
                 while dispatcher.num_unfinished():
                     yield from dispatcher.step() or [None]
         finally:

@@ -47,6 +47,8 @@ class RayOptions:
         gpus_per_worker: GPUs per worker, from 0 (CPUs alone) to 1. None takes 1 if there is any.
         unit_timeout_s: Time after which a worker that has not finished a unit is replaced.
         start_timeout_s: Time after which the run ends if no worker at all has become ready.
+        waits_for_nodes: Whether workers without a model wait for a node that can hold one. If not,
+            a cluster without one is an error.
     """
 
     address: str | None = None
@@ -55,6 +57,7 @@ class RayOptions:
     gpus_per_worker: float | None = None
     unit_timeout_s: float = 3600.0
     start_timeout_s: float = 600.0
+    waits_for_nodes: bool = False
 
 
 def connect(
@@ -167,16 +170,9 @@ def alive_nodes() -> Nodes:
 
 
 def worker_resources(
-    options: RayOptions, nodes: Nodes, *, loads_model: bool = True, had_room: bool = False
+    options: RayOptions, nodes: Nodes, *, loads_model: bool = True
 ) -> WorkerResources:
     """Choose what a worker asks for. One that loads no model asks for no GPU and for one CPU.
-
-    Args:
-        options: What the user asked for.
-        nodes: Nodes that are alive.
-        loads_model: Whether the workers load a model.
-        had_room: Whether the cluster held workers of this command before. One without a model
-            then waits for nodes that left to come back.
 
     Raises:
         InputError: If an option makes no sense, or no node of the cluster can hold one worker.
@@ -197,7 +193,7 @@ def worker_resources(
     if cpus < 1:
         raise InputError(f"--cpus-per-worker {cpus} must be at least 1")
     resources = WorkerResources(cpus, gpus, loads_model)
-    if not resources.room(nodes) and (loads_model or not had_room):
+    if not resources.room(nodes) and (loads_model or not options.waits_for_nodes):
         kinds = Counter((n.get("CPU", 0), n.get("GPU", 0)) for n in nodes.values())
         has = ", ".join(f"{count} of {c:g} CPUs and {g:g} GPUs" for (c, g), count in kinds.items())
         raise InputError(

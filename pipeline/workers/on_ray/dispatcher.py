@@ -43,23 +43,17 @@ class Dispatcher:
         options: What the workers ask for, and how many there are.
         work: What each worker loads.
         units: Units to do, in their order.
-        had_room: Whether the cluster held workers of this command before.
 
     Raises:
         InputError: If no node can hold one worker.
     """
 
     def __init__(
-        self,
-        worker: type,
-        options: RayOptions,
-        work: Work,
-        units: Sequence[Unit],
-        had_room: bool = False,
+        self, worker: type, options: RayOptions, work: Work, units: Sequence[Unit]
     ) -> None:
         self._unit_timeout_s = options.unit_timeout_s
         self._answers: Answers = queue.SimpleQueue()
-        self._pool = WorkerPool(worker, options, work, self._answers, had_room)
+        self._pool = WorkerPool(worker, options, work, self._answers)
         self._queue = UnitQueue(*short_last(units, 2 * self._pool.size))
         self._tasks: dict[Future[Any], _Task] = {}  # the oldest first
         self._metrics = RunMetrics(work.table.uri)

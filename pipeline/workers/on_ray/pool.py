@@ -64,7 +64,6 @@ class WorkerPool:
         options: What the workers ask for, and how many there are.
         work: What each worker loads.
         answers: Where the answers to calls arrive.
-        had_room: Whether the cluster held workers of this command before.
 
     Attributes:
         nodes: Nodes that were alive at the last look.
@@ -76,19 +75,10 @@ class WorkerPool:
         InputError: If no node can hold one worker.
     """
 
-    def __init__(
-        self,
-        worker: type,
-        options: RayOptions,
-        work: Work,
-        answers: Answers,
-        had_room: bool = False,
-    ) -> None:
+    def __init__(self, worker: type, options: RayOptions, work: Work, answers: Answers) -> None:
         self._options, self._work, self._answers = options, work, answers
         self.nodes = alive_nodes()
-        self._resources = worker_resources(
-            options, self.nodes, loads_model=work.loads_model, had_room=had_room
-        )
+        self._resources = worker_resources(options, self.nodes, loads_model=work.loads_model)
         self._actor = ray.remote(worker).options(
             num_cpus=self._resources.cpus,
             num_gpus=self._resources.gpus,

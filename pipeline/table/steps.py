@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +171,45 @@ class Steps:
         """
         found = {part.number: value for part, value in self.do(name, work, parts, folder)}
         return [found[part.number] for part in parts]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A folder through which the workers of several steps give each other files.
+
+    Attributes:
+        steps: How the parts are done.
+        folder: The folder.
+        is_recorded: Whether results of parts are recorded in it.
+    """
+
+    steps: Steps
+    folder: Location
+    is_recorded: bool
+
+    def results(self, name: str, work: StepWork, parts: Sequence[Part]) -> list[Any]:
+        """Do a step as `Steps.results` does, with a folder for its results."""
+        record = self.folder / name.replace(" ", "-") if self.is_recorded else None
+        return self.steps.results(name, work, parts, record)
+
+
+@contextmanager
+def exchange(steps: Steps, place: Location, name: str, *, is_small: bool) -> Iterator[Exchange]:
+    """Make a folder for several steps, for a `with` block; it is removed if the block succeeds.
+
+    Args:
+        steps: How the parts are done.
+        place: Where it lies.
+        name: Its name, which must stand for all that the results depend on.
+        is_small: Whether each step has one part at most, which this process does: then the folder
+            is a temporary one on this machine, and nothing is recorded.
+    """
+    if is_small:
+        with tempfile.TemporaryDirectory(prefix="kalm-steps-") as temporary:
+            yield Exchange(steps, Location(temporary), is_recorded=False)
+        return
+    yield Exchange(steps, place / name, is_recorded=True)
+    remove_step(place, name)
 
 
 def _recorded(session: LanceFileSession) -> dict[int, Any]:

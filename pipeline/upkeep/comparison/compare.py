@@ -8,10 +8,8 @@ driver that is killed repeats only what was under way. Texts are not kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from tempfile import TemporaryDirectory
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lance
 import numpy as np
@@ -25,7 +23,7 @@ from pipeline.run.first_look import id_field_remedy
 from pipeline.table.fragments import fragment_groups, fragments_key
 from pipeline.table.partitions import num_partitions
 from pipeline.table.side_files import STEPS
-from pipeline.table.steps import Steps, StepWork, remove_step
+from pipeline.table.steps import Steps, exchange
 from pipeline.upkeep.comparison.corpus import SHARD_BITS, Corpus, most_rows
 from pipeline.upkeep.comparison.differences import Changes, Groups, JoinWork
 from pipeline.upkeep.comparison.sides import CorpusSide, TableSide
@@ -64,26 +62,17 @@ def compared(
     of_table = [] if looks_up else [Part(number, ids) for number, ids in enumerate(groups)]
     num_rows = sum(part.size for part in parts) + (0 if looks_up else total)
     partitions = num_partitions(num_rows)
-    place, name = place or table / STEPS, f"compare-{_name(dataset, corpus, keep)}"
+    name = f"compare-{_name(dataset, corpus, keep)}"
     is_small = max(len(parts), len(groups), partitions) <= 1
-    with ExitStack() as stack:
-        if is_small:
-            folder = Location(stack.enter_context(TemporaryDirectory(prefix="kalm-compare-")))
-        else:
-            folder = place / name
-
-        def do(what: str, work: StepWork, parts: Sequence[Part]) -> list[Any]:
-            record = None if is_small else folder / what.replace(" ", "-")
-            return steps.results(what, work, parts, record)
-
+    with exchange(steps, place or table / STEPS, name, is_small=is_small) as exchanged:
+        folder = exchanged.folder
         of_both = {
             "table": table, "version": dataset.version, "folder": folder, "partitions": partitions,
         }  # fmt: skip
         side = CorpusSide(**of_both, reading=corpus.reading, looks_up=looks_up)
-        read = do("reading the corpus", side, parts)
-        table_files = do(
-            "reading the table", TableSide(**of_both, spec=corpus.reading.spec), of_table
-        )
+        read = exchanged.results("reading the corpus", side, parts)
+        table_side = TableSide(**of_both, spec=corpus.reading.spec)
+        table_files = exchanged.results("reading the table", table_side, of_table)
         joins = JoinWork(
             table=table,
             spec=corpus.reading.spec,
@@ -103,13 +92,12 @@ def compared(
             reject_files=[piece["rejects"] for piece in read if piece["rejected"]],
             rejected=sum(piece["rejected"] for piece in read),
         )
-        for found in do("comparing", joins, [Part(n, n) for n in range(partitions)]):
+        numbers = [Part(number, number) for number in range(partitions)]
+        for found in exchanged.results("comparing", joins, numbers):
             changes.add(found)
         if keep == "error":
             _refuse_repeated(corpus, changes)
         yield changes
-        if not is_small:
-            remove_step(place, name)
 
 
 def _refuse_repeated(corpus: Corpus, changes: Changes) -> None:

@@ -7,9 +7,7 @@ of both versions are hashed into partitions, of which no process holds more than
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import xxhash
@@ -20,7 +18,7 @@ from pipeline.table.duplicates import GROUP_ROWS, HashIds, hashed_schema, rows_a
 from pipeline.table.fragments import fragment_groups, fragments_key, open_version
 from pipeline.table.partitions import HIGH, LOW, ROW, num_partitions, read_partition
 from pipeline.table.side_files import STEPS
-from pipeline.table.steps import DoPart, Steps, VersionWork, remove_step
+from pipeline.table.steps import DoPart, Steps, VersionWork, exchange
 
 READ_AT_ONCE = 10_000
 """Most ids that one query reads."""
@@ -83,28 +81,21 @@ def ids_gone(
     groups = [fragment_groups(dataset, GROUP_ROWS) for dataset in datasets]
     partitions = num_partitions(sum(dataset.count_rows() for dataset in datasets))
     facts = [source.uri, column, before, now, *map(fragments_key, datasets)]
-    name = f"{STEPS}/gone-{xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())}"
+    name = f"gone-{xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())}"
     is_small = max(partitions, *map(len, groups)) <= 1
-    with ExitStack() as stack:
-        folder = table / name
-        if is_small:
-            folder = Location(stack.enter_context(TemporaryDirectory(prefix="kalm-gone-")))
+    with exchange(steps, table / STEPS, name, is_small=is_small) as exchanged:
         hashed: list[tuple[Location, ...]] = []
         for version, some in zip((before, now), groups, strict=True):
             work = HashIds(
                 table=source, version=version, column=column, partitions=partitions,
-                folder=folder / f"hashed-{version}",
+                folder=exchanged.folder,
             )  # fmt: skip
             parts = [Part(number, ids) for number, ids in enumerate(some)]
-            record = None if is_small else work.folder
-            files = steps.results(f"reading the ids of version {version}", work, parts, record)
+            files = exchanged.results(f"reading the ids of version {version}", work, parts)
             hashed.append(tuple(work.folder / file for file in files))
         finding = FindGone(
             table=source, version=before, column=column, before=hashed[0], now=hashed[1]
         )
         parts = [Part(number, number) for number in range(partitions)]
-        record = None if is_small else folder / "gone"
-        found = steps.results("finding deleted ids", finding, parts, record)
-    if not is_small:
-        remove_step(table, name)
+        found = exchanged.results("finding deleted ids", finding, parts)
     return [id for some in found for id in some]
